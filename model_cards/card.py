@@ -1,0 +1,101 @@
+"""Model cards: what was measured or is written in the bundle, and nothing else."""
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from vitreg_hub.bundle import ModelBundle
+
+TEMPLATE = """\
+---
+{metadata}
+---
+# {name}
+
+A Vision Transformer with {registers} ({arch}): {params:.1f} M parameters, patches of {patch} pixels, images of
+{height} x {width} pixels.
+Registers are learnable input tokens that give a ViT room for global information, so that it does not store it in
+background patches; they are dropped at the output ([Darcet et al., ICLR 2024](https://arxiv.org/abs/2309.16588)).
+
+- **Origin:** {origin}
+- **Measured:** {measured}
+- **License:** {license}
+
+## Use with timm
+
+```python
+import timm
+
+model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+## Use with transformers
+
+```python
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{repo}")
+model = AutoModel.from_pretrained("{repo}").eval()
+```
+
+With `import vitreg_hub` before, `AutoModel` also gives `register_tokens`, `patch_tokens`, `attentions` and
+`hidden_states`; the numbers are the same.
+
+## Citation
+
+```bibtex
+@inproceedings{{darcet2024vision,
+  title={{Vision Transformers Need Registers}},
+  author={{Darcet, Timoth{{\\'e}}e and Oquab, Maxime and Mairal, Julien and Bojanowski, Piotr}},
+  booktitle={{International Conference on Learning Representations}},
+  year={{2024}}
+}}
+```
+"""
+
+
+def render(bundle: ModelBundle, *, repo: str) -> str:
+    """Text of a bundle's README.md.
+
+    Args:
+        bundle: The model.
+        repo: ``org/name`` under which it is, or will be, published.
+    """
+    origin, registers = bundle.provenance, bundle.spec.num_registers
+    _, height, width = bundle.preprocess.input_size
+    return TEMPLATE.format(
+        metadata=_metadata(bundle, repo).to_yaml(),
+        name=repo.rpartition("/")[2],
+        repo=repo,
+        registers=f"{registers} register{'' if registers == 1 else 's'}",
+        arch=bundle.arch,
+        params=sum(tensor.numel() for tensor in bundle.state_dict.values()) / 1e6,
+        patch=bundle.model_args["patch_size"],
+        height=height,
+        width=width,
+        origin=origin.origin,
+        measured=", ".join(f"{name} {value:.4f}" for name, value in origin.metrics.items()) or "not measured",
+        license=origin.license or "unknown",
+    )
+
+
+def _metadata(bundle: ModelBundle, repo: str) -> ModelCardData:
+    origin = bundle.provenance
+    task = "image-classification" if bundle.num_classes else "image-feature-extraction"
+    results = []
+    if origin.dataset and "accuracy" in origin.metrics:
+        result = EvalResult(
+            task_type=task,
+            dataset_type=origin.dataset,
+            dataset_name=origin.dataset,
+            metric_type="accuracy",
+            metric_value=origin.metrics["accuracy"],
+        )
+        results.append(result)
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag=task,
+        license=origin.license,
+        tags=["timm", "transformers", "vision-transformer", "registers", "vitreg"],
+        model_name=repo.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )

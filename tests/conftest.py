@@ -1,0 +1,42 @@
+"""Tests are sealed: caches of their own, no network but 127.0.0.1, no state left behind."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read once, when huggingface_hub and datasets are imported: must stand before any of them is.
+_CACHE = tempfile.TemporaryDirectory(prefix="vitreg-tests-")
+os.environ |= {"HF_HOME": _CACHE.name, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ.pop("HF_TOKEN", None)
+
+import pytest
+import torch
+
+import vitreg_hub  # noqa: F401  (registers the models)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow: run with --slow")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that does not exist yet."""
+    return tmp_path / "bundle"

@@ -1,0 +1,300 @@
+"""An in-process stand-in for the Hugging Face Hub, which the real clients publish models to and load them from."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LFS_PATTERNS = ("*.bin", "*.onnx", "*.pt", "*.safetensors")
+LFS_THRESHOLD = 10 * 2**20
+Response = tuple[int, Mapping[str, str], bytes]  # Status, headers, body; a given Content-Length may cut it short.
+
+
+class HubError(Exception):
+    """A refusal as the Hub words it: the client picks its exception by status and `X-Error-Code`."""
+
+    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] = {}, **details: str):
+        headers = {"X-Error-Message": message, "X-Error-Code": code, **headers}
+        self.response: Response = (status, headers, json.dumps({"error": message, **details}).encode())
+
+
+class Drop(Exception):
+    """Raised by a fault hook to close the connection without an answer."""
+
+
+@dataclass(frozen=True)
+class User:
+    """The owner of a token, at home below its own name and its organizations, where it writes unless `read_only`."""
+
+    name: str
+    orgs: tuple[str, ...] = ()
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One version of a file: its bytes, and whether Git holds those or a pointer to an LFS object."""
+
+    content: bytes
+    lfs: bool = False
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The file's description in listings, of which there are two kinds with names of their own."""
+        size, stored, extra = len(self.content), self.content, {}
+        if self.lfs:
+            sha256 = hashlib.sha256(self.content).hexdigest()
+            stored = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+            extra = {"lfs": {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": len(stored)}}
+        oid = hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
+        return {"oid": oid, "blobId": oid, "size": size, **extra}
+
+    @property
+    def etag(self) -> str:
+        """The sha256 of an LFS object, or else the id of the Git blob; clients find unchanged files by it."""
+        return self.metadata["lfs"]["sha256"] if self.lfs else self.metadata["oid"]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One immutable snapshot of a repository."""
+
+    oid: str
+    parent: str | None
+    title: str
+    files: Mapping[str, Blob]
+
+
+@dataclass
+class Repository:
+    """One model repository: its commits, the refs to them by name, and the uploaded LFS objects by sha256."""
+
+    private: bool = False
+    commits: list[Commit] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    lfs_objects: dict[str, Blob] = field(default_factory=dict)
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        """The content of every file at a branch, tag or commit."""
+        return {path: blob.content for path, blob in self.resolve(revision).files.items()}
+
+    def resolve(self, revision: str) -> Commit:
+        """The commit that a branch, a tag or a full oid stands for."""
+        for commit in self.commits:
+            if commit.oid in (self.branches.get(revision), self.tags.get(revision), revision):
+                return commit
+        raise HubError(404, f"Invalid rev id: {revision!a}", "RevisionNotFound")
+
+    def commit(self, branch: str, title: str, files: Mapping[str, Blob]) -> Commit:
+        """Moves `branch` to a new commit that holds exactly `files`."""
+        parent, tree = self.branches.get(branch), sorted((path, blob.etag) for path, blob in files.items())
+        oid = hashlib.sha1(repr((len(self.commits), parent, title, tree)).encode()).hexdigest()
+        self.commits.append(Commit(oid, parent, title, files))
+        self.branches[branch] = oid
+        return self.commits[-1]
+
+    def lfs_object(self, oid: str, size: int) -> Blob:
+        """The LFS object, which must have been uploaded."""
+        if oid in self.lfs_objects and len(self.lfs_objects[oid].content) == size:
+            return self.lfs_objects[oid]
+        raise HubError(400, f"LFS object {oid} of {size} bytes was not uploaded")
+
+
+class Request(BaseHTTPRequestHandler):
+    """One HTTP request, with its `query` and `body`; being HTTP/1.0, no connection outlives its request."""
+
+    def _serve(self) -> None:
+        url, length = urlsplit(self.path), int(self.headers.get("Content-Length", 0))
+        self.path, self.query, self.body = url.path, parse_qs(url.query), self.rfile.read(length)
+        try:
+            status, headers, body = self.server.fault(self) or self.server.respond(self)
+        except HubError as error:
+            status, headers, body = error.response
+        except Drop:
+            status = 0
+        self.server.requests.append((self.command, self.path, status))
+        if status:
+            self.send_response_only(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body if self.command != "HEAD" else b"")
+
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
+
+
+class HubServer(ThreadingHTTPServer):
+    """The server, which serves until its context is left and keeps everything in memory, for tests to look at.
+
+    Args:
+        tokens: The valid access tokens, each with its `User` or just the user's name.
+        fault: Sees every request first; a `Response` from it is sent instead of the Hub's. It may raise `Drop`.
+    """
+
+    def __init__(self, tokens: Mapping[str, User | str], fault: Callable[[Request], Response | None] | None = None):
+        super().__init__(("127.0.0.1", 0), Request)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.tokens = {token: User(user) if isinstance(user, str) else user for token, user in tokens.items()}
+        self.fault = fault or (lambda request: None)
+        self.repos: dict[str, Repository] = {}
+        self.requests: list[tuple[str, str, int]] = []  # Method, path and status, which is 0 where it was dropped.
+        self._lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shutdown()
+        super().__exit__(*exc_info)
+
+    def env(self, token: str = "") -> dict[str, str]:
+        """The environment variables with which a fresh process talks to this server, as the owner of `token`."""
+        disabled = {f"HF_HUB_DISABLE_{part}": "1" for part in ("XET", "TELEMETRY", "PROGRESS_BARS")}
+        return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", **disabled}
+
+    def respond(self, request: Request) -> Response:
+        """Answers one request as the Hub does."""
+        for method, pattern, handler in self._ROUTES:
+            match = re.fullmatch(pattern, request.path)
+            if match and method == request.command.replace("HEAD", "GET"):
+                with self._lock:  # Each change is atomic, and no reader sees half of it.
+                    answer = handler(self, request, *(unquote(part) for part in match.groups() if part))
+                return answer if isinstance(answer, tuple) else (200, {}, json.dumps(answer).encode())
+        raise HubError(404, f"No such endpoint: {request.command} {request.path}")
+
+    def _user(self, request: Request, required: bool = True) -> User | None:
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self.tokens and (token or required):
+            raise HubError(401, "Invalid credentials in Authorization header")
+        return self.tokens.get(token)
+
+    def _repository(self, request: Request, repo: str, write: bool = False) -> Repository:
+        user, repository = self._user(request, required=False), self.repos.get(repo)
+        member = user is not None and repo.split("/")[0] in (user.name, *user.orgs)
+        if repository is None or (repository.private and not member) or (write and user is None):
+            # The Hub sends no code for a refused write, as the client infers it from the URL, but only for https.
+            raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
+        if write and (user.read_only or not member):
+            raise HubError(403, f"You don't have the rights to write to {repo}")
+        return repository
+
+    def _whoami(self, request: Request) -> dict:
+        user = self._user(request)
+        auth = {"type": "access_token", "accessToken": {"role": "read" if user.read_only else "write"}}
+        return {"type": "user", "name": user.name, "orgs": [{"name": org} for org in user.orgs], "auth": auth}
+
+    def _create_repo(self, request: Request) -> dict:
+        user, payload = self._user(request), json.loads(request.body)
+        namespace = payload.get("organization") or user.name
+        repo = f"{namespace}/{payload['name']}"
+        created = {"name": repo, "url": f"{self.endpoint}/{repo}"}
+        if user.read_only or namespace not in (user.name, *user.orgs) or payload.get("type", "model") != "model":
+            raise HubError(403, f"You don't have the rights to create such a repository under {namespace}")
+        if repo in self.repos:
+            # With `exist_ok` the client takes the URL from this refusal.
+            raise HubError(409, "You already created this model repo", **created)
+        attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
+        self.repos[repo] = Repository(private=payload.get("visibility") == "private")
+        self.repos[repo].commit("main", "initial commit", {".gitattributes": Blob(attributes.encode())})
+        return created
+
+    def _model_info(self, request: Request, repo: str, rev: str = "main") -> dict:
+        commit, blobs = self._repository(request, repo).resolve(rev), "blobs" in request.query
+        siblings = [{"rfilename": path, **(blob.metadata if blobs else {})} for path, blob in commit.files.items()]
+        return {"id": repo, "sha": commit.oid, "private": self.repos[repo].private, "siblings": siblings, "tags": []}
+
+    def _tree(self, request: Request, repo: str, rev: str, folder: str = "") -> list[dict]:
+        files, prefix = self._repository(request, repo).resolve(rev).files, f"{folder}/" if folder else ""
+        below = [path for path in files if path.startswith(prefix)]
+        if folder and not below:
+            raise HubError(404, f"{folder!a} does not exist", "EntryNotFound")
+        if request.query.get("recursive") != ["true"]:
+            below = [path for path in below if "/" not in path.removeprefix(prefix)]
+        return [{"type": "file", "path": path, **files[path].metadata} for path in below]
+
+    def _preupload(self, request: Request, repo: str, rev: str) -> dict:
+        head = self._repository(request, repo, write=True).resolve(rev)
+        payload, files = json.loads(request.body), []
+        for path, size in ((file["path"], file["size"]) for file in payload["files"]):
+            mode = "lfs" if size > LFS_THRESHOLD or any(fnmatch(path, name) for name in LFS_PATTERNS) else "regular"
+            ignored = any(fnmatch(path, pattern) for pattern in payload.get("gitIgnore", "").split())
+            oid = head.files[path].etag if path in head.files else None
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
+        return {"files": files}
+
+    def _lfs_batch(self, request: Request, repo: str) -> dict:
+        repository, objects = self._repository(request, repo, write=True), []
+        for oid, size in ((item["oid"], item["size"]) for item in json.loads(request.body)["objects"]):
+            target = {"href": f"{self.endpoint}/lfs/{repo}/{oid}"}
+            missing = {} if oid in repository.lfs_objects else {"actions": {"upload": target, "verify": target}}
+            objects.append({"oid": oid, "size": size, **missing})
+        return {"transfer": "basic", "objects": objects}
+
+    def _lfs_upload(self, request: Request, repo: str, oid: str) -> dict:
+        # The client sends no token: on the Hub the URL is signed. Here, too, it admits one particular content only.
+        blob = Blob(request.body, lfs=True)
+        if repo not in self.repos or blob.etag != oid:
+            raise HubError(400, f"The content is not that of LFS object {oid}")
+        self.repos[repo].lfs_objects[oid] = blob
+        return {}
+
+    def _lfs_verify(self, request: Request, repo: str, oid: str) -> dict:
+        return self._repository(request, repo, write=True).lfs_object(oid, json.loads(request.body)["size"]).metadata
+
+    def _commit(self, request: Request, repo: str, rev: str) -> dict:
+        repository = self._repository(request, repo, write=True)
+        header, *changes = (json.loads(line) for line in request.body.splitlines())
+        if rev not in repository.branches or "create_pr" in request.query:
+            raise HubError(404, f"Not a branch that takes commits: {rev!a}", "RevisionNotFound")
+        head = repository.resolve(rev)
+        if not head.oid.startswith(header["value"].get("parentCommit", "")):
+            raise HubError(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(head.files)
+        for key, value in ((change["key"], change["value"]) for change in changes):
+            if key == "file":
+                files[value["path"]] = Blob(base64.b64decode(value["content"]))
+            elif key == "lfsFile":
+                files[value["path"]] = repository.lfs_object(value["oid"], value["size"])
+            elif key != "deletedFile" or files.pop(value["path"], None) is None:
+                raise HubError(404, f"Cannot do {key} for {value['path']!a}", "EntryNotFound")
+        oid = repository.commit(rev, header["value"]["summary"], files).oid
+        return {"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{repo}/commit/{oid}"}
+
+    def _resolve(self, request: Request, repo: str, rev: str, path: str) -> Response:
+        commit = self._repository(request, repo).resolve(rev)
+        headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
+        if path not in commit.files:
+            # Knowing the commit, the client remembers that it lacks this file.
+            raise HubError(404, "Entry not found", "EntryNotFound", headers)
+        content, etag = commit.files[path].content, f'"{commit.files[path].etag}"'
+        size = len(content)
+        headers |= {"ETag": etag, "X-Linked-ETag": etag, "X-Linked-Size": str(size)}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        if not wanted:
+            return 200, headers, content
+        start, stop = int(wanted[1]), min(int(wanted[2] or size) + 1, size)
+        if start >= stop:
+            return 416, {**headers, "Content-Range": f"bytes */{size}"}, b""
+        return 206, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"}, content[start:stop]
+
+    _REPO = "([^/]+(?:/[^/]+)?)"
+    _ROUTES = (
+        ("GET", "/api/whoami-v2", _whoami),
+        ("POST", "/api/validate-yaml", lambda hub, request: {"errors": [], "warnings": []}),
+        ("POST", "/api/repos/create", _create_repo),
+        ("GET", f"/api/models/{_REPO}(?:/revision/([^/]+))?", _model_info),
+        ("GET", f"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", _tree),  # Of files only: no client needs the folders.
+        ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", _preupload),
+        ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _lfs_batch),
+        ("PUT", f"/lfs/{_REPO}/([0-9a-f]+)", _lfs_upload),
+        ("POST", f"/lfs/{_REPO}/([0-9a-f]+)", _lfs_verify),
+        ("POST", f"/api/models/{_REPO}/commit/([^/]+)", _commit),
+        ("GET", f"/{_REPO}/resolve/([^/]+)/(.+)", _resolve),
+    )

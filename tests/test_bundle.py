@@ -1,0 +1,242 @@
+"""Bundles: the one form on disk, what breaks it, and what is built from it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from models import ONE_OF_EACH_KIND, random_bundle, randomised
+from safetensors.torch import load_file, save_file
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import Provenance, write_folder
+from vitreg_hub.doors import DOORS, verify
+from vitreg_hub.errors import BundleError, DataError, UnknownArchError
+
+
+@pytest.fixture
+def saved(folder: Path) -> Path:
+    return random_bundle().save(folder)
+
+
+def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("arch", "overrides"), ONE_OF_EACH_KIND.items(), ids=ONE_OF_EACH_KIND)
+def test_loaded_bundle_builds_the_model_that_was_saved(arch, overrides, folder):
+    model = randomised(timm.create_model(arch, num_classes=7, **overrides))
+    ModelBundle.from_timm(model, arch=arch, provenance=Provenance(origin="random weights")).save(folder)
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    assert torch.equal(ModelBundle.load(folder).build()(images), model(images))
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(plain(images), model(images))
+
+
+@pytest.mark.parametrize("arch", ["vit_nano_reg4", "vit_giant_reg2", "vit_base_reg8_clip"])
+def test_all_doors_give_the_same_numbers(arch, folder):
+    random_bundle(arch, **ONE_OF_EACH_KIND[arch]).save(folder)
+    assert verify(folder) == dict.fromkeys(DOORS, 0.0)
+
+
+def test_a_model_without_head_opens_through_all_doors(folder):
+    random_bundle("vit_nano_reg1", num_classes=0).save(folder)
+    assert verify(folder) == dict.fromkeys(DOORS, 0.0)
+
+
+RULES_BROKEN = {
+    "R1": lambda config: config.update(architecture="vit_nano_reg4"),
+    "R2": lambda config: config["model_args"].pop("img_size"),
+    "R3": lambda config: config["model_args"].update(num_classes=10),
+    "R4": lambda config: config["pretrained_cfg"].update(arch="vit_nano_reg4"),
+    "R5": lambda config: config.update(model_type="vitreg"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES_BROKEN)
+@pytest.mark.parametrize("opens", [ModelBundle.load, verify])
+def test_broken_config_rule_is_named(rule, opens, saved):
+    edit_config(saved, RULES_BROKEN[rule])
+    with pytest.raises(BundleError, match=rf"{rule}: "):
+        opens(saved)
+
+
+def prefix_names(folder: Path) -> None:
+    tensors = {f"timm_model.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_format(folder: Path) -> None:
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["reg_token"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def add_pickle(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+
+
+@pytest.mark.parametrize("breaks", [prefix_names, drop_format, drop_tensor, truncate, pickle_weights, add_pickle])
+@pytest.mark.parametrize("opens", [ModelBundle.load, verify])
+def test_broken_weights_rule_is_named(breaks, opens, saved):
+    breaks(saved)
+    with pytest.raises(BundleError, match="R6: ") as caught:
+        opens(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_contradicting_number_of_registers(saved):
+    edit_config(saved, lambda config: config["model_args"].update(reg_tokens=8))
+    with pytest.raises(BundleError, match=r"vit_nano_reg4 has 4 registers, but model_args.reg_tokens is 8"):
+        ModelBundle.load(saved)
+
+
+def test_shape_that_contradicts_the_config(saved):
+    edit_config(saved, lambda config: config["model_args"].update(embed_dim=64))
+    with pytest.raises(BundleError, match=r"has shape \[128\], but model_args say \[64\]"):
+        ModelBundle.load(saved)
+
+
+def test_all_problems_are_reported_together(saved):
+    edit_config(saved, RULES_BROKEN["R1"])
+    edit_config(saved, RULES_BROKEN["R5"])
+    drop_format(saved)
+    with pytest.raises(BundleError, match=r"R1: .*R5: .*R6: "):
+        ModelBundle.load(saved)
+
+
+def test_what_is_no_bundle_says_so(tmp_path):
+    with pytest.raises(BundleError, match=r"has no config\.json"):
+        ModelBundle.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BundleError, match="is not JSON"):
+        ModelBundle.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"architecture": "vit_small_patch14_dinov2"}')
+    with pytest.raises(BundleError, match="has no 'vitreg' entry"):
+        ModelBundle.load(tmp_path)
+    with pytest.raises(BundleError, match="neither a folder nor an architecture"):
+        ModelBundle.load(tmp_path / "nothing")
+    with pytest.raises(UnknownArchError, match="vit_nano_reg8 has no published weights"):
+        ModelBundle.load("vit_nano_reg8")
+    with pytest.raises(UnknownArchError, match=r"vit_nano_reg4\.nonsense has no published weights"):
+        ModelBundle.load("vit_nano_reg4.nonsense")
+
+
+def test_save_refuses_an_existing_folder_and_leaves_it_alone(saved):
+    before = (saved / "config.json").read_bytes()
+    with pytest.raises(BundleError, match="exists: choose another folder"):
+        random_bundle("vit_nano_reg1").save(saved)
+    assert (saved / "config.json").read_bytes() == before
+
+
+def test_failed_write_leaves_nothing(tmp_path):
+    def fill(staging: Path) -> None:
+        (staging / "config.json").write_text("{}")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(tmp_path / "target", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_form_on_disk(saved, tmp_path):
+    again = ModelBundle.load(saved).save(tmp_path / "again")
+    for file in ("config.json", "model.safetensors"):
+        assert (again / file).read_bytes() == (saved / file).read_bytes()
+
+
+def test_built_models_share_no_memory(saved):
+    for bundle in (ModelBundle.load(saved), random_bundle()):
+        first, second = bundle.build(), bundle.build()
+        with torch.no_grad():
+            first.cls_token.add_(1.0)
+        assert torch.equal(second.cls_token, bundle.state_dict["cls_token"])
+        assert not torch.equal(first.cls_token, second.cls_token)
+    assert torch.equal(ModelBundle.load(saved).build().cls_token, second.cls_token)
+
+
+def test_build_draws_no_random_numbers(saved):
+    bundle = ModelBundle.load(saved)
+    before = torch.get_rng_state()
+    bundle.build()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_build_adapts_as_timm_does(saved):
+    bundle = ModelBundle.load(saved)
+    for change in ({"img_size": 48}, {"img_size": (32, 64)}, {"in_chans": 1}, {"dynamic_img_size": True}):
+        ours = bundle.build(**change)
+        theirs = timm.create_model(f"local-dir:{saved}", pretrained=True, **change).eval()
+        images = torch.randn(2, theirs.in_chans, *theirs.patch_embed.img_size)
+        assert torch.equal(ours(images), theirs(images)), change
+    images = torch.randn(1, 3, 32, 32)
+    ours = bundle.build(features_only=True, out_indices=(1, 3))
+    theirs = timm.create_model(f"local-dir:{saved}", pretrained=True, features_only=True, out_indices=(1, 3)).eval()
+    assert all(torch.equal(a, b) for a, b in zip(ours(images), theirs(images), strict=True))
+
+
+def test_build_with_a_new_head(saved):
+    bundle = ModelBundle.load(saved)
+    model = bundle.build(num_classes=3)
+    images = torch.randn(2, 3, 32, 32)
+    assert model(images).shape == (2, 3)
+    assert model.head.weight.std() > 0
+    assert torch.equal(model.forward_features(images), bundle.build().forward_features(images))
+    assert bundle.build(num_classes=0)(images).shape == (2, 128)
+
+
+def test_build_takes_dtype(saved):
+    model = ModelBundle.load(saved).build(dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize("change", [{"reg_tokens": 8}, {"depth": 6}])
+def test_build_refuses_weights_that_do_not_fit(change, saved):
+    with pytest.raises(BundleError, match="vit_nano_reg4: "):
+        ModelBundle.load(saved).build(**change)
+
+
+def test_image_that_the_patch_does_not_divide(saved):
+    with pytest.raises(DataError, match="30x30 pixels does not divide into patches of 4"):
+        ModelBundle.load(saved).build(img_size=30)
+    with pytest.raises(DataError, match="225x225 pixels does not divide into patches of 14"):
+        timm.create_model("vit_small_reg4", img_size=225)
+
+
+def test_verify_sees_a_difference(saved, monkeypatch):
+    other = random_bundle()
+    other = ModelBundle.from_timm(
+        randomised(other.build(), seed=1), arch=other.arch, provenance=other.provenance, label_names=other.label_names
+    )
+    monkeypatch.setattr(ModelBundle, "load", lambda source: other)
+    with pytest.raises(BundleError, match="outputs differ by door"):
+        verify(saved)
+
+
+def test_verify_reports_a_door_that_does_not_open(saved, monkeypatch):
+    monkeypatch.setattr("vitreg_hub.doors.ModelBundle.load", lambda source: random_bundle())
+    shutil.rmtree(saved)
+    with pytest.raises(
+        BundleError, match=r"does not open in plain timm and plain transformers: .*Config file not found"
+    ):
+        verify(saved)

@@ -1,0 +1,1 @@
+"""What the paper measures of artifacts (its section 2)."""

@@ -1,0 +1,229 @@
+"""A bundle: an architecture, its weights, the images they expect and where they came from."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import timm
+from safetensors.torch import load_file, save_file
+from timm.models import VisionTransformer, adapt_input_conv, get_model_args, load_state_dict_from_hf
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
+from vitreg_hub.bundle_form import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Preprocess,
+    Provenance,
+    empty_model,
+    make_config,
+    read_config,
+    rule_problems,
+    shapes_of,
+    tensor_problems,
+    weights_problems,
+    write_folder,
+)
+from vitreg_hub.errors import BundleError, UnknownArchError
+from vitreg_hub.hub_access import HUB_PREFIX, download, hub_errors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelBundle:
+    """A model with everything that is needed to use and to distribute it.
+
+    Attributes:
+        arch: Name of a row of the table.
+        model_args: Complete arguments of the row's upstream entrypoint, without the number of classes.
+        num_classes: Width of the classification head, 0 without one.
+        state_dict: Weights under timm's names. Read-only: `build` never shares them with a model.
+        preprocess: The images that the weights expect.
+        provenance: Where the weights came from.
+        label_names: Names of the classes.
+        weights_file: The file that `state_dict` is mapped from, if any.
+    """
+
+    arch: str
+    model_args: Mapping[str, Any]
+    num_classes: int
+    state_dict: Mapping[str, Tensor]
+    preprocess: Preprocess
+    provenance: Provenance
+    label_names: tuple[str, ...] | None = None
+    weights_file: Path | None = None
+
+    @property
+    def spec(self) -> ArchSpec:
+        """The row of the table."""
+        return get_arch(self.arch)
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: VisionTransformer,
+        *,
+        arch: str,
+        provenance: Provenance,
+        label_names: tuple[str, ...] | None = None,
+    ) -> Self:
+        """Bundle a timm model that was built as one of our architectures, with a copy of its weights.
+
+        Raises:
+            BundleError: A setting of the model cannot be stored, or is not what the architecture says.
+        """
+        spec = get_arch(arch)
+        made_with = get_model_args(model)
+        args = spec.model_args() | {k: v for k, v in made_with.items() if k not in ("num_classes", "dynamic_img_size")}
+        try:
+            args = json.loads(json.dumps(args))
+        except TypeError as error:
+            raise BundleError(f"{arch}: a bundle holds JSON only, but the model was built with {args}.") from error
+        preprocess = Preprocess.from_cfg(model.pretrained_cfg | {"input_size": [model.in_chans, *args["img_size"]]})
+        return cls(
+            arch=arch,
+            model_args=args,
+            num_classes=model.num_classes,
+            state_dict={k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()},
+            preprocess=preprocess,
+            provenance=provenance,
+            label_names=label_names,
+        )
+
+    @classmethod
+    def load(cls, source: str | Path) -> Self:
+        """Load a folder, a Hub repository or published weights.
+
+        Args:
+            source: A bundle's folder, ``hf-hub:org/name[@revision]``, or an architecture with weights, with or without
+                its tag (``vit_nano_reg4.digits``).
+
+        Raises:
+            BundleError: What is there breaks a rule of the form; the message names all of them.
+            HubError: The Hub refused or cannot be reached.
+            UnknownArchError: Neither a folder nor a known name.
+        """
+        if str(source).startswith(HUB_PREFIX):
+            return cls._load_folder(download(str(source)), called=str(source))
+        if not Path(source).exists() and str(source).partition(".")[0] in ARCHS:
+            return cls._load_published(str(source))
+        return cls._load_folder(Path(source), called=str(source))
+
+    @classmethod
+    def _load_folder(cls, folder: Path, *, called: str) -> Self:
+        config = read_config(folder, called=called)
+        problems = [*rule_problems(config), *weights_problems(folder, config)]
+        if problems:
+            raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
+        return cls.from_config(config, load_file(folder / WEIGHTS_FILE), weights_file=folder / WEIGHTS_FILE)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, weights_file: Path | None = None
+    ) -> Self:
+        """Build from the content of a config.json that keeps the rules, and weights."""
+        labels = config.get("label_names")
+        return cls(
+            arch=config["vitreg"]["arch"],
+            model_args=config["model_args"],
+            num_classes=config["num_classes"],
+            state_dict=state_dict,
+            preprocess=Preprocess.from_cfg(config["pretrained_cfg"]),
+            provenance=Provenance(**config["vitreg"]["provenance"]),
+            label_names=tuple(labels) if labels else None,
+            weights_file=weights_file,
+        )
+
+    @classmethod
+    def _load_published(cls, name: str) -> Self:
+        arch = name.partition(".")[0]
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
+        if cfg is None:
+            raise UnknownArchError(
+                f"{name} has no published weights; `vitreg list` prints the tags of those that have."
+            )
+        if cfg.file:
+            return cls._load_folder(Path(cfg.file).parent, called=name)
+        with hub_errors(cfg.hf_hub_id):
+            state_dict = load_state_dict_from_hf(cfg.hf_hub_id)
+        return cls(
+            arch=arch,
+            model_args=get_arch(arch).model_args(),
+            num_classes=cfg.num_classes,
+            state_dict=state_dict,
+            preprocess=Preprocess.from_cfg(dataclasses.asdict(cfg)),
+            provenance=Provenance(origin=f"weights of hf-hub:{cfg.hf_hub_id}", license=cfg.license),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return make_config(
+            spec=self.spec,
+            model_args=self.model_args,
+            num_classes=self.num_classes,
+            preprocess=self.preprocess,
+            provenance=self.provenance,
+            label_names=self.label_names,
+        )
+
+    def save(self, folder: str | Path, *, card: str | None = None) -> Path:
+        """Write the bundle to a new folder, which appears complete or not at all.
+
+        Args:
+            folder: Must not exist.
+            card: Text of README.md.
+
+        Raises:
+            BundleError: The folder exists, or the weights are not those of the architecture.
+        """
+        problems = [*rule_problems(self.config()), *tensor_problems(self.config(), shapes_of(self.state_dict))]
+        if problems:
+            raise BundleError(f"{self.arch} cannot be saved as a bundle: " + "; ".join(problems))
+
+        def fill(staging: Path) -> None:
+            (staging / CONFIG_FILE).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
+            save_file(dict(self.state_dict), staging / WEIGHTS_FILE, metadata={"format": "pt"})
+            if card is not None:
+                (staging / CARD_FILE).write_text(card)
+
+        return write_folder(Path(folder), fill)
+
+    def build(self, **timm_kwargs: Any) -> nn.Module:
+        """Build the timm model, without initialising what the weights replace anyway.
+
+        Args:
+            **timm_kwargs: As for `timm.create_model`: img_size (positions are resampled as timm does),
+                dynamic_img_size, in_chans, num_classes (a new head is drawn), features_only, device, dtype.
+
+        Returns:
+            The model in evaluation mode, on the CPU unless a device is given.
+
+        Raises:
+            BundleError: The arguments change the network so that these weights do not fit.
+        """
+        placement = {k: timm_kwargs.pop(k) for k in ("device", "dtype") if k in timm_kwargs}
+        model = empty_model(self.config(), **timm_kwargs)
+        network = model.model if timm_kwargs.get("features_only") else model
+        state_dict = (
+            load_file(self.weights_file) if self.weights_file else {k: v.clone() for k, v in self.state_dict.items()}
+        )
+        if network.num_classes != self.num_classes:
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("head.")}
+        if network.in_chans != self.preprocess.input_size[0]:
+            stem = "patch_embed.proj.weight"
+            state_dict[stem] = adapt_input_conv(network.in_chans, state_dict[stem])
+        try:
+            # assign: the tensors are ours alone, so they become the parameters without another copy
+            left = network.load_state_dict(checkpoint_filter_fn(state_dict, network), strict=False, assign=True)
+        except RuntimeError as error:
+            raise BundleError(f"{self.arch}: these weights do not fit a model with {timm_kwargs}: {error}") from error
+        missing = [key for key in left.missing_keys if not key.startswith("head.")]
+        if missing:
+            raise BundleError(f"{self.arch}: a model with {timm_kwargs} has tensors that were not trained: {missing}")
+        if left.missing_keys:
+            network.head.to_empty(device="cpu").reset_parameters()
+        return model.to(**placement).eval()

@@ -1,0 +1,239 @@
+"""The one form of a bundle on disk, its six rules, and what breaks which door.
+
+A bundle is a folder, which is also a Hub repository: config.json, model.safetensors, README.md. The rules (R1 to R6)
+make it open in plain timm and plain transformers as well as with this package.
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from vitreg_hub.arch import ARCHS, ArchSpec, require_divisible
+from vitreg_hub.errors import BundleError
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocess:
+    """The images that the weights expect: names and meaning as in timm's `PretrainedCfg`.
+
+    Attributes:
+        input_size: Channels, height and width.
+        interpolation: Filter of the resize.
+        crop_pct: Share of the resized image that the centre crop keeps.
+        crop_mode: timm's name of the crop.
+        mean: Channel means, for pixels in [0, 1].
+        std: Channel standard deviations.
+    """
+
+    input_size: tuple[int, int, int]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_cfg(cls, cfg: Mapping[str, Any]) -> Self:
+        """Read the fields that this class has from a timm cfg."""
+        values = {f.name: cfg[f.name] for f in dataclasses.fields(cls) if f.name in cfg}
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """Where weights came from.
+
+    Attributes:
+        origin: One sentence.
+        license: SPDX identifier, in the Hub's lower-case spelling.
+        dataset: What they were trained or measured on.
+        metrics: Measured figures by name, shares in [0, 1].
+        settings: What a second run would need.
+        versions: Versions of the libraries that were used.
+    """
+
+    origin: str
+    license: str | None = None
+    dataset: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_config(
+    *,
+    spec: ArchSpec,
+    model_args: Mapping[str, Any],
+    num_classes: int,
+    preprocess: Preprocess,
+    provenance: Provenance,
+    label_names: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """The content of a bundle's config.json."""
+    cfg = dataclasses.asdict(preprocess) | dict(
+        fixed_input_size=True,
+        num_classes=num_classes,
+        first_conv="patch_embed.proj",
+        classifier="head",
+        license=provenance.license,
+    )
+    config = dict(
+        architecture=spec.base,
+        num_classes=num_classes,
+        num_features=model_args["embed_dim"],
+        global_pool=model_args["global_pool"],
+        label_names=list(label_names) if label_names else None,
+        model_args=dict(model_args),
+        pretrained_cfg={key: value for key, value in cfg.items() if value is not None},
+        vitreg=dict(arch=spec.name, provenance=dataclasses.asdict(provenance)),
+    )
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Run `fill` in a sibling temporary folder and rename it into place.
+
+    Raises:
+        BundleError: `target` exists.
+    """
+    if target.exists():
+        raise BundleError(f"{target} exists: choose another folder or delete it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fill(staging)
+        staging.chmod(0o755)  # mkdtemp's folders are private
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    return target
+
+
+def read_config(folder: Path, *, called: str) -> dict[str, Any]:
+    """Read a bundle's config.json.
+
+    Raises:
+        BundleError: There is none, or it is no JSON object with this package's `vitreg` key.
+    """
+    if not folder.is_dir():
+        raise BundleError(
+            f"{called} is neither a folder nor an architecture; `vitreg list` prints those, "
+            "and a Hub repository needs the prefix 'hf-hub:'."
+        )
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except FileNotFoundError as error:
+        raise BundleError(f"{called} is no bundle: it has no {CONFIG_FILE}.") from error
+    except ValueError as error:
+        raise BundleError(f"{called} is no bundle: its {CONFIG_FILE} is not JSON ({error}).") from error
+    if not isinstance(config, dict) or not isinstance(config.get("vitreg"), dict):
+        raise BundleError(f"{called} is no bundle: its {CONFIG_FILE} has no 'vitreg' entry.")
+    return config
+
+
+def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what in a config.json would close a door, with the number of the rule and the door."""
+    spec = ARCHS.get(config["vitreg"].get("arch", ""))
+    if spec is None:
+        yield f"no architecture {config['vitreg'].get('arch')!r}; a newer vitreg_hub may have it"
+        return
+    absent = [key for key in ("num_classes", "model_args", "pretrained_cfg") if key not in config]
+    if absent:
+        yield f"{CONFIG_FILE} lacks {absent}"
+        return
+    args, cfg = config["model_args"], config["pretrained_cfg"]
+    if config.get("architecture") != spec.base:
+        yield (
+            f"R1: architecture is {config.get('architecture')!r}, but for {spec.name} it must be the upstream name "
+            f"{spec.base!r}, the only one that plain timm knows"
+        )
+    if missing := sorted(spec.model_args().keys() - args.keys()):
+        yield f"R2: model_args lacks {missing}, so transformers would build the model at upstream's defaults"
+    if "num_classes" in args:
+        yield "R3: model_args holds num_classes, which transformers then passes twice"
+    if unknown := sorted(cfg.keys() - {f.name for f in dataclasses.fields(PretrainedCfg)}):
+        yield f"R4: pretrained_cfg holds {unknown}, which timm refuses; our own fields belong under 'vitreg'"
+    if missing := sorted({"input_size", "mean", "std"} - cfg.keys()):
+        yield f"pretrained_cfg lacks {missing}, so the images that the weights expect are not known"
+    if "model_type" in config:
+        yield f"R5: model_type is {config['model_type']!r}; leave it out, plain transformers must see timm's form"
+    if args.get("reg_tokens", spec.num_registers) != spec.num_registers:
+        yield f"{spec.name} has {spec.num_registers} registers, but model_args.reg_tokens is {args['reg_tokens']}"
+    provenance = config["vitreg"].get("provenance", {}).keys()
+    if "origin" not in provenance or provenance - {f.name for f in dataclasses.fields(Provenance)}:
+        yield f"vitreg.provenance has the fields {sorted(provenance)}; a newer vitreg_hub may know them"
+
+
+def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what in a bundle's weights would close a door (rule R6), from the header alone."""
+    found = {path.name for pattern in WEIGHTS_PATTERNS for path in folder.glob(pattern)}
+    for name in sorted(found - {WEIGHTS_FILE}):
+        yield f"R6: {name} is a second weights file; only {WEIGHTS_FILE} may be there, and pickles are never read"
+    if WEIGHTS_FILE not in found:
+        yield f"R6: there is no {WEIGHTS_FILE}"
+        return
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as weights:
+            metadata = weights.metadata() or {}
+            names = weights.keys()
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        yield f"R6: {WEIGHTS_FILE} is truncated or no safetensors file ({error})"
+        return
+    if metadata.get("format") != "pt":
+        yield f"R6: the header of {WEIGHTS_FILE} has format {metadata.get('format')!r}; transformers wants 'pt'"
+    if not any(rule_problems(config)):
+        yield from tensor_problems(config, shapes)
+
+
+def tensor_problems(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    try:
+        wanted = shapes_of(empty_model(config).state_dict())
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        yield f"timm cannot build the model from model_args: {error}"
+        return
+    if missing := sorted(wanted.keys() - shapes.keys()):
+        yield f"R6: {len(missing)} tensors are missing under timm's names, first {missing[0]}"
+    if unknown := sorted(shapes.keys() - wanted.keys()):
+        yield f"R6: {len(unknown)} tensors have names that timm does not know, first {unknown[0]}"
+    for key in sorted(wanted.keys() & shapes.keys()):
+        if wanted[key] != shapes[key]:
+            yield f"{key} has shape {list(shapes[key])}, but model_args say {list(wanted[key])}"
+
+
+def empty_model(config: Mapping[str, Any], **timm_kwargs: Any) -> nn.Module:
+    """The network with shapes but no memory; timm checks and completes the arguments.
+
+    Raises:
+        DataError: The patch does not divide the image.
+    """
+    args = {"num_classes": config["num_classes"], **config["model_args"], **timm_kwargs}
+    if not args.get("dynamic_img_pad"):
+        require_divisible(args["img_size"], args["patch_size"])
+    with torch.device("meta"):
+        return timm.create_model(
+            config["architecture"],
+            pretrained_cfg=config["pretrained_cfg"],
+            pretrained_model_args=dict(config["model_args"]),
+            **args,
+        )
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor by name."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}

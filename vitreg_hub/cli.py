@@ -1,0 +1,128 @@
+"""Train, check and publish Vision Transformers with registers."""
+
+import argparse
+import fnmatch
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import timm
+import transformers
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from vitreg_hub import doors, hub
+from vitreg_hub.arch import ARCHS
+from vitreg_hub.errors import VitregError
+from vitreg_hub.training import quickstart as quickstart_run
+
+EXAMPLES = """examples:
+  vitreg quickstart                          train a register ViT on real digits, bundle, verify, draw (about 2 minutes)
+  vitreg list 'vit_*_reg4*'                  architectures with four registers
+  vitreg verify quickstart/model             open a bundle through timm and transformers, with and without vitreg_hub
+  vitreg push quickstart/model org/name      publish it in one commit
+  vitreg pull org/name folder                fetch a published bundle
+"""
+
+
+def list_archs(pattern: str) -> None:
+    """Print the table of architectures."""
+    chosen = [spec for name, spec in ARCHS.items() if fnmatch.fnmatch(name, pattern)]
+    if not chosen:
+        raise VitregError(f"no architecture matches {pattern!r}; `vitreg list` prints all {len(ARCHS)}.")
+    rows = [("name", "params", "width/depth/heads", "patch", "size", "tags")]
+    for spec in chosen:
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{spec.name}.*")]
+        shape = f"{spec.embed_dim}/{spec.depth}/{spec.num_heads}"
+        params = f"{spec.num_params / 1e6:.1f}M"
+        rows.append((spec.name, params, shape, str(spec.patch_size), str(spec.img_size), ", ".join(tags)))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
+
+
+def quickstart(out: str, push: str | None) -> None:
+    """Train a small register ViT on real digits, bundle it, verify it and draw its tokens."""
+    result = quickstart_run.quickstart(out, push_to=push)
+    print(f"\nheld-out accuracy {result.accuracy:.3f}")
+    print(f"model    {result.model}")
+    _print_doors(result.doors)
+    print(f"figure   {result.figure}")
+    if result.commit:
+        print(f"pushed   {result.commit} (loaded back: equal)")
+    print(f"""
+next:
+  python -c "import timm; print(timm.create_model('local-dir:{result.model}', pretrained=True))"
+  python -c "import vitreg_hub; from transformers import AutoModel; print(AutoModel.from_pretrained('{result.model}'))"
+  vitreg push {result.model} your-name/vit_nano_reg4.digits""")
+
+
+def verify(folder: str) -> None:
+    """Open a bundle in timm and in transformers, with and without vitreg_hub, and compare all outputs."""
+    _print_doors(doors.verify(folder))
+
+
+def push(folder: str, repo: str, private: bool) -> None:
+    """Verify a bundle and publish it in one commit."""
+    print(hub.push(folder, repo, private=private))
+
+
+def pull(repo: str, folder: str) -> None:
+    """Fetch a published bundle into a new folder."""
+    print(hub.pull(repo, folder))
+
+
+def _print_doors(differences: dict[str, float]) -> None:
+    for door, difference in differences.items():
+        print(f"opens    in {door.ljust(24)} largest difference {difference:g}")
+
+
+FOLDER = ("folder", {"help": "folder of a bundle"})
+
+COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]] = {
+    "quickstart": (
+        quickstart,
+        [
+            ("--out", {"default": "quickstart", "help": "new folder for the results"}),
+            ("--push", {"metavar": "ORG/NAME", "help": "publish to the Hub that HF_ENDPOINT names, and load back"}),
+        ],
+    ),
+    "list": (list_archs, [("pattern", {"nargs": "?", "default": "*", "help": "shell-style pattern of names"})]),
+    "verify": (verify, [FOLDER]),
+    "push": (
+        push,
+        [
+            FOLDER,
+            ("repo", {"help": "org/name; made if it does not exist"}),
+            ("--private", {"action": "store_true", "help": "a new repository can be seen by its owner alone"}),
+        ],
+    ),
+    "pull": (pull, [("repo", {"help": "org/name or org/name@revision"}), ("folder", {"help": "must not exist"})]),
+}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with the examples as they are written."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line. A user's mistake ends in one sentence on stderr and exit status 1."""
+    parser = ArgumentParser(prog="vitreg", description=__doc__, epilog=EXAMPLES, formatter_class=HelpFormatter)
+    parser.add_argument("--version", action="version", version=f"vitreg_hub {version('vitreg_hub')}")
+    subcommands = parser.add_subcommands(required=True, dest="command")
+    for name, (function, arguments) in COMMANDS.items():
+        command = ArgumentParser(description=function.__doc__)
+        for argument, settings in arguments:
+            command.add_argument(argument, **settings)
+        subcommands.add_subcommand(name, command, help=function.__doc__)
+    given = parser.parse_args(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("vitreg_hub").setLevel(logging.INFO)
+    transformers.logging.disable_progress_bar()
+    try:
+        COMMANDS[given.command][0](**given[given.command].as_dict())
+    except VitregError as error:
+        sys.exit(f"vitreg: {error}")
+    except KeyboardInterrupt:
+        sys.exit("vitreg: interrupted")

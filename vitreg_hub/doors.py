@@ -1,0 +1,74 @@
+"""Open a bundle through every door that its users have, and compare what comes out."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitreg_hub import plain_doors
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.errors import BundleError
+
+DOORS = ("timm", "transformers", "timm+vitreg_hub", "transformers+vitreg_hub")
+
+
+@torch.inference_mode()
+def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, float]:
+    """Open a bundle through all four doors; two of them in a fresh process that never imports this package.
+
+    Compares all tokens after the final norm, the pooled features and, with a head, the logits, on the CPU.
+
+    Args:
+        folder: A bundle's folder.
+        images: [B, C, H, W] of the bundle's input size; two images of noise by default.
+
+    Returns:
+        Largest absolute difference to `ModelBundle.build` per door: all 0.
+
+    Raises:
+        BundleError: A rule is broken, a door does not open, or an output differs by more than 0.
+    """
+    bundle = ModelBundle.load(folder)
+    model = bundle.build()
+    if images is None:
+        images = torch.randn(2, *bundle.preprocess.input_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(model.parameters()).dtype)
+    ours = plain_doors.timm_outputs(model, images)
+
+    opened = _open_plain_doors(Path(folder).resolve(), images)
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    opened["timm+vitreg_hub"] = plain_doors.timm_outputs(by_folder, images)
+    opened["transformers+vitreg_hub"] = plain_doors.transformers_outputs(
+        str(folder), images, num_classes=bundle.num_classes
+    )
+    worst = {door: _difference(ours, opened[door]) for door in DOORS}
+    if any(worst.values()):
+        raise BundleError(f"{folder}: outputs differ by door, largest absolute difference: {worst}")
+    return worst
+
+
+def _open_plain_doors(folder: Path, images: Tensor) -> dict[str, dict[str, Tensor]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        sent, returned = Path(scratch, "images.safetensors"), Path(scratch, "outputs.safetensors")
+        save_file({"images": images.contiguous()}, sent)
+        script = [sys.executable, "-P", plain_doors.__file__, folder, sent, returned]  # -P: no imports from its folder
+        run = subprocess.run(script, capture_output=True, text=True, check=False)
+        if run.returncode:
+            last = run.stderr.strip().rsplit("\n", 1)[-1]
+            raise BundleError(f"{folder} does not open in plain timm and plain transformers: {last}")
+        doors: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_file(returned).items():
+            door, _, name = key.partition(".")
+            doors.setdefault(door, {})[name] = tensor
+        return doors
+
+
+def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    if ours.keys() != theirs.keys():
+        raise BundleError(f"a door gives {sorted(theirs)}, but the bundle has {sorted(ours)}")
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)

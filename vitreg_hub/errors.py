@@ -1,0 +1,21 @@
+"""Everything a user can cause and fix. Any other exception is a bug and keeps its traceback."""
+
+
+class VitregError(ValueError):
+    """Base of everything a user can cause and fix."""
+
+
+class UnknownArchError(VitregError):
+    """A name that is in no table."""
+
+
+class BundleError(VitregError):
+    """A folder or repository that would not load through every door."""
+
+
+class DataError(VitregError):
+    """A data set or image that cannot be used as asked."""
+
+
+class HubError(VitregError):
+    """A Hub that refused, or could not be reached."""

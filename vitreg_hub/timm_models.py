@@ -1,0 +1,93 @@
+"""Every row of the table as a timm model: entrypoints, pretrained cfgs and tags."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    model_entrypoint,
+    register_model,
+)
+from torch import nn
+
+from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_divisible
+
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
+"""Bundles that are part of the package: one folder each, named architecture.tag."""
+
+DINOV2_SIZES = ("small", "base", "large", "giant")
+"""Sizes of which timm distributes Meta's DINOv2 weights with four registers (dinov2/hub/backbones.py)."""
+
+
+def eval_cfg(spec: ArchSpec) -> PretrainedCfg:
+    """timm's description of the images that a row expects, without weights."""
+    return PretrainedCfg(
+        num_classes=1000 if spec.family == "deit3" else 0,  # the only lineage that is trained as a classifier
+        input_size=(3, spec.img_size, spec.img_size),
+        fixed_input_size=True,
+        interpolation="bicubic",
+        crop_pct=spec.lineage.crop_pct,
+        mean=spec.lineage.mean,
+        std=spec.lineage.std,
+        first_conv="patch_embed.proj",
+        classifier="head",
+    )
+
+
+def _weights() -> Iterator[tuple[str, PretrainedCfg]]:
+    """Yield (architecture.tag, cfg) of all weights: timm's DINOv2 with registers, and the bundles in the package."""
+    for size in DINOV2_SIZES:
+        repo = f"vit_{size}_patch14_reg4_dinov2.lvd142m"
+        cfg = get_pretrained_cfg(repo)
+        yield f"vit_{size}_reg4.dinov2_lvd142m", dataclasses.replace(cfg, hf_hub_id=f"timm/{repo}", url=None)
+    for folder in sorted(SHIPPED_WEIGHTS.glob("*.*")):
+        config = json.loads((folder / "config.json").read_text())
+        cfg = PretrainedCfg(**config["pretrained_cfg"], label_names=config.get("label_names"))
+        yield folder.name, dataclasses.replace(cfg, file=str(folder / "model.safetensors"))
+
+
+def _default_cfgs() -> dict[str, DefaultCfg]:
+    tagged = generate_default_cfgs(dict(_weights()))
+    return tagged | generate_default_cfgs({n: eval_cfg(spec) for n, spec in ARCHS.items() if n not in tagged})
+
+
+default_cfgs = _default_cfgs()  # timm's decorator looks it up by this name, in the module of the entrypoint
+
+
+def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
+        if pretrained_cfg is None or isinstance(pretrained_cfg, str):  # our tag: upstream's entrypoint has others
+            pretrained_cfg = get_pretrained_cfg(f"{spec.name}.{pretrained_cfg}" if pretrained_cfg else spec.name)
+        args = spec.model_args() | kwargs
+        if not args.get("dynamic_img_pad"):
+            require_divisible(args["img_size"], args["patch_size"])
+        model = model_entrypoint(spec.base)(pretrained, pretrained_cfg=pretrained_cfg, **args)
+        if not pretrained:
+            init_registers(model)
+        return model
+
+    build.__name__ = build.__qualname__ = spec.name  # the key in timm's registry
+    build.__doc__ = f"{spec.family} ViT, {spec.size}, patch {spec.patch_size}, {spec.num_registers} registers."
+    return build
+
+
+def init_registers(model: nn.Module) -> None:
+    """Draw the registers of a new model from N(0, `REGISTER_INIT_STD`^2), so that no two are alike."""
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] == "reg_token":
+            nn.init.normal_(parameter, std=REGISTER_INIT_STD)
+
+
+def register() -> list[str]:
+    """Add every row that timm does not have. Returns the names added; a second call returns []."""
+    new = [spec for spec in ARCHS.values() if not timm.is_model(spec.name)]
+    for spec in new:
+        register_model(_entrypoint(spec))
+    return [spec.name for spec in new]
