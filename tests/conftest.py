@@ -12,8 +12,12 @@ os.environ.pop("HF_TOKEN", None)
 
 import pytest
 import torch
+from hub_server import HubServer, User
+from huggingface_hub import constants
 
 import vitreg_hub  # noqa: F401  (registers the models)
+
+HUB_TOKENS = {"hf_good": User("alice", orgs=("lab",)), "hf_reader": User("alice", ("lab",), read_only=True)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,3 +44,18 @@ def _seeded() -> Iterator[None]:
 def folder(tmp_path: Path) -> Path:
     """A folder that does not exist yet."""
     return tmp_path / "bundle"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub for this process and those that it starts; the token may publish below lab/."""
+    with HubServer(HUB_TOKENS) as server:
+        for name, value in server.env("hf_good").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server

@@ -12,13 +12,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import SwiGLUPacked
+from timm.layers import GluMlp, LayerScale
 from timm.models import FeatureInfo, VisionTransformer, get_pretrained_cfg
 from torch import Tensor, nn
 
 from vitreg_hub import arch, timm_models
 from vitreg_hub.arch import ARCHS, get_arch
-from vitreg_hub.errors import UnknownArchError, VitregError
+from vitreg_hub.errors import DataError, UnknownArchError, VitregError
 
 SAME_IN_TIMM = {
     **{f"vit_{size}_reg4": f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "large", "giant")},
@@ -81,8 +81,9 @@ def test_numbers_of_the_table_are_those_of_the_network(name: str):
     assert spec.num_patches == model.patch_embed.num_patches
     assert (spec.num_registers, spec.num_registers + 1) == (model.num_reg_tokens, model.num_prefix_tokens)
     assert (spec.embed_dim, spec.depth) == (model.embed_dim, len(model.blocks))
+    assert {block.attn.num_heads for block in model.blocks} == {spec.num_heads}
     assert model.pretrained_cfg["architecture"] == name
-    assert model.pretrained_cfg["input_size"] == (3, spec.img_size, spec.img_size)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, spec.img_size, spec.img_size)
 
 
 @every_arch
@@ -122,16 +123,23 @@ def test_the_table_needs_no_torch():
 def test_modules_and_shapes_are_those_of_timm(name: str, timm_name: str):
     ours, theirs = on_meta(name), on_meta(timm_name)
     assert str(ours) == str(theirs)  # shows the classes, epsilons and widths of all modules
+    assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
+    assert ours.global_pool == theirs.global_pool
     shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
     if not theirs.no_embed_class:  # our class token has no position
         shapes["pos_embed"] = (1, theirs.patch_embed.num_patches, theirs.embed_dim)
     assert {key: tensor.shape for key, tensor in ours.state_dict().items()} == shapes
 
 
+def layer_scales(model: VisionTransformer) -> set[float]:
+    return {module.gamma[0].item() for module in model.modules() if isinstance(module, LayerScale)}
+
+
 @every_twin
 def test_the_same_weights_give_the_same_features(name: str, timm_name: str):
     sizes = dict(depth=2, embed_dim=96, num_heads=4, num_classes=0, img_size=4 * get_arch(name).patch_size)
     ours, theirs = (timm.create_model(n, **sizes).eval() for n in (name, timm_name))
+    assert layer_scales(ours) == layer_scales(theirs)
     for parameter in theirs.parameters():  # a LayerScale of 1e-5 would hide the blocks
         nn.init.normal_(parameter, std=0.3)
     weights = theirs.state_dict()
@@ -153,7 +161,8 @@ def test_family_facts(name: str):
         activation = "SiLU"
     assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {eps}
     assert {type(block.mlp.act).__name__ for block in model.blocks} == {activation}
-    assert {isinstance(block.mlp, SwiGLUPacked) for block in model.blocks} == {activation == "SiLU"}
+    gates = {isinstance(block.mlp, GluMlp) and not block.mlp.gate_last for block in model.blocks}
+    assert gates == {activation == "SiLU"}
     assert (model.patch_embed.proj.bias is None) == spec.family.startswith("clip")
     assert isinstance(model.norm_pre, nn.LayerNorm) == spec.family.startswith("clip")
 
@@ -184,6 +193,13 @@ def test_img_size(img_size: int | tuple[int, int], grid: tuple[int, int]):
     assert model.patch_embed.grid_size == grid
     assert model.pos_embed.shape == (1, grid[0] * grid[1], 128)
     assert model.forward_features(torch.randn(1, 3, 4 * grid[0], 4 * grid[1])).shape == (1, 3 + grid[0] * grid[1], 128)
+
+
+@pytest.mark.parametrize("img_size", [30, (32, 30)])
+def test_img_size_that_the_patches_do_not_divide(img_size: int | tuple[int, int]):
+    with pytest.raises(DataError, match="multiples of 4"):
+        nano(img_size=img_size)
+    assert nano(img_size=img_size, dynamic_img_pad=True)(torch.randn(1, 3, 30, 30)).shape == (1, 128)
 
 
 def test_dynamic_img_size():

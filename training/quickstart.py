@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 from timm.data import create_transform, resolve_model_data_config
-from vitreg_hub.model_cards.card import render
-from vitreg_hub.training.supervised import Recipe, train
 
 from vitreg_hub.analysis.figures import token_figure
 from vitreg_hub.bundle import ModelBundle
@@ -16,6 +14,8 @@ from vitreg_hub.datasets import digits
 from vitreg_hub.doors import verify
 from vitreg_hub.errors import BundleError
 from vitreg_hub.hub import pull, push
+from vitreg_hub.model_cards.card import render
+from vitreg_hub.training.supervised import Recipe, train
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vitreg_hub.bundle import ModelBundle, Provenance
 
@@ -99,7 +100,7 @@ def train(recipe: Recipe, *, train_set: datasets.Dataset, test_set: datasets.Dat
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
 
     history = []
-    with tqdm(total=recipe.epochs * steps, desc=f"train {recipe.arch}", unit="step") as bar:
+    with logging_redirect_tqdm(), tqdm(total=recipe.epochs * steps, desc=f"train {recipe.arch}", unit="step") as bar:
         for epoch in range(1, recipe.epochs + 1):
             losses = []
             for step, (images, targets) in enumerate(loader, start=(epoch - 1) * steps):

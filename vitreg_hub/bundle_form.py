@@ -116,7 +116,8 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         fill(staging)
-        staging.chmod(0o755)  # mkdtemp's folders are private
+        for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make private ones
+            path.chmod(0o755 if path.is_dir() else 0o644)
         staging.rename(target)
     except BaseException:
         shutil.rmtree(staging)

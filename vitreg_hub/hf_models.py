@@ -12,32 +12,18 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, LayerScale
+from timm.layers import Attention, LayerScale, to_2tuple
 from timm.models import VisionTransformer, get_pretrained_cfg
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    TimmWrapperConfig,
-    TimmWrapperImageProcessor,
-    initialization,
-)
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, initialization
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin, filter_output_hidden_states
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BackboneOutput,
-    BaseModelOutput,
-    BaseModelOutputWithPooling,
-    ImageClassifierOutput,
-)
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models import auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import _active_collector, capture_outputs
@@ -46,7 +32,6 @@ from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch
 from vitreg_hub.bundle_form import Preprocess, Provenance, make_config
 from vitreg_hub.errors import DataError
 
-MODEL_TYPE = TimmWrapperConfig.model_type
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
 
 
@@ -93,6 +78,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         spec = get_arch(self.vitreg["arch"] if self.vitreg else arch)
         cfg = dataclasses.asdict(get_pretrained_cfg(spec.name))
         args = spec.model_args() | {"in_chans": 3} | (self.model_args or {})
+        args["img_size"] = to_2tuple(args["img_size"])
         defaults = make_config(
             spec=spec,
             model_args=args,
@@ -133,7 +119,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
 
     @image_size.setter
     def image_size(self, size: int | list[int]) -> None:
-        self._img_size = [size, size] if isinstance(size, int) else list(size)
+        self._img_size = list(to_2tuple(size))
 
     @property
     def num_register_tokens(self) -> int:
@@ -204,14 +190,13 @@ class AttentionKernel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config: VitRegConfig | None = None  # the model's, set by `_timm_network`
+        self.config: VitRegConfig | None = None  # the model's, set by it
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         attended, weights = attend(self, query, key, value, None, scaling=scaling, dropout=dropout)
-        collector = _active_collector.get()
-        if weights is None and collector is not None and "attentions" in collector:
-            # fused kernels never form them, and a checkpointed block is run again without a collector
+        if attend is not _eager_attention and "attentions" in (_active_collector.get() or ()):
+            # fused kernels never form the weights, and a checkpointed block is run again without a collector
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.gradient_checkpointing):
                 weights = (query * scaling @ key.transpose(-2, -1)).softmax(dim=-1)
         return attended, weights
@@ -264,22 +249,18 @@ class VitRegPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: VitRegConfig, *, num_classes: int) -> None:
         super().__init__(config)
-        self.timm_model = self._timm_network(num_classes)
-        self.post_init()
-
-    def _timm_network(self, num_classes: int) -> VisionTransformer:
-        network = timm.create_model(
-            self.config.architecture,
+        self.timm_model = timm.create_model(
+            config.architecture,
             num_classes=num_classes,
             dynamic_img_size=True,  # identical at the native size
             block_fn=VitRegBlock,
             attn_layer=VitRegAttention,
-            pretrained_cfg=self.config.pretrained_cfg,
-            **self.config.model_args,
+            pretrained_cfg=config.pretrained_cfg,
+            **config.model_args,
         )
-        for block in network.blocks:
+        for block in self.timm_model.blocks:
             block.attn.kernel.config = self.config
-        return network
+        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -293,7 +274,7 @@ class VitRegPreTrainedModel(PreTrainedModel):
                     initialization.normal_(token, std=std)
 
     @capture_outputs(tie_last_hidden_states=False)
-    def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """[B, C, H, W] -> [B, N, D] after the final norm; the decorator adds hidden states and attentions."""
         patch, (height, width) = self.config.patch_size, pixel_values.shape[-2:]
         if not torch.compiler.is_compiling() and (height % patch or width % patch):
@@ -301,7 +282,8 @@ class VitRegPreTrainedModel(PreTrainedModel):
                 f"an image of {height}x{width} pixels does not divide into patches of {patch}: "
                 f"resize or pad it to multiples of {patch}."
             )
-        return BaseModelOutput(last_hidden_state=self.timm_model.forward_features(pixel_values.to(self.dtype)))
+        tokens = self.timm_model.forward_features(pixel_values.to(self.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens)
 
     def get_input_embeddings(self) -> nn.Module:
         """The projection of the patches."""
@@ -371,12 +353,9 @@ class VitRegForImageClassification(VitRegPreTrainedModel):
         """Classify images.
 
         Args:
-            pixel_values: [B, C, H, W], any height and width that the patch divides.
+            pixel_values: As for `VitRegModel`.
             labels: [B] classes, or [B, num_labels] for several labels per image or regression.
-            **kwargs: `output_hidden_states` (True, or a list of indices), `output_attentions`, `return_dict`.
-
-        Raises:
-            DataError: The patch does not divide the image.
+            **kwargs: As for `VitRegModel`.
         """
         encoded = self._encode(pixel_values, return_dict=True, **kwargs)
         logits = self.timm_model.forward_head(encoded.last_hidden_state)
@@ -398,15 +377,7 @@ class VitRegBackbone(BackboneMixin, VitRegPreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        """Compute feature maps, [B, D, H/p, W/p] for each of `out_features`.
-
-        Args:
-            pixel_values: [B, C, H, W], any height and width that the patch divides.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
-
-        Raises:
-            DataError: The patch does not divide the image.
-        """
+        """Compute feature maps, [B, D, H/p, W/p] for each of `out_features`. Arguments as for `VitRegModel`."""
         encoded = self._encode(pixel_values, return_dict=True, **kwargs)
         maps = tuple(self._feature_map(encoded.hidden_states[i], pixel_values) for i in self.out_indices)
         return BackboneOutput(feature_maps=maps, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
@@ -423,9 +394,9 @@ class VitRegBackbone(BackboneMixin, VitRegPreTrainedModel):
 
 def register() -> None:
     """Let transformers' auto classes give our models for our bundles. A second call changes nothing."""
-    AutoConfig.register(MODEL_TYPE, VitRegConfig, exist_ok=True)
-    AutoModel.register(VitRegConfig, VitRegModel, exist_ok=True)
-    AutoModelForImageClassification.register(VitRegConfig, VitRegForImageClassification, exist_ok=True)
-    AutoBackbone.register(VitRegConfig, VitRegBackbone, exist_ok=True)
+    auto.AutoConfig.register(TimmWrapperConfig.model_type, VitRegConfig, exist_ok=True)
+    auto.AutoModel.register(VitRegConfig, VitRegModel, exist_ok=True)
+    auto.AutoModelForImageClassification.register(VitRegConfig, VitRegForImageClassification, exist_ok=True)
+    auto.AutoBackbone.register(VitRegConfig, VitRegBackbone, exist_ok=True)
     processors = dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor)  # timm's own transforms either way
-    AutoImageProcessor.register(VitRegConfig, image_processor_classes=processors, exist_ok=True)
+    auto.AutoImageProcessor.register(VitRegConfig, image_processor_classes=processors, exist_ok=True)

@@ -14,6 +14,7 @@ def token_figure(vit: VisionTransformer, images: Tensor, *, file: str | Path) ->
     """Draw, per image, the input, the norms of its patch tokens and what the class token and the registers attend to.
 
     Norms are those after the last block, before the final norm; attention is that of the last block, mean over heads.
+    Every map has its own colour scale, from the smallest to the largest value that stand below it.
 
     Args:
         vit: A timm ViT with a class token.
@@ -26,15 +27,17 @@ def token_figure(vit: VisionTransformer, images: Tensor, *, file: str | Path) ->
     attention = attention_maps(vit, images)[-1].mean(dim=1)[:, :first_patch, first_patch:]  # [B, 1 + R, P]
     titles = ["input", "patch norms", "class attention", *(f"register {r}" for r in range(1, first_patch))]
 
-    figure = Figure(figsize=(1.5 * len(titles), 1.6 * len(images) + 0.3), layout="constrained")
+    figure = Figure(figsize=(1.6 * len(titles), 1.75 * len(images) + 0.3), layout="constrained")
     axes = figure.subplots(len(images), len(titles), squeeze=False)
     for row, image, norm, maps in zip(axes, images, norms, attention, strict=True):
-        shown = [_displayable(image), norm.reshape(grid), *maps.reshape(-1, *grid)]
-        for axis, picture, title in zip(row, shown, titles, strict=True):
-            axis.imshow(picture.numpy(), cmap="viridis")
-            axis.set_axis_off()
-            if row is axes[0]:
-                axis.set_title(title, fontsize=9)
+        row[0].imshow(_displayable(image).numpy())
+        for axis, values in zip(row[1:], [norm, *maps], strict=True):
+            axis.imshow(values.reshape(grid).numpy(), cmap="viridis")
+            axis.set_xlabel(f"{values.min():.2g} to {values.max():.2g}", fontsize=7)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
     figure.savefig(file, dpi=150)
     return Path(file)
 

@@ -1,0 +1,68 @@
+"""The command line: what it prints, and one sentence for each mistake."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from models import random_bundle
+
+from vitreg_hub.arch import ARCHS
+from vitreg_hub.cli import main
+
+
+def test_list_prints_the_table(capsys):
+    main(["list", "vit_*_reg4"])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "params", "width/depth/heads", "patch", "size", "tags"]
+    facts = {row.split()[0]: row.split()[1:] for row in rows}
+    assert facts["vit_large_reg4"] == ["304.4M", "1024/24/16", "14", "518", "dinov2_lvd142m"]
+    assert facts["vit_nano_reg4"] == ["0.8M", "128/4/4", "4", "32", "digits"]
+    assert len(facts) == 6
+
+
+def test_list_without_a_pattern_prints_all(capsys):
+    main(["list"])
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]] == list(ARCHS)
+
+
+def test_version_and_help(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out.strip() == f"vitreg_hub {version('vitreg_hub')}"
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    assert "examples:\n  vitreg quickstart " in capsys.readouterr().out
+
+
+def test_module_is_the_command():
+    run = subprocess.run([sys.executable, "-m", "vitreg_hub", "list", "vit_giant_reg0"], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert "1536/40/24" in run.stdout
+    assert not run.stderr
+
+
+MISTAKES = {
+    "no architecture matches 'vit_hug'; `vitreg list` prints all 114.": ["list", "vit_hug"],
+    "{tmp}/nothing is neither a folder nor an architecture": ["verify", "{tmp}/nothing"],
+    "{tmp} is no bundle: it has no config.json.": ["verify", "{tmp}"],
+    "{tmp} exists: choose another folder with --out or delete it first.": ["quickstart", "--out", "{tmp}"],
+    "'a/b/c' is no repository id: give it as organisation/name.": ["pull", "a/b/c", "{tmp}/new"],
+    "R6: there is no model.safetensors": ["push", "{tmp}/broken", "org/name"],
+}
+
+
+@pytest.mark.parametrize("says", MISTAKES)
+def test_mistake_is_one_sentence(says, tmp_path, capsys):
+    random_bundle().save(tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as done:
+        main([argument.format(tmp=tmp_path) for argument in MISTAKES[says]])
+    sentence = done.value.code  # sys.exit prints it to stderr and exits with status 1
+    assert sentence.startswith("vitreg: ")
+    assert says.format(tmp=tmp_path) in sentence
+    assert "\n" not in sentence
+    assert not capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
