@@ -9,6 +9,9 @@ from pathlib import Path
 _CACHE = tempfile.TemporaryDirectory(prefix="vitreg-tests-")
 os.environ |= {"HF_HOME": _CACHE.name, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 os.environ.pop("HF_TOKEN", None)
+# Workers that share the cores, each with a thread per core, would wait for each other most of the time.
+_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 
 import pytest
 import torch
@@ -34,10 +37,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(_THREADS)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def load(*names: str) -> list[ModuleType]:
         _add_module(PACKAGE, __path__=[str(upstream.source("transformers") / "tests")])
     with (
         # one of them imports transformers a second time, from a checkout that is not there
-        unittest.mock.patch("transformers.utils.direct_transformers_import", lambda *_, **__: transformers),
+        unittest.mock.patch("transformers.utils.direct_transformers_import", return_value=transformers),
         # without it pytest lets them use their own marks
         unittest.mock.patch.object(pytest.mark, "_config", None),
     ):

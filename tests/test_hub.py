@@ -40,12 +40,17 @@ def test_published_bundle_is_the_same_through_every_door_in_fresh_processes(hub,
 import json, sys
 {plugin}
 import timm, torch
-from transformers import AutoBackbone, AutoModel
+from PIL import Image
+from transformers import AutoBackbone, AutoImageProcessor, AutoModel
 images = torch.load(sys.argv[2], weights_only=True)
 timm_model = timm.create_model("hf-hub:" + sys.argv[1], pretrained=True).eval()
 hf_model = AutoModel.from_pretrained(sys.argv[1]).eval()
 with torch.no_grad():
     found = {{"timm": timm_model.forward_features(images), "transformers": hf_model(images).last_hidden_state}}
+    processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(timm_model))
+    picture = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50).convert("RGB")
+    assert torch.equal(processor(picture).pixel_values[0], transform(picture))
     if {backbone}:
         backbone = AutoBackbone.from_pretrained(sys.argv[1], out_indices=[4], reshape_hidden_states=False).eval()
         found["backbone"] = backbone(images).feature_maps[0]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.datasets import digits
-from vitreg_hub.errors import BundleError
+from vitreg_hub.errors import BundleError, HubError
 from vitreg_hub.training.quickstart import quickstart
 from vitreg_hub.training.supervised import Recipe, train
 
@@ -61,6 +61,14 @@ def test_same_seed_same_weights():
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     other = train(Recipe(epochs=1, batch_size=16, seed=1), train_set=few, test_set=few, dataset="few")
     assert not torch.equal(other.bundle.state_dict["reg_token"], first["reg_token"])
+
+
+def test_publishing_without_a_token_is_refused_before_the_work(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="no access token"):
+        quickstart(tmp_path / "run", push_to="lab/digits")
+    assert not (tmp_path / "run").exists()
+    assert not hub.requests
 
 
 def test_existing_folder_is_refused_before_the_work(tmp_path):

@@ -13,7 +13,7 @@ from vitreg_hub.bundle_form import write_folder
 from vitreg_hub.datasets import digits
 from vitreg_hub.doors import verify
 from vitreg_hub.errors import BundleError
-from vitreg_hub.hub import pull, push
+from vitreg_hub.hub import pull, push, require_token
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.training.supervised import Recipe, train
 
@@ -55,6 +55,8 @@ def quickstart(out: str | Path = "quickstart", *, push_to: str | None = None, re
     out = Path(out)
     if out.exists():
         raise BundleError(f"{out} exists: choose another folder with --out or delete it first.")
+    if push_to:
+        require_token(push_to)
     test_set = digits("test")
     result = train(recipe or Recipe(), train_set=digits("train"), test_set=test_set, dataset="scikit-learn digits")
     name = push_to or f"your-name/{result.bundle.arch}.digits"

@@ -77,8 +77,8 @@ class ModelBundle:
             BundleError: A setting of the model cannot be stored, or is not what the architecture says.
         """
         spec = get_arch(arch)
-        made_with = get_model_args(model)
-        args = spec.model_args() | {k: v for k, v in made_with.items() if k not in ("num_classes", "dynamic_img_size")}
+        not_stored = ("num_classes", "dynamic_img_size", "dynamic_img_pad")
+        args = spec.model_args() | {k: v for k, v in get_model_args(model).items() if k not in not_stored}
         try:
             args = json.loads(json.dumps(args))
         except TypeError as error:

@@ -13,6 +13,18 @@ from vitreg_hub.hub_access import download, hub_errors
 from vitreg_hub.model_cards.card import render
 
 
+def require_token(repo_id: str) -> None:
+    """Refuse what cannot be published, before any work is done for it.
+
+    Raises:
+        HubError: No token, or no repository id.
+    """
+    with hub_errors(repo_id):
+        hf.utils.validate_repo_id(repo_id)
+    if hf.get_token() is None:
+        raise HubError("no access token: run `hf auth login` or set HF_TOKEN, then try again.")
+
+
 def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     """Verify a bundle and publish it in one commit; the repository is made if it does not exist.
 
@@ -31,10 +43,9 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
         HubError: No token, no permission, or no network.
     """
     folder = Path(folder)
+    require_token(repo_id)
     verify(folder)
     with hub_errors(repo_id):
-        if hf.get_token() is None:
-            raise HubError("no access token: run `hf auth login` or set HF_TOKEN, then try again.")
         api = hf.HfApi(library_name="vitreg_hub")
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         files: dict[str, str | bytes] = {name: str(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}

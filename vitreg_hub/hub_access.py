@@ -27,8 +27,6 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         yield
     except hf_errors.HFValidationError as error:
         raise HubError(f"{repo_id!r} is no repository id: give it as organisation/name.") from error
-    except hf_errors.LocalTokenNotFoundError as error:
-        raise HubError("no access token: run `hf auth login` or set HF_TOKEN, then try again.") from error
     except hf_errors.RevisionNotFoundError as error:
         raise HubError(f"{repo_id} has no such branch, tag or commit at {endpoint}: {error}") from error
     except hf_errors.RepositoryNotFoundError as error:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 
 def medians(contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds per call. Every round calls each contestant once, so that a slow moment of the machine hits all."""
+    """Median seconds per call. A round calls each contestant once, so that a slow moment of the machine hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(warmup + rounds):
         for name, call in contestants.items():
