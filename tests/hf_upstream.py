@@ -10,7 +10,6 @@ import unittest.mock
 from types import ModuleType
 
 import numpy as np
-import pytest
 import transformers
 import upstream
 from PIL import Image
@@ -58,10 +57,6 @@ def load(*names: str) -> list[ModuleType]:
         for name, members in STAND_INS.items():
             _add_module(name, **members)
         _add_module(PACKAGE, __path__=[str(upstream.source("transformers") / "tests")])
-    with (
-        # one of them imports transformers a second time, from a checkout that is not there
-        unittest.mock.patch("transformers.utils.direct_transformers_import", return_value=transformers),
-        # without it pytest lets them use their own marks
-        unittest.mock.patch.object(pytest.mark, "_config", None),
-    ):
+    # one of them imports transformers a second time, from a checkout that is not there
+    with unittest.mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
         return [importlib.import_module(f"{PACKAGE}.{name}") for name in names]

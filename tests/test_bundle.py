@@ -104,6 +104,11 @@ def test_broken_weights_rule_is_named(breaks, opens, saved):
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_trainer_writes_beside_the_weights_is_no_second_weights_file(saved):
+    (saved / "training_args.bin").write_bytes(b"a pickle that is never read")
+    assert ModelBundle.load(saved).arch == "vit_nano_reg4"
+
+
 def test_contradicting_number_of_registers(saved):
     edit_config(saved, lambda config: config["model_args"].update(reg_tokens=8))
     with pytest.raises(BundleError, match=r"vit_nano_reg4 has 4 registers, but model_args.reg_tokens is 8"):

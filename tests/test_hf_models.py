@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from models import randomised
 from PIL import Image
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -48,10 +49,9 @@ def make_config(arch: str = "vit_nano_reg4", **kwargs: Any) -> VitRegConfig:
 
 
 def make(model_class: type, config: VitRegConfig | None = None):
-    """A model whose parameters all matter: LayerScale starts so small that the blocks would not."""
+    """A model with weights under which nothing can hide."""
     model = model_class(config or make_config()).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=0.1, std=0.2)
+    randomised(model.timm_model)
     return model
 
 
@@ -194,8 +194,7 @@ def test_feature_maps_are_timms(choice, pixels):
     config = make_config(**choice)
     model = AutoBackbone.from_config(config).eval()
     assert type(model) is VitRegBackbone
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+    randomised(model.timm_model)
     height, width = pixels.shape[-2] // PATCH, pixels.shape[-1] // PATCH
     maps = model(pixels).feature_maps
     expected = timm_twin(model).forward_intermediates(pixels, indices=[0, 2], norm=True, intermediates_only=True)
@@ -459,6 +458,8 @@ def test_trainer_resumes(saved, tmp_path):
 SHALLOW = dict(num_hidden_layers=2)
 """For tools that take their time for each block."""
 
+TRACED = [VitRegModel, VitRegBackbone, pytest.param(VitRegForImageClassification, marks=pytest.mark.slow)]
+
 
 def test_pipelines(saved):
     model, folder = saved
@@ -501,7 +502,7 @@ def test_blocks_on_disk(saved, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model_class", [VitRegModel, VitRegForImageClassification, VitRegBackbone])
+@pytest.mark.parametrize("model_class", TRACED)
 def test_compile(model_class, backend):
     torch.compiler.reset()
     model = make(model_class, make_config(**SHALLOW))
@@ -531,7 +532,7 @@ def _exported_by_transformers(model: nn.Module) -> Callable[..., Any]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("export", [_exported, _exported_by_transformers])
-@pytest.mark.parametrize("model_class", [VitRegModel, VitRegForImageClassification, VitRegBackbone])
+@pytest.mark.parametrize("model_class", TRACED)
 def test_export_with_free_sizes(model_class, export):
     model = make(model_class, make_config(**SHALLOW))
     program = export(model)
@@ -544,7 +545,7 @@ def test_export_with_free_sizes(model_class, export):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_class", [VitRegModel, VitRegForImageClassification, VitRegBackbone])
+@pytest.mark.parametrize("model_class", TRACED)
 def test_onnx_with_free_sizes(model_class, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

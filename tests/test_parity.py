@@ -1,15 +1,13 @@
-"""One network, three implementations: ours, timm's DINOv2 with registers, and transformers' `Dinov2WithRegistersModel`.
-
-All parameters are random, none is near its initial value: a part that one implementation left out would show.
-"""
+"""One network, three implementations: ours, timm's DINOv2 with registers, transformers' `Dinov2WithRegistersModel`."""
 
 from collections.abc import Iterator
 
 import pytest
 import timm
 import torch
+from models import randomised
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import vitreg_hub  # noqa: F401  (registers the models)
@@ -32,16 +30,7 @@ NAMES = {  # ours -> transformers', as far as they differ
 
 @pytest.fixture(scope="module")
 def ours() -> VisionTransformer:
-    torch.manual_seed(0)
-    network = timm.create_model(ARCH, dynamic_img_size=True, num_classes=0).eval()
-    for name, parameter in network.named_parameters():
-        if name.endswith("gamma"):
-            nn.init.uniform_(parameter, 0.3, 0.7)
-        elif "norm" in name and name.endswith("weight"):
-            nn.init.uniform_(parameter, 0.5, 1.5)
-        else:
-            nn.init.normal_(parameter, std=0.04)
-    return network
+    return randomised(timm.create_model(ARCH, dynamic_img_size=True, num_classes=0))
 
 
 def renamed(state_dict: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

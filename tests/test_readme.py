@@ -15,7 +15,7 @@ SHELL = [line for language, code in BLOCKS if language == "bash" for line in cod
 SETUP = "pip install -e . && vitreg quickstart"
 TESTS = 'pip install -e ".[test]" && pytest'
 
-pytestmark = [pytest.mark.xdist_group("readme"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 def run(command: list[str] | str, folder: Path) -> str:

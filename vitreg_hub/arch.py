@@ -117,6 +117,7 @@ class ArchSpec:
         args: dict[str, Any] = dict(
             img_size=[self.img_size, self.img_size],
             patch_size=self.patch_size,
+            in_chans=3,
             embed_dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
@@ -202,7 +203,7 @@ def require_divisible(img_size: int | Sequence[int], patch_size: int) -> None:
     if height % patch_size or width % patch_size:
         raise DataError(
             f"an image of {height}x{width} pixels does not divide into patches of {patch_size}: "
-            f"use multiples of {patch_size}, or pad it."
+            f"resize or pad it to multiples of {patch_size}."
         )
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import timm
-import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
@@ -23,6 +22,8 @@ from vitreg_hub.arch import ARCHS, ArchSpec, require_divisible
 from vitreg_hub.errors import BundleError
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+"""What transformers' Trainer writes beside a model: no weights, never read here and never published."""
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -183,7 +184,7 @@ def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
 def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what in a bundle's weights would close a door (rule R6), from the header alone."""
     found = {path.name for pattern in WEIGHTS_PATTERNS for path in folder.glob(pattern)}
-    for name in sorted(found - {WEIGHTS_FILE}):
+    for name in sorted(found - {WEIGHTS_FILE} - TRAINER_FILES):
         yield f"R6: {name} is a second weights file; only {WEIGHTS_FILE} may be there, and pickles are never read"
     if WEIGHTS_FILE not in found:
         yield f"R6: there is no {WEIGHTS_FILE}"
@@ -204,7 +205,7 @@ def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 def tensor_problems(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     try:
-        wanted = shapes_of(empty_model(config).state_dict())
+        wanted = shapes_of(empty_model(config, weight_init="skip").state_dict())
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         yield f"timm cannot build the model from model_args: {error}"
         return
@@ -226,13 +227,13 @@ def empty_model(config: Mapping[str, Any], **timm_kwargs: Any) -> nn.Module:
     args = {"num_classes": config["num_classes"], **config["model_args"], **timm_kwargs}
     if not args.get("dynamic_img_pad"):
         require_divisible(args["img_size"], args["patch_size"])
-    with torch.device("meta"):
-        return timm.create_model(
-            config["architecture"],
-            pretrained_cfg=config["pretrained_cfg"],
-            pretrained_model_args=dict(config["model_args"]),
-            **args,
-        )
+    return timm.create_model(
+        config["architecture"],
+        pretrained_cfg=config["pretrained_cfg"],
+        pretrained_model_args=dict(config["model_args"]),
+        device="meta",
+        **args,
+    )
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

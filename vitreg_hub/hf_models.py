@@ -7,8 +7,7 @@ transformers adds and removes by a rule that each model class gives it.
 import copy
 import dataclasses
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import timm
 import torch
@@ -24,13 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models import auto
-from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import _active_collector, capture_outputs
 
-from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch
+from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible
 from vitreg_hub.bundle_form import Preprocess, Provenance, make_config
-from vitreg_hub.errors import DataError
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
 
@@ -77,7 +74,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     def __post_init__(self, arch: str = "vit_base_reg4", **kwargs: Any) -> None:
         spec = get_arch(self.vitreg["arch"] if self.vitreg else arch)
         cfg = dataclasses.asdict(get_pretrained_cfg(spec.name))
-        args = spec.model_args() | {"in_chans": 3} | (self.model_args or {})
+        args = spec.model_args() | (self.model_args or {})
         args["img_size"] = to_2tuple(args["img_size"])
         defaults = make_config(
             spec=spec,
@@ -157,7 +154,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         )
 
 
-@dataclass
+@dataclasses.dataclass
 class VitRegModelOutput(BaseModelOutputWithPooling):
     """Output of `VitRegModel`; N = 1 + R + P tokens: class, registers, patches.
 
@@ -242,7 +239,7 @@ class VitRegPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": VitRegBlock, "attentions": AttentionKernel}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # here, so that subclasses of users write bundles too
         super().__init_subclass__(**kwargs)
         prefix = WeightRenaming(r"^(?!timm_model\.)(.+)", r"timm_model.\1")
         register_checkpoint_conversion_mapping(cls.__name__, [prefix], overwrite=True)
@@ -276,14 +273,9 @@ class VitRegPreTrainedModel(PreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """[B, C, H, W] -> [B, N, D] after the final norm; the decorator adds hidden states and attentions."""
-        patch, (height, width) = self.config.patch_size, pixel_values.shape[-2:]
-        if not torch.compiler.is_compiling() and (height % patch or width % patch):
-            raise DataError(
-                f"an image of {height}x{width} pixels does not divide into patches of {patch}: "
-                f"resize or pad it to multiples of {patch}."
-            )
-        tokens = self.timm_model.forward_features(pixel_values.to(self.dtype))
-        return BaseModelOutputWithPooling(last_hidden_state=tokens)
+        if not torch.compiler.is_compiling():
+            require_divisible(pixel_values.shape[-2:], self.config.patch_size)
+        return BaseModelOutputWithPooling(self.timm_model.forward_features(pixel_values.to(self.dtype)))
 
     def get_input_embeddings(self) -> nn.Module:
         """The projection of the patches."""
@@ -300,10 +292,10 @@ class VitRegPreTrainedModel(PreTrainedModel):
         config = self.config
         self.config = copy.deepcopy(config)
         self.config.num_labels = self.timm_model.num_classes  # what is written has the head that this model has
-        origin = config.vitreg["provenance"]["origin"].removeprefix(SAVED_BY_TRANSFORMERS)
-        # the weights may have changed since they were measured
-        provenance = Provenance(origin=SAVED_BY_TRANSFORMERS + origin, license=config.vitreg["provenance"]["license"])
-        self.config.vitreg["provenance"] = dataclasses.asdict(provenance)
+        old = config.vitreg["provenance"]
+        origin = SAVED_BY_TRANSFORMERS + old["origin"].removeprefix(SAVED_BY_TRANSFORMERS)
+        # no figures: the weights may have changed since they were measured
+        self.config.vitreg["provenance"] = dataclasses.asdict(Provenance(origin=origin, license=old.get("license")))
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
