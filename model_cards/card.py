@@ -4,6 +4,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vitreg_hub.bundle import ModelBundle
 
+PLACEHOLDER = "your-name/{name}"
+"""Repository in the card of a bundle that is not published yet; `push` puts the real one in its place."""
+
 TEMPLATE = """\
 ---
 {metadata}
@@ -53,13 +56,14 @@ With `import vitreg_hub` before, `AutoModel` also gives `register_tokens`, `patc
 """
 
 
-def render(bundle: ModelBundle, *, repo: str) -> str:
+def render(bundle: ModelBundle, *, repo: str | None = None) -> str:
     """Text of a bundle's README.md.
 
     Args:
         bundle: The model.
-        repo: ``org/name`` under which it is, or will be, published.
+        repo: ``org/name`` under which it is published; a placeholder by default.
     """
+    repo = repo or PLACEHOLDER.format(name=bundle.arch)
     origin, registers = bundle.provenance, bundle.spec.num_registers
     _, height, width = bundle.preprocess.input_size
     return TEMPLATE.format(

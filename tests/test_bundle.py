@@ -1,5 +1,6 @@
 """Bundles: the one form on disk, what breaks it, and what is built from it."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -109,6 +110,35 @@ def test_what_a_trainer_writes_beside_the_weights_is_no_second_weights_file(save
     assert ModelBundle.load(saved).arch == "vit_nano_reg4"
 
 
+STRANGE_CONFIGS = [
+    (lambda config: config.update(model_args=[1]), r"model_args must be dict, not \[1\]"),
+    (lambda config: config.update(pretrained_cfg="x"), "pretrained_cfg must be dict, not 'x'"),
+    (lambda config: config.update(num_classes="10"), "num_classes must be int, not '10'"),
+    (lambda config: config.update(num_classes=None), "num_classes must be int, not None"),
+    (lambda config: config.update(label_names=["a"]), r"label_names must be a list of 10 names, not \['a'\]"),
+    (lambda config: config.update(label_names="0123456789"), "label_names must be a list of 10 names"),
+    (lambda config: config["vitreg"].update(arch=3), "no architecture 3"),
+    (lambda config: config["vitreg"].update(arch=["x"]), "no architecture"),
+    (lambda config: config["vitreg"].update(provenance=[]), "does not say the origin"),
+    (lambda config: config["vitreg"]["provenance"].update(more=1), r"provenance holds \['more'\]; a newer vitreg_hub"),
+    (lambda config: config["vitreg"]["provenance"].update(metrics={"accuracy": "high"}), "metrics must be numbers"),
+    (lambda config: config["model_args"].update(patch_size=0), "patch_size must be a positive whole number, not 0"),
+    (lambda config: config["model_args"].update(num_heads=0), "num_heads must be a positive whole number, not 0"),
+    (lambda config: config["model_args"].update(img_size="32"), "img_size must be height and width, not '32'"),
+    (lambda config: config["model_args"].update(act_layer="nope"), "timm cannot build the model .*nope"),
+    (lambda config: config["pretrained_cfg"].update(mean=0.5), "mean must be a list of numbers, not 0.5"),
+    (lambda config: config["pretrained_cfg"].update(input_size=[1, 32, 32]), "but model_args say"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), STRANGE_CONFIGS)
+def test_strange_config_is_one_sentence(change, says, saved):
+    edit_config(saved, change)
+    with pytest.raises(BundleError, match=says) as caught:
+        ModelBundle.load(saved)
+    assert "\n" not in str(caught.value)
+
+
 def test_contradicting_number_of_registers(saved):
     edit_config(saved, lambda config: config["model_args"].update(reg_tokens=8))
     with pytest.raises(BundleError, match=r"vit_nano_reg4 has 4 registers, but model_args.reg_tokens is 8"):
@@ -204,9 +234,48 @@ def test_build_with_a_new_head(saved):
     model = bundle.build(num_classes=3)
     images = torch.randn(2, 3, 32, 32)
     assert model(images).shape == (2, 3)
-    assert model.head.weight.std() > 0
+    wide = bundle.build(num_classes=1000).head
+    theirs = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=1000).head
+    assert wide.weight.std().item() == pytest.approx(theirs.weight.std().item(), rel=0.02)
+    assert not wide.bias.any()
+    assert not theirs.bias.any()
     assert torch.equal(model.forward_features(images), bundle.build().forward_features(images))
     assert bundle.build(num_classes=0)(images).shape == (2, 128)
+
+
+def test_half_precision_weights_open_in_float32_through_all_doors(folder):
+    model = randomised(timm.create_model("vit_nano_reg4", num_classes=10)).to(torch.bfloat16)
+    ModelBundle.from_timm(model, arch="vit_nano_reg4", provenance=Provenance(origin="random weights")).save(folder)
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert {p.dtype for p in ModelBundle.load(folder).build().parameters()} == {torch.float32}
+    assert verify(folder) == dict.fromkeys(DOORS, 0.0)
+
+
+def test_verify_refuses_what_is_no_number(folder):
+    bundle = random_bundle()
+    bundle.state_dict["head.bias"][0] = float("nan")
+    bundle.save(folder)
+    with pytest.raises(BundleError, match="the logits differ in shape, or hold infinities or no numbers at all"):
+        verify(folder)
+
+
+def test_replaced_weights_are_the_ones_that_are_built(saved):
+    bundle = ModelBundle.load(saved)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in bundle.state_dict.items()}
+    assert not any(p.any() for p in dataclasses.replace(bundle, state_dict=zeros).build().parameters())
+
+
+def test_loaded_bundle_outlives_its_folder(saved):
+    bundle = ModelBundle.load(saved)
+    expected = bundle.build().cls_token
+    shutil.rmtree(saved)
+    assert torch.equal(bundle.build().cls_token, expected)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_nano_reg8"])
+def test_model_of_another_architecture_is_refused(name):
+    with pytest.raises(BundleError, match="this is no bundle of vit_nano_reg4: "):
+        ModelBundle.from_timm(timm.create_model(name), arch="vit_nano_reg4", provenance=Provenance(origin="x"))
 
 
 def test_build_takes_dtype(saved):
@@ -215,17 +284,21 @@ def test_build_takes_dtype(saved):
     assert model(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).isfinite().all()
 
 
-@pytest.mark.parametrize("change", [{"reg_tokens": 8}, {"depth": 6}])
+@pytest.mark.parametrize(
+    "change", [{"reg_tokens": 8}, {"reg_tokens": 0}, {"depth": 6}, {"depth": 2}, {"embed_dim": 64}, {"mlp_ratio": 2}]
+)
 def test_build_refuses_weights_that_do_not_fit(change, saved):
-    with pytest.raises(BundleError, match="vit_nano_reg4: "):
+    with pytest.raises(BundleError, match="vit_nano_reg4: the weights do not fit") as caught:
         ModelBundle.load(saved).build(**change)
+    assert "\n" not in str(caught.value)
 
 
 def test_image_that_the_patch_does_not_divide(saved):
-    with pytest.raises(DataError, match="30x30 pixels does not divide into patches of 4"):
+    with pytest.raises(DataError, match="30x30 pixels does not divide into patches of 4x4: "):
         ModelBundle.load(saved).build(img_size=30)
-    with pytest.raises(DataError, match="225x225 pixels does not divide into patches of 14"):
+    with pytest.raises(DataError, match="225x225 pixels does not divide into patches of 14x14: "):
         timm.create_model("vit_small_reg4", img_size=225)
+    assert timm.create_model("vit_nano_reg4", img_size=(32, 24), patch_size=(4, 8)).patch_embed.grid_size == (8, 3)
 
 
 def test_verify_sees_a_difference(saved, monkeypatch):
@@ -240,7 +313,7 @@ def test_verify_sees_a_difference(saved, monkeypatch):
 
 def test_verify_reports_a_door_that_does_not_open(saved, monkeypatch):
     monkeypatch.setattr("vitreg_hub.doors.ModelBundle.load", lambda source: random_bundle())
-    shutil.rmtree(saved)
+    (saved / "config.json").unlink()
     with pytest.raises(
         BundleError, match=r"does not open in plain timm and plain transformers: .*Config file not found"
     ):

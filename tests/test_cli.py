@@ -44,13 +44,24 @@ def test_module_is_the_command():
     assert not run.stderr
 
 
+def test_reader_of_the_output_may_stop():
+    listing = subprocess.Popen(
+        [sys.executable, "-m", "vitreg_hub", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    listing.stdout.close()
+    assert listing.stderr.read() == b""
+    assert listing.wait() == 0
+
+
 MISTAKES = {
     "no architecture matches 'vit_hug'; `vitreg list` prints all 114.": ["list", "vit_hug"],
-    "{tmp}/nothing is neither a folder nor an architecture": ["verify", "{tmp}/nothing"],
+    "{tmp}/nothing is no folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
     "{tmp} is no bundle: it has no config.json.": ["verify", "{tmp}"],
-    "{tmp} exists: choose another folder with --out or delete it first.": ["quickstart", "--out", "{tmp}"],
+    "vit_nano_reg4.digits is no folder: fetch": ["verify", "vit_nano_reg4.digits"],
+    "cannot write to {tmp}/broken/config.json": ["quickstart", "--out", "{tmp}/broken/config.json/new"],
+    "{tmp} exists: choose another folder or delete it first.": ["quickstart", "--out", "{tmp}"],
     "'a/b/c' is no repository id: give it as organisation/name.": ["pull", "a/b/c", "{tmp}/new"],
-    "R6: there is no model.safetensors": ["push", "{tmp}/broken", "org/name"],
+    "R6: there is no model.safetensors": ["verify", "{tmp}/broken"],
 }
 
 

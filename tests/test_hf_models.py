@@ -225,7 +225,7 @@ def test_bfloat16(saved):
 
 @pytest.mark.parametrize("model_class", [VitRegModel, VitRegForImageClassification, VitRegBackbone])
 def test_image_that_the_patch_does_not_divide(model_class):
-    with pytest.raises(DataError, match=r"^an image of 32x30 pixels .* patches of 4: resize or pad [^.]*\.$"):
+    with pytest.raises(DataError, match=r"^an image of 32x30 pixels .* patches of 4x4: resize or pad [^.]*\.$"):
         make(model_class)(images((32, 30)))
 
 

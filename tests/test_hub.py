@@ -15,6 +15,7 @@ from models import random_bundle
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.errors import BundleError, HubError
 from vitreg_hub.hub import pull, push
+from vitreg_hub.model_cards.card import render
 
 REPO = "lab/vit_nano_reg4"
 
@@ -90,6 +91,14 @@ def test_card_of_the_folder_is_sent_and_the_repositorys_own_kept(hub, tmp_path, 
     assert hub.repos[REPO].files()["README.md"] == b"# ours\n"
 
 
+def test_card_without_a_repository_gets_the_real_one(hub, tmp_path, verified):
+    bundle = random_bundle()
+    push(bundle.save(tmp_path / "quickstart", card=render(bundle)), REPO)
+    card = hub.repos[REPO].files()["README.md"].decode()
+    assert "your-name" not in card
+    assert card.count(REPO) == 3
+
+
 def test_nothing_is_sent_of_a_folder_that_fails_a_door(hub, saved):
     (saved / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(BundleError, match="R6"):
@@ -117,9 +126,33 @@ def test_revisions(hub, saved, verified, tmp_path):
     push(other, REPO)
     assert ModelBundle.load(f"hf-hub:{REPO}").arch == "vit_nano_reg8"
     assert ModelBundle.load(f"hf-hub:{REPO}@{first}").arch == "vit_nano_reg4"
-    with pytest.raises(HubError, match="no such branch, tag or commit"):
+    with pytest.raises(HubError, match="no such branch, tag or commit") as caught:
         pull(f"{REPO}@nothing", tmp_path / "pulled")
+    one_sentence(caught)
     assert not (tmp_path / "pulled").exists()
+
+
+def test_pull_into_an_existing_folder_asks_nothing_of_the_hub(hub, tmp_path):
+    with pytest.raises(BundleError, match="exists: choose another folder"):
+        pull(REPO, tmp_path)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(("answer", "says"), [(403, "sending to lab/vit_nano_reg4 failed"), (500, "sending to")])
+def test_upload_that_breaks_off_is_one_sentence(answer, says, hub, saved, verified, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
+    hub.fault = lambda request: (answer, {}, b"") if request.command == "PUT" else None
+    with pytest.raises(HubError, match=says) as caught:
+        push(saved, REPO)
+    one_sentence(caught)
+    assert len(hub.repos[REPO].commits) == 1  # the Hub's own
+
+
+def test_refused_commit_is_one_sentence(hub, saved, verified):
+    hub.fault = lambda request: (400, {}, b"no\nsuch\nluck") if "/commit/" in request.path else None
+    with pytest.raises(HubError, match="refused the request for lab/vit_nano_reg4 with status 400") as caught:
+        push(saved, REPO)
+    one_sentence(caught)
 
 
 def one_sentence(caught) -> str:
@@ -175,8 +208,8 @@ def test_dropped_download_leaves_nothing(hub, saved, verified, tmp_path):
 
     hub.fault = fault
     with pytest.raises(HubError, match="cannot be reached"):
-        pull(REPO, tmp_path / "pulled")
-    assert not (tmp_path / "pulled").exists()
+        pull(REPO, tmp_path / "target" / "pulled")
+    assert not (tmp_path / "target").exists()
 
 
 def test_repository_that_is_no_bundle(hub, tmp_path):

@@ -21,7 +21,8 @@ PACKAGES = {
 LAYERS = [
     {"errors"},
     {"arch"},
-    {"timm_models", "hub_access", "bundle_form", "tokens", "plain_doors"},
+    {"timm_models", "hub_access", "tokens", "plain_doors"},
+    {"bundle_form"},
     {"bundle"},
     {"hf_models", "doors", "datasets", "analysis", "model_cards"},
     {"hub"},
@@ -29,7 +30,6 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-SAME_LAYER = {("bundle_form", "hub_access")}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -48,6 +48,7 @@ def layer(module: str) -> int:
 def imports(path: Path) -> Iterator[str]:
     """Yield the modules of ours that a file imports anywhere, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vitreg_hub":
             names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "vitreg_hub" else []
             yield from names or [node.module]

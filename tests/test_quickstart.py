@@ -25,6 +25,7 @@ def test_quickstart_publishes_what_it_trained(hub, tmp_path):
     assert repo.files()["model.safetensors"] == (result.model / "model.safetensors").read_bytes()
     card = repo.files()["README.md"].decode()
     assert f"value: {result.accuracy}" in card
+    assert "loss" not in card
     assert 'timm.create_model("hf-hub:lab/digits", pretrained=True)' in card
     provenance = json.loads((result.model / "config.json").read_text())["vitreg"]["provenance"]
     assert provenance["metrics"]["accuracy"] == result.accuracy

@@ -67,5 +67,5 @@ def test_shell_line(line, folder):
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_python_block(code, folder):
     printed = run([sys.executable, "-c", code], folder)
-    for shape in re.findall(r"# (\[[\d, ]+\])", code):
+    for shape in re.findall(r"\[[\d, ]+\]", " ".join(re.findall(r"# (.*)", code))):
         assert f"torch.Size({shape})" in printed

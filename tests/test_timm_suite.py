@@ -21,8 +21,9 @@ from timm.optim import param_groups_layer_decay
 
 from vitreg_hub.arch import ARCHS
 
+SLOWEST = "test_prune_intermediate_layers_contract"  # copies the model three times per block
 RUN = [
-    "test_prune_intermediate_layers_contract",  # by far the slowest goes first, so that no worker waits for it
+    SLOWEST,  # first, so that no worker waits for it
     "test_model_forward",
     "test_model_backward",
     "test_model_default_cfgs_non_std",
@@ -52,8 +53,8 @@ def upstream_tests() -> Path:
     return upstream.source("timm") / "tests" / "test_models.py"
 
 
-def run_suite(archs: list[str], report: Path, *options: str) -> dict[str, list[str]]:
-    """Run upstream's tests on `archs`. Returns the models that passed each function; any other outcome fails."""
+def run_suite(archs: list[str], functions: list[str], report: Path, *options: str) -> dict[str, list[str]]:
+    """Run upstream's `functions` on `archs`. Returns the models that passed each; any other outcome fails."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     for name in ("GITHUB_ACTIONS", "TORCH_BACKEND", "TORCH_DEVICE", "PYTEST_ADDOPTS"):  # they change what is run
         environment.pop(name, None)
@@ -61,7 +62,7 @@ def run_suite(archs: list[str], report: Path, *options: str) -> dict[str, list[s
     pytest_command = [sys.executable, "-m", "pytest", "-p", "timm_suite_plugin", "-p", "no:cacheprovider", "-n", "2"]
     # importlib: the default import mode puts upstream's source in front of the installed timm.
     place = ["-c", path.parents[1] / "pyproject.toml", "--import-mode=importlib", f"--junitxml={report}"]
-    selected = [f"{path}::{function}" for function in RUN]
+    selected = [f"{path}::{function}" for function in functions]
     done = subprocess.run(
         [*pytest_command, *place, f"--archs={','.join(archs)}", *options, *selected],
         env=environment,
@@ -78,23 +79,26 @@ def run_suite(archs: list[str], report: Path, *options: str) -> dict[str, list[s
     return {function: sorted(models) for function, models in passed.items()}
 
 
-def expected(archs: list[str]) -> dict[str, list[str]]:
+def expected(archs: list[str], functions: list[str]) -> dict[str, list[str]]:
     """Upstream checks the cfg of every tag, anything else once per architecture."""
     with_tags = timm.list_models(archs, include_tags=True)
     assert {name.partition(".")[0] for name in with_tags} == set(archs)
-    return {f: sorted(with_tags if f == "test_model_default_cfgs_non_std" else archs) for f in RUN}
+    return {f: sorted(with_tags if f == "test_model_default_cfgs_non_std" else archs) for f in functions}
 
 
 @pytest.mark.parametrize(
     "archs", [pytest.param(EVERY_SIZE, id="every-size"), pytest.param(THE_REST, id="rest", marks=pytest.mark.slow)]
 )
 def test_shrunk(archs: list[str], tmp_path: Path):
-    assert run_suite(archs, tmp_path / "report.xml") == expected(archs)
+    assert run_suite(archs, RUN, tmp_path / "report.xml") == expected(archs, RUN)
 
 
-def test_full_size(tmp_path: Path):
+@pytest.mark.parametrize(
+    "functions", [pytest.param(RUN[1:], id="most"), pytest.param([SLOWEST], id="slowest", marks=pytest.mark.slow)]
+)
+def test_full_size(functions: list[str], tmp_path: Path):
     archs = ["vit_small_reg4", "vit_base_reg4_deit3"]
-    assert run_suite(archs, tmp_path / "report.xml", "--full-size") == expected(archs)
+    assert run_suite(archs, functions, tmp_path / "report.xml", "--full-size") == expected(archs, functions)
 
 
 def test_no_upstream_function_is_forgotten():

@@ -37,7 +37,9 @@ class QuickstartResult:
     commit: str | None = None
 
 
-def quickstart(out: str | Path = "quickstart", *, push_to: str | None = None, recipe: Recipe | None = None):
+def quickstart(
+    out: str | Path = "quickstart", *, push_to: str | None = None, recipe: Recipe | None = None
+) -> QuickstartResult:
     """Train a register ViT on scikit-learn's digits and take it all the way.
 
     Args:
@@ -45,24 +47,19 @@ def quickstart(out: str | Path = "quickstart", *, push_to: str | None = None, re
         push_to: ``org/name`` to publish it under; it is then loaded back and compared.
         recipe: Another run than the default one.
 
-    Returns:
-        A `QuickstartResult`.
-
     Raises:
-        BundleError: `out` exists, or what came back from the Hub is not what was sent.
+        BundleError: `out` exists or cannot be written to, or what came back from the Hub is not what was sent.
         HubError: Publishing failed; `out` is complete all the same.
     """
     out = Path(out)
-    if out.exists():
-        raise BundleError(f"{out} exists: choose another folder with --out or delete it first.")
     if push_to:
         require_token(push_to)
-    test_set = digits("test")
-    result = train(recipe or Recipe(), train_set=digits("train"), test_set=test_set, dataset="scikit-learn digits")
-    name = push_to or f"your-name/{result.bundle.arch}.digits"
+    test_set, accuracies = digits("test"), []
 
     def fill(staging: Path) -> None:
-        result.bundle.save(staging / "model", card=render(result.bundle, repo=name))
+        result = train(recipe or Recipe(), train_set=digits("train"), test_set=test_set, dataset="scikit-learn digits")
+        accuracies.append(result.accuracy)
+        result.bundle.save(staging / "model", card=render(result.bundle))
         vit = result.bundle.build()
         transform = create_transform(**resolve_model_data_config(vit))
         images = torch.stack([transform(row["image"]) for row in test_set.select(range(4))])
@@ -75,7 +72,7 @@ def quickstart(out: str | Path = "quickstart", *, push_to: str | None = None, re
         commit = push(out / "model", push_to)
         _compare_with_hub(out / "model", push_to)
     return QuickstartResult(
-        model=out / "model", figure=out / "tokens.png", accuracy=result.accuracy, doors=doors, commit=commit
+        model=out / "model", figure=out / "tokens.png", accuracy=accuracies[0], doors=doors, commit=commit
     )
 
 

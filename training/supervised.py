@@ -120,7 +120,7 @@ def train(recipe: Recipe, *, train_set: datasets.Dataset, test_set: datasets.Dat
         origin=f"trained from scratch on {dataset} with vitreg_hub's supervised recipe",
         license="apache-2.0",
         dataset=dataset,
-        metrics={"accuracy": accuracy, "loss": mean_loss},
+        metrics={"accuracy": accuracy},
         settings=asdict(recipe) | {"test_images": len(test_set), "train_images": len(train_set)},
         versions={name: version(name) for name in ("vitreg_hub", "torch", "timm", "accelerate")},
     )

@@ -189,21 +189,22 @@ ARCHS: dict[str, ArchSpec] = {
 }
 
 
-def require_divisible(img_size: int | Sequence[int], patch_size: int) -> None:
+def require_divisible(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> None:
     """Refuse an image that would lose its last rows or columns: timm cuts them off in silence.
 
     Args:
         img_size: Side, or height and width, in pixels.
-        patch_size: Side of a patch in pixels.
+        patch_size: Side, or height and width, of a patch in pixels.
 
     Raises:
         DataError: The patch does not divide the image.
     """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if height % patch_size or width % patch_size:
+    patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if height % patch[0] or width % patch[1]:
         raise DataError(
-            f"an image of {height}x{width} pixels does not divide into patches of {patch_size}: "
-            f"resize or pad it to multiples of {patch_size}."
+            f"an image of {height}x{width} pixels does not divide into patches of {patch[0]}x{patch[1]}: "
+            f"resize or pad it to multiples of that."
         )
 
 

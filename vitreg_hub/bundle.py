@@ -3,21 +3,20 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import timm
+import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import trunc_normal_
 from timm.models import VisionTransformer, adapt_input_conv, get_model_args, load_state_dict_from_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
 from vitreg_hub.bundle_form import (
-    CARD_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     Preprocess,
     Provenance,
     empty_model,
@@ -30,7 +29,7 @@ from vitreg_hub.bundle_form import (
     write_folder,
 )
 from vitreg_hub.errors import BundleError, UnknownArchError
-from vitreg_hub.hub_access import HUB_PREFIX, download, hub_errors
+from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, download, hub_errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +44,7 @@ class ModelBundle:
         preprocess: The images that the weights expect.
         provenance: Where the weights came from.
         label_names: Names of the classes.
-        weights_file: The file that `state_dict` is mapped from, if any.
+        weights_file: The file that `state_dict` is mapped from, set by `load`.
     """
 
     arch: str
@@ -55,7 +54,7 @@ class ModelBundle:
     preprocess: Preprocess
     provenance: Provenance
     label_names: tuple[str, ...] | None = None
-    weights_file: Path | None = None
+    weights_file: Path | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def spec(self) -> ArchSpec:
@@ -84,7 +83,7 @@ class ModelBundle:
         except TypeError as error:
             raise BundleError(f"{arch}: a bundle holds JSON only, but the model was built with {args}.") from error
         preprocess = Preprocess.from_cfg(model.pretrained_cfg | {"input_size": [model.in_chans, *args["img_size"]]})
-        return cls(
+        bundle = cls(
             arch=arch,
             model_args=args,
             num_classes=model.num_classes,
@@ -93,6 +92,8 @@ class ModelBundle:
             provenance=provenance,
             label_names=label_names,
         )
+        bundle.require_consistent()
+        return bundle
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
@@ -119,12 +120,12 @@ class ModelBundle:
         problems = [*rule_problems(config), *weights_problems(folder, config)]
         if problems:
             raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
-        return cls.from_config(config, load_file(folder / WEIGHTS_FILE), weights_file=folder / WEIGHTS_FILE)
+        bundle = cls.from_config(config, load_file(folder / WEIGHTS_FILE))
+        object.__setattr__(bundle, "weights_file", folder / WEIGHTS_FILE)  # of this bundle alone: `replace` drops it
+        return bundle
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, weights_file: Path | None = None
-    ) -> Self:
+    def from_config(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         """Build from the content of a config.json that keeps the rules, and weights."""
         labels = config.get("label_names")
         return cls(
@@ -135,7 +136,6 @@ class ModelBundle:
             preprocess=Preprocess.from_cfg(config["pretrained_cfg"]),
             provenance=Provenance(**config["vitreg"]["provenance"]),
             label_names=tuple(labels) if labels else None,
-            weights_file=weights_file,
         )
 
     @classmethod
@@ -170,6 +170,18 @@ class ModelBundle:
             label_names=self.label_names,
         )
 
+    def require_consistent(self) -> None:
+        """Refuse a bundle that would break the form on disk.
+
+        Raises:
+            BundleError: Settings or weights are not those of the architecture; the message names all problems.
+        """
+        problems = list(rule_problems(self.config())) or list(
+            tensor_problems(self.config(), shapes_of(self.state_dict))
+        )
+        if problems:
+            raise BundleError(f"this is no bundle of {self.arch}: " + "; ".join(problems))
+
     def save(self, folder: str | Path, *, card: str | None = None) -> Path:
         """Write the bundle to a new folder, which appears complete or not at all.
 
@@ -180,9 +192,7 @@ class ModelBundle:
         Raises:
             BundleError: The folder exists, or the weights are not those of the architecture.
         """
-        problems = [*rule_problems(self.config()), *tensor_problems(self.config(), shapes_of(self.state_dict))]
-        if problems:
-            raise BundleError(f"{self.arch} cannot be saved as a bundle: " + "; ".join(problems))
+        self.require_consistent()
 
         def fill(staging: Path) -> None:
             (staging / CONFIG_FILE).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
@@ -206,24 +216,37 @@ class ModelBundle:
             BundleError: The arguments change the network so that these weights do not fit.
         """
         placement = {k: timm_kwargs.pop(k) for k in ("device", "dtype") if k in timm_kwargs}
+        placement.setdefault("dtype", torch.get_default_dtype())  # as timm, whatever the weights are stored in
         model = empty_model(self.config(), **timm_kwargs)
         network = model.model if timm_kwargs.get("features_only") else model
-        state_dict = (
-            load_file(self.weights_file) if self.weights_file else {k: v.clone() for k, v in self.state_dict.items()}
-        )
-        if network.num_classes != self.num_classes:
+        state_dict = self._fresh_tensors()
+        new_head = network.num_classes != self.num_classes
+        if new_head:
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith("head.")}
         if network.in_chans != self.preprocess.input_size[0]:
             stem = "patch_embed.proj.weight"
             state_dict[stem] = adapt_input_conv(network.in_chans, state_dict[stem])
         try:
-            # assign: the tensors are ours alone, so they become the parameters without another copy
+            # assign: the tensors are the model's alone, so they become its parameters without another copy
             left = network.load_state_dict(checkpoint_filter_fn(state_dict, network), strict=False, assign=True)
         except RuntimeError as error:
-            raise BundleError(f"{self.arch}: these weights do not fit a model with {timm_kwargs}: {error}") from error
-        missing = [key for key in left.missing_keys if not key.startswith("head.")]
-        if missing:
-            raise BundleError(f"{self.arch}: a model with {timm_kwargs} has tensors that were not trained: {missing}")
-        if left.missing_keys:
-            network.head.to_empty(device="cpu").reset_parameters()
+            mismatch = str(error).rpartition("\n")[2].strip()
+            raise BundleError(f"{self.arch}: the weights do not fit a model with {timm_kwargs}: {mismatch}") from error
+        missing = [key for key in left.missing_keys if not (new_head and key.startswith("head."))]
+        unused = [] if timm_kwargs.get("features_only") else left.unexpected_keys
+        if missing or unused:
+            raise BundleError(
+                f"{self.arch}: the weights do not fit a model with {timm_kwargs}: "
+                f"{len(missing)} tensors lack, {len(unused)} have no place, first {[*missing, *unused][0]}"
+            )
+        if left.missing_keys:  # as timm draws a head
+            network.head.to_empty(device="cpu")
+            trunc_normal_(network.head.weight, std=0.02)
+            nn.init.zeros_(network.head.bias)
         return model.to(**placement).eval()
+
+    def _fresh_tensors(self) -> dict[str, Tensor]:
+        """Weights that no one else holds: the file mapped once more, which costs no copy, or copies."""
+        if self.weights_file is not None and self.weights_file.exists():
+            return load_file(self.weights_file)
+        return {name: tensor.clone() for name, tensor in self.state_dict.items()}

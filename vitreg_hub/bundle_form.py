@@ -6,6 +6,7 @@ make it open in plain timm and plain transformers as well as with this package.
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from vitreg_hub.arch import ARCHS, ArchSpec, require_divisible
 from vitreg_hub.errors import BundleError
+from vitreg_hub.hub_access import CONFIG_FILE, WEIGHTS_FILE
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 """What transformers' Trainer writes beside a model: no weights, never read here and never published."""
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -105,20 +106,39 @@ def make_config(
     return {key: value for key, value in config.items() if value is not None}
 
 
+def require_absent(target: Path) -> None:
+    """Refuse to replace a folder.
+
+    Raises:
+        BundleError: There is something.
+    """
+    if target.exists() or target.is_symlink():
+        raise BundleError(f"{target} exists: choose another folder or delete it first.")
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     """Run `fill` in a sibling temporary folder and rename it into place.
 
     Raises:
-        BundleError: `target` exists.
+        BundleError: `target` exists, or its parent cannot be written to; nothing was run.
     """
-    if target.exists():
-        raise BundleError(f"{target} exists: choose another folder or delete it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    require_absent(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise BundleError(f"cannot write to {target.parent}: {error.strerror}.") from error
     try:
         fill(staging)
         for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make private ones
-            path.chmod(0o755 if path.is_dir() else 0o644)
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         staging.rename(target)
     except BaseException:
         shutil.rmtree(staging)
@@ -137,53 +157,82 @@ def read_config(folder: Path, *, called: str) -> dict[str, Any]:
             f"{called} is neither a folder nor an architecture; `vitreg list` prints those, "
             "and a Hub repository needs the prefix 'hf-hub:'."
         )
+    if not (folder / CONFIG_FILE).is_file():
+        raise BundleError(f"{called} is no bundle: it has no {CONFIG_FILE}.")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-    except FileNotFoundError as error:
-        raise BundleError(f"{called} is no bundle: it has no {CONFIG_FILE}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{called} is no bundle: its {CONFIG_FILE} is not JSON ({error}).") from error
     if not isinstance(config, dict) or not isinstance(config.get("vitreg"), dict):
         raise BundleError(f"{called} is no bundle: its {CONFIG_FILE} has no 'vitreg' entry.")
     return config
 
 
+def vitreg_problems(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with our own entry in a config.json."""
+    arch, provenance = entry.get("arch"), entry.get("provenance")
+    if not isinstance(arch, str) or arch not in ARCHS:
+        yield f"no architecture {arch!r}; a newer vitreg_hub may have it"
+    if not isinstance(provenance, dict) or "origin" not in provenance:
+        yield "vitreg.provenance does not say the origin of the weights"
+    elif unknown := sorted(provenance.keys() - {f.name for f in dataclasses.fields(Provenance)}):
+        yield f"vitreg.provenance holds {unknown}; a newer vitreg_hub may know them"
+    elif not all(isinstance(value, int | float) for value in (provenance.get("metrics") or {}).values()):
+        yield f"vitreg.provenance.metrics must be numbers, not {provenance['metrics']}"
+
+
+def _kind_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what has another kind than it must have, so that the rules can be read."""
+    for key, kind in (("model_args", dict), ("pretrained_cfg", dict), ("num_classes", int)):
+        if type(config.get(key)) is not kind:
+            yield f"{key} must be {kind.__name__}, not {config.get(key)!r}"
+    args = config["model_args"] if isinstance(config.get("model_args"), dict) else {}
+    for key in ("patch_size", "embed_dim", "depth", "num_heads", "in_chans"):
+        value = args.get(key, 1)
+        if type(value) is not int or value < 1:
+            yield f"model_args.{key} must be a positive whole number, not {value!r}"
+    size = args.get("img_size", [1, 1])
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        yield f"model_args.img_size must be height and width, not {size!r}"
+
+
 def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what in a config.json would close a door, with the number of the rule and the door."""
-    spec = ARCHS.get(config["vitreg"].get("arch", ""))
-    if spec is None:
-        yield f"no architecture {config['vitreg'].get('arch')!r}; a newer vitreg_hub may have it"
+    first = [*vitreg_problems(config["vitreg"]), *_kind_problems(config)]
+    yield from first
+    if first:
         return
-    absent = [key for key in ("num_classes", "model_args", "pretrained_cfg") if key not in config]
-    if absent:
-        yield f"{CONFIG_FILE} lacks {absent}"
-        return
-    args, cfg = config["model_args"], config["pretrained_cfg"]
+    spec, args, cfg = ARCHS[config["vitreg"]["arch"]], config["model_args"], config["pretrained_cfg"]
     if config.get("architecture") != spec.base:
         yield (
             f"R1: architecture is {config.get('architecture')!r}, but for {spec.name} it must be the upstream name "
             f"{spec.base!r}, the only one that plain timm knows"
         )
-    if missing := sorted(spec.model_args().keys() - args.keys()):
+    missing = sorted(spec.model_args().keys() - args.keys())
+    if missing:
         yield f"R2: model_args lacks {missing}, so transformers would build the model at upstream's defaults"
     if "num_classes" in args:
         yield "R3: model_args holds num_classes, which transformers then passes twice"
     if unknown := sorted(cfg.keys() - {f.name for f in dataclasses.fields(PretrainedCfg)}):
         yield f"R4: pretrained_cfg holds {unknown}, which timm refuses; our own fields belong under 'vitreg'"
-    if missing := sorted({"input_size", "mean", "std"} - cfg.keys()):
-        yield f"pretrained_cfg lacks {missing}, so the images that the weights expect are not known"
     if "model_type" in config:
         yield f"R5: model_type is {config['model_type']!r}; leave it out, plain transformers must see timm's form"
     if args.get("reg_tokens", spec.num_registers) != spec.num_registers:
         yield f"{spec.name} has {spec.num_registers} registers, but model_args.reg_tokens is {args['reg_tokens']}"
-    provenance = config["vitreg"].get("provenance", {}).keys()
-    if "origin" not in provenance or provenance - {f.name for f in dataclasses.fields(Provenance)}:
-        yield f"vitreg.provenance has the fields {sorted(provenance)}; a newer vitreg_hub may know them"
+    images = cfg.get("input_size")
+    if not missing and images is not None and list(images) != [args["in_chans"], *args["img_size"]]:
+        yield f"pretrained_cfg.input_size is {list(images)}, but model_args say {[args['in_chans'], *args['img_size']]}"
+    for key in ("input_size", "mean", "std"):
+        if not isinstance(cfg.get(key), list | tuple) or not all(isinstance(v, int | float) for v in cfg[key]):
+            yield f"pretrained_cfg.{key} must be a list of numbers, not {cfg.get(key)!r}"
+    labels = config.get("label_names")
+    if labels is not None and (not isinstance(labels, list | tuple) or len(labels) != config["num_classes"]):
+        yield f"label_names must be a list of {config['num_classes']} names, not {labels!r}"
 
 
 def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what in a bundle's weights would close a door (rule R6), from the header alone."""
-    found = {path.name for pattern in WEIGHTS_PATTERNS for path in folder.glob(pattern)}
+    found = {path.name for pattern in WEIGHTS_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     for name in sorted(found - {WEIGHTS_FILE} - TRAINER_FILES):
         yield f"R6: {name} is a second weights file; only {WEIGHTS_FILE} may be there, and pickles are never read"
     if WEIGHTS_FILE not in found:
@@ -194,9 +243,12 @@ def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
             metadata = weights.metadata() or {}
             names = weights.keys()
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
+            integers = [name for name in names if not weights.get_slice(name).get_dtype().startswith(("F", "BF"))]
     except SafetensorError as error:
         yield f"R6: {WEIGHTS_FILE} is truncated or no safetensors file ({error})"
         return
+    if integers:
+        yield f"R6: {len(integers)} tensors of {WEIGHTS_FILE} are no floating-point numbers, first {integers[0]}"
     if metadata.get("format") != "pt":
         yield f"R6: the header of {WEIGHTS_FILE} has format {metadata.get('format')!r}; transformers wants 'pt'"
     if not any(rule_problems(config)):
@@ -204,10 +256,12 @@ def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def tensor_problems(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yield which tensors are not those of the network that a config.json describes."""
     try:
         wanted = shapes_of(empty_model(config, weight_init="skip").state_dict())
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        yield f"timm cannot build the model from model_args: {error}"
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        yield f"timm cannot build the model from model_args ({type(error).__name__}: {reason})"
         return
     if missing := sorted(wanted.keys() - shapes.keys()):
         yield f"R6: {len(missing)} tensors are missing under timm's names, first {missing[0]}"

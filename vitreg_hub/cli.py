@@ -3,6 +3,7 @@
 import argparse
 import fnmatch
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -107,7 +108,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line. A user's mistake ends in one sentence on stderr and exit status 1."""
+    """Run the command line.
+
+    A user's mistake ends in one sentence on stderr and exit status 1; wrong arguments in usage and status 2.
+    """
     parser = ArgumentParser(prog="vitreg", description=__doc__, epilog=EXAMPLES, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"vitreg_hub {version('vitreg_hub')}")
     subcommands = parser.add_subcommands(required=True, dest="command")
@@ -122,7 +126,10 @@ def main(args: Sequence[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     try:
         COMMANDS[given.command][0](**given[given.command].as_dict())
+        sys.stdout.flush()
     except VitregError as error:
         sys.exit(f"vitreg: {error}")
+    except BrokenPipeError:  # `vitreg list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("vitreg: interrupted")

@@ -21,7 +21,7 @@ DOORS = ("timm", "transformers", "timm+vitreg_hub", "transformers+vitreg_hub")
 def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, float]:
     """Open a bundle through all four doors; two of them in a fresh process that never imports this package.
 
-    Compares all tokens after the final norm, the pooled features and, with a head, the logits, on the CPU.
+    Compares all tokens after the final norm, the pooled features and, with a head, the logits, on the CPU in float32.
 
     Args:
         folder: A bundle's folder.
@@ -33,11 +33,12 @@ def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, flo
     Raises:
         BundleError: A rule is broken, a door does not open, or an output differs by more than 0.
     """
+    if not Path(folder).is_dir():
+        raise BundleError(f"{folder} is no folder: fetch a published bundle with `vitreg pull` first.")
     bundle = ModelBundle.load(folder)
     model = bundle.build()
     if images is None:
         images = torch.randn(2, *bundle.preprocess.input_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(model.parameters()).dtype)
     ours = plain_doors.timm_outputs(model, images)
 
     opened = _open_plain_doors(Path(folder).resolve(), images)
@@ -59,7 +60,7 @@ def _open_plain_doors(folder: Path, images: Tensor) -> dict[str, dict[str, Tenso
         script = [sys.executable, "-P", plain_doors.__file__, folder, sent, returned]  # -P: no imports from its folder
         run = subprocess.run(script, capture_output=True, text=True, check=False)
         if run.returncode:
-            last = run.stderr.strip().rsplit("\n", 1)[-1]
+            last = run.stderr.strip().rsplit("\n", 1)[-1] or f"it ended with status {run.returncode}"
             raise BundleError(f"{folder} does not open in plain timm and plain transformers: {last}")
         doors: dict[str, dict[str, Tensor]] = {}
         for key, tensor in load_file(returned).items():
@@ -71,4 +72,7 @@ def _open_plain_doors(folder: Path, images: Tensor) -> dict[str, dict[str, Tenso
 def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     if ours.keys() != theirs.keys():
         raise BundleError(f"a door gives {sorted(theirs)}, but the bundle has {sorted(ours)}")
-    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape or not (tensor.isfinite().all() and theirs[name].isfinite().all()):
+            raise BundleError(f"the {name} differ in shape, or hold infinities or no numbers at all")
+    return max((tensor - theirs[name]).abs().max().item() for name, tensor in ours.items())

@@ -27,7 +27,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import _active_collector, capture_outputs
 
 from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible
-from vitreg_hub.bundle_form import Preprocess, Provenance, make_config
+from vitreg_hub.bundle_form import Preprocess, Provenance, make_config, vitreg_problems
+from vitreg_hub.errors import BundleError
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
 
@@ -70,6 +71,12 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     patch_size = _model_arg("patch_size")
     num_channels = _model_arg("in_chans")
     _img_size = _model_arg("img_size")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "VitRegConfig | TimmWrapperConfig":
+        """`AutoConfig.for_model("timm_wrapper", architecture=...)` asks for any timm model, not for one of ours."""
+        if "architecture" in kwargs and not kwargs.get("vitreg"):
+            return TimmWrapperConfig(*args, **kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self, arch: str = "vit_base_reg4", **kwargs: Any) -> None:
         spec = get_arch(self.vitreg["arch"] if self.vitreg else arch)
@@ -133,6 +140,8 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         """Read a config.json: ours, or any other timm repository's as if this package were not there."""
         if not config_dict.get("vitreg"):
             return TimmWrapperConfig.from_dict(config_dict, **kwargs)
+        if problems := list(vitreg_problems(config_dict["vitreg"])):
+            raise BundleError("config.json breaks the form of a bundle: " + "; ".join(problems))
         return super().from_dict(config_dict, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:

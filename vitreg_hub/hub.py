@@ -6,10 +6,10 @@ from pathlib import Path
 import huggingface_hub as hf
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
+from vitreg_hub.bundle_form import require_absent, write_folder
 from vitreg_hub.doors import verify
 from vitreg_hub.errors import HubError
-from vitreg_hub.hub_access import download, hub_errors
+from vitreg_hub.hub_access import BUNDLE_FILES, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, download, hub_errors
 from vitreg_hub.model_cards.card import render
 
 
@@ -50,10 +50,17 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         files: dict[str, str | bytes] = {name: str(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
         if not api.file_exists(repo_id, CARD_FILE):
-            own = folder / CARD_FILE
-            files[CARD_FILE] = str(own) if own.exists() else render(ModelBundle.load(folder), repo=repo_id).encode()
+            files[CARD_FILE] = _card(folder, repo_id).encode()
         operations = [hf.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
         return api.create_commit(repo_id, operations, commit_message="Add model with vitreg_hub").commit_url
+
+
+def _card(folder: Path, repo_id: str) -> str:
+    """The folder's own card, or a new one where it has none, or still the one that names no repository."""
+    bundle, own = ModelBundle.load(folder), folder / CARD_FILE
+    if own.exists() and own.read_text() != render(bundle):
+        return own.read_text()
+    return render(bundle, repo=repo_id)
 
 
 def pull(name: str, folder: str | Path) -> Path:
@@ -67,11 +74,12 @@ def pull(name: str, folder: str | Path) -> Path:
         BundleError: The repository is no bundle, or the folder exists.
         HubError: No such repository or revision, no permission, or no network.
     """
+    require_absent(Path(folder))
     cached = download(name)
     ModelBundle.load(cached)
 
     def fill(staging: Path) -> None:
-        for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
+        for file in BUNDLE_FILES:
             if (cached / file).exists():
                 shutil.copyfile(cached / file, staging / file)
 

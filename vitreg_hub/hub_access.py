@@ -11,6 +11,7 @@ from huggingface_hub import errors as hf_errors
 from vitreg_hub.errors import HubError
 
 HUB_PREFIX = "hf-hub:"
+BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE) = ("config.json", "model.safetensors", "README.md")
 
 
 def parse_repo(name: str) -> tuple[str, str | None]:
@@ -28,33 +29,38 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except hf_errors.HFValidationError as error:
         raise HubError(f"{repo_id!r} is no repository id: give it as organisation/name.") from error
     except hf_errors.RevisionNotFoundError as error:
-        raise HubError(f"{repo_id} has no such branch, tag or commit at {endpoint}: {error}") from error
+        raise HubError(f"{repo_id} has no such branch, tag or commit at {endpoint}.") from error
     except hf_errors.RepositoryNotFoundError as error:
         raise HubError(
             f"no repository {repo_id} at {endpoint}, or it is private: check the name, and for a private one "
             "run `hf auth login` or set HF_TOKEN."
         ) from error
     except hf_errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, hf_errors.HfHubHTTPError):
+            raise HubError(_refusal(repo_id, error.__cause__)) from error
         raise HubError(
             f"{endpoint} cannot be reached and {repo_id} is not in the cache: check the network or HF_HUB_OFFLINE."
         ) from error
-    except hf_errors.EntryNotFoundError as error:
-        raise HubError(f"{repo_id} at {endpoint} lacks a file: {error}") from error
     except hf_errors.HfHubHTTPError as error:
         raise HubError(_refusal(repo_id, error)) from error
     except (httpx.TransportError, hf_errors.OfflineModeIsEnabled) as error:
         raise HubError(
             f"{endpoint} cannot be reached ({type(error).__name__}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from error
+    except RuntimeError as error:  # how the client reports an upload that broke off
+        if not isinstance(error.__cause__, hf_errors.HfHubHTTPError | httpx.TransportError):
+            raise
+        raise HubError(f"sending to {repo_id} failed ({type(error.__cause__).__name__}): try again.") from error
 
 
 def _refusal(repo_id: str, error: hf_errors.HfHubHTTPError) -> str:
-    status = error.response.status_code if error.response is not None else None
+    status = error.response.status_code
     if status == 401:
         return f"the access token for {repo_id} is missing or invalid: run `hf auth login` or set HF_TOKEN."
     if status == 403:
         return f"the access token may not do this with {repo_id}: use a token with write permission there."
-    return f"the Hub refused the request for {repo_id}: {error}"
+    reason = " ".join((error.server_message or "no reason given").split())
+    return f"the Hub refused the request for {repo_id} with status {status} ({reason})."
 
 
 def download(name: str) -> Path:

@@ -21,10 +21,12 @@ def timm_outputs(model: torch.nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def transformers_outputs(folder: str, images: Tensor, *, num_classes: int) -> dict[str, Tensor]:
     """The same from transformers' auto classes, whichever models they give."""
-    encoded = AutoModel.from_pretrained(folder).eval()(images)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)  # timm's doors always give float32
+    encoded = model.eval()(images)
     outputs = {"tokens": encoded.last_hidden_state, "pooled": encoded.pooler_output}
     if num_classes:
-        outputs["logits"] = AutoModelForImageClassification.from_pretrained(folder).eval()(images).logits
+        model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
+        outputs["logits"] = model.eval()(images).logits
     return outputs
 
 

@@ -1,1 +1,1 @@
-"""What the paper measures of artifacts (its section 2)."""
+"""What models do with their tokens."""

@@ -22,9 +22,11 @@ def token_figure(vit: VisionTransformer, images: Tensor, *, file: str | Path) ->
         file: PNG to write.
     """
     grid = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
-    norms = block_tokens(vit, images)[-1].patches.norm(dim=-1)  # [B, P]
+    norms = block_tokens(vit, images)[-1].patches.norm(dim=-1).float().cpu()  # [B, P]
     first_patch = vit.num_prefix_tokens
-    attention = attention_maps(vit, images)[-1].mean(dim=1)[:, :first_patch, first_patch:]  # [B, 1 + R, P]
+    attention = (
+        attention_maps(vit, images)[-1].mean(dim=1)[:, :first_patch, first_patch:].float().cpu()
+    )  # [B, 1 + R, P]
     titles = ["input", "patch norms", "class attention", *(f"register {r}" for r in range(1, first_patch))]
 
     figure = Figure(figsize=(1.6 * len(titles), 1.75 * len(images) + 0.3), layout="constrained")
@@ -44,5 +46,6 @@ def token_figure(vit: VisionTransformer, images: Tensor, *, file: str | Path) ->
 
 def _displayable(image: Tensor) -> Tensor:
     """[C, H, W] of any range -> [H, W, C] in [0, 1]."""
+    image = image.float().cpu()
     low, high = torch.aminmax(image)
     return ((image - low) / (high - low).clamp_min(1e-12)).permute(1, 2, 0)
