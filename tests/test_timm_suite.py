@@ -35,7 +35,7 @@ RUN = [
     "test_model_forward_fx_torchscript",
 ]
 
-# All other functions of the file name the models of timm that they are about.
+# All other functions of the file name the models or layers of timm that they are about.
 LEFT_OUT = {
     "test_model_inference": "downloads the weights of timm's test_* models",
     "test_model_load_pretrained": "downloads all weights",
