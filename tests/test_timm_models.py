@@ -199,6 +199,8 @@ def test_img_size(img_size: int | tuple[int, int], grid: tuple[int, int]):
 def test_img_size_that_the_patches_do_not_divide(img_size: int | tuple[int, int]):
     with pytest.raises(DataError, match="does not divide into patches of 4"):
         nano(img_size=img_size)
+    with pytest.raises(DataError, match="does not divide into patches of 4"):
+        nano(img_size=img_size, dynamic_img_pad=True)
     padding = nano(img_size=img_size, dynamic_img_pad=True, dynamic_img_size=True)
     assert padding.forward_features(torch.randn(1, 3, 30, 32)).shape == (1, 3 + 8 * 8, 128)
 

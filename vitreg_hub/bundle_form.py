@@ -279,7 +279,7 @@ def empty_model(config: Mapping[str, Any], **timm_kwargs: Any) -> nn.Module:
         DataError: The patch does not divide the image.
     """
     args = {"num_classes": config["num_classes"], **config["model_args"], **timm_kwargs}
-    if not args.get("dynamic_img_pad"):
+    if not (args.get("dynamic_img_pad") and args.get("dynamic_img_size")):
         require_divisible(args["img_size"], args["patch_size"])
     return timm.create_model(
         config["architecture"],

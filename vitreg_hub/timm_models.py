@@ -49,7 +49,8 @@ def _weights() -> Iterator[tuple[str, PretrainedCfg]]:
         yield f"vit_{size}_reg4.dinov2_lvd142m", dataclasses.replace(cfg, hf_hub_id=f"timm/{repo}", url=None)
     for folder in sorted(SHIPPED_WEIGHTS.glob("*.*")):
         config = json.loads((folder / "config.json").read_text())
-        cfg = PretrainedCfg(**config["pretrained_cfg"], label_names=config.get("label_names"))
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()}
+        cfg = PretrainedCfg(**fields, label_names=config.get("label_names"))
         yield folder.name, dataclasses.replace(cfg, file=str(folder / "model.safetensors"))
 
 
@@ -66,7 +67,7 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
         if pretrained_cfg is None or isinstance(pretrained_cfg, str):  # our tag: upstream's entrypoint has others
             pretrained_cfg = get_pretrained_cfg(f"{spec.name}.{pretrained_cfg}" if pretrained_cfg else spec.name)
         args = spec.model_args() | kwargs
-        if not args.get("dynamic_img_pad"):
+        if not (args.get("dynamic_img_pad") and args.get("dynamic_img_size")):  # timm pads only with both
             require_divisible(args["img_size"], args["patch_size"])
         model = model_entrypoint(spec.base)(pretrained, pretrained_cfg=pretrained_cfg, **args)
         if not pretrained:
