@@ -128,6 +128,7 @@ STRANGE_CONFIGS = [
     (lambda config: config["model_args"].update(act_layer="nope"), "timm cannot build the model .*nope"),
     (lambda config: config["pretrained_cfg"].update(mean=0.5), "mean must be a list of numbers, not 0.5"),
     (lambda config: config["pretrained_cfg"].update(input_size=[1, 32, 32]), "but model_args say"),
+    (lambda config: config["pretrained_cfg"].update(input_size=32), "input_size must be a list of numbers, not 32"),
 ]
 
 

@@ -5,7 +5,7 @@ entrypoint brings what JSON cannot carry: LayerNorm's epsilon, the SwiGLU class,
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +206,19 @@ def require_divisible(img_size: int | Sequence[int], patch_size: int | Sequence[
             f"an image of {height}x{width} pixels does not divide into patches of {patch[0]}x{patch[1]}: "
             f"resize or pad it to multiples of that."
         )
+
+
+def require_whole_patches(timm_args: Mapping[str, Any]) -> None:
+    """Refuse arguments of a timm ViT whose image would lose its last rows or columns, unless the model pads it.
+
+    Args:
+        timm_args: With `img_size` and `patch_size`.
+
+    Raises:
+        DataError: The patch does not divide the image.
+    """
+    if not (timm_args.get("dynamic_img_pad") and timm_args.get("dynamic_img_size")):  # timm pads only with both
+        require_divisible(timm_args["img_size"], timm_args["patch_size"])
 
 
 def get_arch(name: str) -> ArchSpec:

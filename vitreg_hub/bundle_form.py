@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from vitreg_hub.arch import ARCHS, ArchSpec, require_divisible
+from vitreg_hub.arch import ARCHS, ArchSpec, require_whole_patches
 from vitreg_hub.errors import BundleError
 from vitreg_hub.hub_access import CONFIG_FILE, WEIGHTS_FILE
 
@@ -137,8 +137,9 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
         raise BundleError(f"cannot write to {target.parent}: {error.strerror}.") from error
     try:
         fill(staging)
+        mask = _umask()
         for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make private ones
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         staging.rename(target)
     except BaseException:
         shutil.rmtree(staging)
@@ -219,12 +220,11 @@ def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"R5: model_type is {config['model_type']!r}; leave it out, plain transformers must see timm's form"
     if args.get("reg_tokens", spec.num_registers) != spec.num_registers:
         yield f"{spec.name} has {spec.num_registers} registers, but model_args.reg_tokens is {args['reg_tokens']}"
-    images = cfg.get("input_size")
-    if not missing and images is not None and list(images) != [args["in_chans"], *args["img_size"]]:
-        yield f"pretrained_cfg.input_size is {list(images)}, but model_args say {[args['in_chans'], *args['img_size']]}"
     for key in ("input_size", "mean", "std"):
         if not isinstance(cfg.get(key), list | tuple) or not all(isinstance(v, int | float) for v in cfg[key]):
             yield f"pretrained_cfg.{key} must be a list of numbers, not {cfg.get(key)!r}"
+        elif key == "input_size" and not missing and list(cfg[key]) != [args["in_chans"], *args["img_size"]]:
+            yield f"pretrained_cfg.{key} is {list(cfg[key])}, but model_args say {[args['in_chans'], *args['img_size']]}"
     labels = config.get("label_names")
     if labels is not None and (not isinstance(labels, list | tuple) or len(labels) != config["num_classes"]):
         yield f"label_names must be a list of {config['num_classes']} names, not {labels!r}"
@@ -279,8 +279,7 @@ def empty_model(config: Mapping[str, Any], **timm_kwargs: Any) -> nn.Module:
         DataError: The patch does not divide the image.
     """
     args = {"num_classes": config["num_classes"], **config["model_args"], **timm_kwargs}
-    if not (args.get("dynamic_img_pad") and args.get("dynamic_img_size")):
-        require_divisible(args["img_size"], args["patch_size"])
+    require_whole_patches(args)
     return timm.create_model(
         config["architecture"],
         pretrained_cfg=config["pretrained_cfg"],

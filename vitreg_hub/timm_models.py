@@ -17,7 +17,7 @@ from timm.models import (
 )
 from torch import nn
 
-from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_divisible
+from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 """Bundles that are part of the package: one folder each, named architecture.tag."""
@@ -67,8 +67,7 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
         if pretrained_cfg is None or isinstance(pretrained_cfg, str):  # our tag: upstream's entrypoint has others
             pretrained_cfg = get_pretrained_cfg(f"{spec.name}.{pretrained_cfg}" if pretrained_cfg else spec.name)
         args = spec.model_args() | kwargs
-        if not (args.get("dynamic_img_pad") and args.get("dynamic_img_size")):  # timm pads only with both
-            require_divisible(args["img_size"], args["patch_size"])
+        require_whole_patches(args)
         model = model_entrypoint(spec.base)(pretrained, pretrained_cfg=pretrained_cfg, **args)
         if not pretrained:
             init_registers(model)
