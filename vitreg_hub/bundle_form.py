@@ -223,8 +223,8 @@ def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("input_size", "mean", "std"):
         if not isinstance(cfg.get(key), list | tuple) or not all(isinstance(v, int | float) for v in cfg[key]):
             yield f"pretrained_cfg.{key} must be a list of numbers, not {cfg.get(key)!r}"
-        elif key == "input_size" and not missing and list(cfg[key]) != [args["in_chans"], *args["img_size"]]:
-            yield f"pretrained_cfg.{key} is {list(cfg[key])}, but model_args say {[args['in_chans'], *args['img_size']]}"
+        elif key == "input_size" and not missing and list(cfg[key]) != (built := [args["in_chans"], *args["img_size"]]):
+            yield f"pretrained_cfg.{key} is {list(cfg[key])}, but model_args say {built}"
     labels = config.get("label_names")
     if labels is not None and (not isinstance(labels, list | tuple) or len(labels) != config["num_classes"]):
         yield f"label_names must be a list of {config['num_classes']} names, not {labels!r}"
