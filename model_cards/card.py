@@ -1,5 +1,8 @@
 """Model cards: what was measured or is written in the bundle, and nothing else."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from huggingface_hub import EvalResult, ModelCardData
 
 from vitreg_hub.bundle import ModelBundle
@@ -21,7 +24,7 @@ background patches; they are dropped at the output ([Darcet et al., ICLR 2024](h
 - **Origin:** {origin}
 - **Measured:** {measured}
 - **License:** {license}
-
+{conversion}
 ## Use with timm
 
 ```python
@@ -64,7 +67,7 @@ def render(bundle: ModelBundle, *, repo: str | None = None) -> str:
         repo: ``org/name`` under which it is published; a placeholder by default.
     """
     repo = repo or PLACEHOLDER.format(name=bundle.arch)
-    origin, registers = bundle.provenance, bundle.spec.num_registers
+    origin, registers = bundle.provenance, bundle.model_args["reg_tokens"]
     _, height, width = bundle.preprocess.input_size
     return TEMPLATE.format(
         metadata=_metadata(bundle, repo).to_yaml(),
@@ -79,7 +82,26 @@ def render(bundle: ModelBundle, *, repo: str | None = None) -> str:
         origin=origin.origin,
         measured=", ".join(f"{name} {value:.4f}" for name, value in origin.metrics.items()) or "not measured",
         license=origin.license or "unknown",
+        conversion=_conversion(origin.settings.get("conversion")),
     )
+
+
+def _conversion(report: Mapping[str, Any] | None) -> str:
+    """The report of a conversion as a section; empty for a model that was trained."""
+    if not report:
+        return ""
+    lines = ["", "## Conversion", ""]
+    if number := report["untrained_registers"]:
+        lines += [f"**{number} of the registers are new and untrained: accuracy is lower until they are trained.**", ""]
+    files = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in report["sha256"].items())
+    lines.append(f"- From {files}, read as format `{report['format']}`: {report['num_mapped']} tensors mapped.")
+    lines += [f"- Dropped: {len(names)} tensors ({why})." for why, names in report["dropped"].items()]
+    lines += [f"- {note[:1].upper()}{note[1:]}." for note in report["notes"]]
+    measured = {name: value for name, value in report["measured"].items() if name != "reference"}
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in measured.items())
+    to = f", to {report['measured']['reference']}" if measured else ""
+    lines.append(f"- Largest absolute difference of outputs: {differences or 'not measured'}{to}.")
+    return "\n".join([*lines, ""])
 
 
 def _metadata(bundle: ModelBundle, repo: str) -> ModelCardData:

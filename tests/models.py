@@ -16,6 +16,8 @@ ONE_OF_EACH_KIND = {
     "vit_base_reg1_deit3": TINY | {"img_size": 64},
     "vit_base_reg8_clip": TINY | {"img_size": (48, 64)},  # pre-norm, a rectangle
     "vit_giant_reg16_clip_quickgelu": TINY | {"img_size": 56},  # activation by name
+    "vit_tiny_reg2_plain": TINY | {"img_size": 64},  # no LayerScale
+    "vit_tiny_reg0_deit_distilled": TINY | {"img_size": (48, 64)},  # two tokens with positions, two heads
 }
 """Architectures with overrides that shrink them, one for every way in which rows differ."""
 

@@ -39,7 +39,10 @@ def test_loaded_bundle_builds_the_model_that_was_saved(arch, overrides, folder):
     assert torch.equal(plain(images), model(images))
 
 
-@pytest.mark.parametrize("arch", ["vit_nano_reg4", "vit_giant_reg2", "vit_base_reg8_clip"])
+@pytest.mark.parametrize(
+    "arch",
+    ["vit_nano_reg4", "vit_giant_reg2", "vit_base_reg8_clip", "vit_tiny_reg2_plain", "vit_tiny_reg0_deit_distilled"],
+)
 def test_all_doors_give_the_same_numbers(arch, folder):
     random_bundle(arch, **ONE_OF_EACH_KIND[arch]).save(folder)
     assert verify(folder) == dict.fromkeys(DOORS, 0.0)
@@ -122,6 +125,20 @@ STRANGE_CONFIGS = [
     (lambda config: config["vitreg"].update(provenance=[]), "does not say the origin"),
     (lambda config: config["vitreg"]["provenance"].update(more=1), r"provenance holds \['more'\]; a newer vitreg_hub"),
     (lambda config: config["vitreg"]["provenance"].update(metrics={"accuracy": "high"}), "metrics must be numbers"),
+    (lambda config: config["vitreg"].update(more=1), r"vitreg holds \['more'\]; a newer vitreg_hub"),
+    (lambda config: config["vitreg"].update(positions=[]), r"vitreg.positions must be an object, not \[\]"),
+    (lambda config: config["vitreg"].update(positions={"more": 1}), r"vitreg.positions holds \['more'\]; a newer"),
+    (lambda config: config["vitreg"].update(positions={"antialias": 0}), "antialias must be true or false, not 0"),
+    (lambda config: config["vitreg"].update(positions={"offset": float("nan")}), "offset must be a number .*, not nan"),
+    (lambda config: config["vitreg"].update(positions={"offset": True}), "offset must be a number .*, not True"),
+    (lambda config: config["vitreg"].update(positions={"offset": 1}), "offset must be a number .*, not 1"),
+    (lambda config: config["vitreg"].update(residual_scale=3.0), "residual_scale must be a positive power of two, not"),
+    (lambda config: config["vitreg"].update(residual_scale=-2.0), "must be a positive power of two, not -2.0"),
+    (lambda config: config["vitreg"].update(residual_scale=True), "must be a positive power of two, not True"),
+    (lambda config: config["vitreg"].update(residual_scale=10**400), "must be a positive power of two, not 100"),
+    (lambda config: config["vitreg"].update(residual_scale=2), "residual_scale needs a network without norm_pre and L"),
+    (lambda config: config["model_args"].update(reg_tokens="4"), "reg_tokens must be a whole number, not '4'"),
+    (lambda config: config["model_args"].update(reg_tokens=-4), "reg_tokens must be a whole number, not -4"),
     (lambda config: config["model_args"].update(patch_size=0), "patch_size must be a positive whole number, not 0"),
     (lambda config: config["model_args"].update(num_heads=0), "num_heads must be a positive whole number, not 0"),
     (lambda config: config["model_args"].update(img_size="32"), "img_size must be height and width, not '32'"),
@@ -144,6 +161,32 @@ def test_contradicting_number_of_registers(saved):
     edit_config(saved, lambda config: config["model_args"].update(reg_tokens=8))
     with pytest.raises(BundleError, match=r"vit_nano_reg4 has 4 registers, but model_args.reg_tokens is 8"):
         ModelBundle.load(saved)
+
+
+def test_number_of_registers_that_no_row_has(folder):
+    bundle = random_bundle("vit_nano_reg4", reg_tokens=6)
+    images = torch.randn(2, 3, 32, 32)
+    loaded = ModelBundle.load(bundle.save(folder))
+    assert (loaded.arch, loaded.model_args["reg_tokens"]) == ("vit_nano_reg4", 6)
+    assert torch.equal(loaded.build()(images), bundle.build()(images))
+    assert loaded.build().num_reg_tokens == 6
+    assert verify(folder) == dict.fromkeys(DOORS, 0.0)
+    with pytest.raises(BundleError, match=r"vit_nano_reg2 has 2 registers, but .* is 6: that is vit_nano_reg4$"):
+        random_bundle("vit_nano_reg2", reg_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"reg_tokens": 1}, "is 1: there is no room for registers"),
+        ({"no_embed_class": True}, "both tokens have positions"),
+    ],
+)
+def test_distilled_bundle_without_room(change, says, folder):
+    random_bundle(arch := "vit_tiny_reg0_deit_distilled", **ONE_OF_EACH_KIND[arch]).save(folder)
+    edit_config(folder, lambda config: config["model_args"].update(change))
+    with pytest.raises(BundleError, match=says):
+        ModelBundle.load(folder)
 
 
 def test_shape_that_contradicts_the_config(saved):
@@ -228,6 +271,18 @@ def test_build_adapts_as_timm_does(saved):
     ours = bundle.build(features_only=True, out_indices=(1, 3))
     theirs = timm.create_model(f"local-dir:{saved}", pretrained=True, features_only=True, out_indices=(1, 3)).eval()
     assert all(torch.equal(a, b) for a, b in zip(ours(images), theirs(images), strict=True))
+
+
+def test_build_with_two_new_heads():
+    arch = "vit_tiny_reg0_deit_distilled"
+    bundle = random_bundle(arch, **ONE_OF_EACH_KIND[arch])
+    model, images = bundle.build(num_classes=300), torch.randn(2, 3, 48, 64)
+    assert model(images).shape == (2, 300)
+    for head in model.head, model.head_dist:
+        assert head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert not head.bias.any()
+    assert not torch.equal(model.head.weight, model.head_dist.weight)
+    assert torch.equal(model.forward_features(images), bundle.build().forward_features(images))
 
 
 def test_build_with_a_new_head(saved):

@@ -124,6 +124,8 @@ def _tensors(outputs: Any) -> list[Tensor]:
         ("vit_base_reg4_deit3", {}),
         ("vit_base_reg4_clip", {}),
         ("vit_base_reg8_clip_quickgelu", {}),
+        ("vit_base_reg4_plain", {}),
+        ("vit_base_reg0_deit_distilled", {}),
         ("vit_nano_reg4", {"qk_norm": True, "scale_attn_norm": True}),
         ("vit_nano_reg4", {"class_token": False, "global_pool": "avg"}),
     ],
@@ -237,6 +239,8 @@ def test_configuration_names():
     assert config.model_args["img_size"] == [24, 40] == config.image_size
     assert config.pretrained_cfg["input_size"] == [1, 24, 40]
     assert config.spec.name == "vit_nano_reg8"
+    config.num_register_tokens = 6
+    assert (config.spec.name, config.model_args["reg_tokens"]) == ("vit_nano_reg4", 6)
     config.hidden_size = 64
     assert config.model_args["embed_dim"] == 64
     assert config.to_diff_dict()["num_features"] == 64
@@ -261,6 +265,25 @@ def test_model_that_was_never_saved_becomes_a_bundle(folder, channels):
     assert torch.equal(bundle.build()(pixels), logits)
     assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(pixels), logits)
     assert torch.equal(AutoModelForImageClassification.from_pretrained(folder)(pixels).logits, logits)
+
+
+@torch.no_grad()
+def test_distillation_token(folder):
+    model = VitRegForImageClassification(make_config("vit_base_reg0_deit_distilled")).eval()
+    network = model.timm_model
+    assert network.dist_token.std().item() == pytest.approx(0.02, rel=0.5)
+    randomised(network)
+    pixels = images()
+    logits = model(pixels).logits
+    assert torch.equal(logits, network(pixels))
+    model.save_pretrained(folder)
+    features = AutoModel.from_pretrained(folder)(pixels)
+    assert features.last_hidden_state.shape == (2, 2 + 64, 32)
+    assert torch.equal(features.pooler_output, features.last_hidden_state[:, :2].sum(dim=1) / 2)
+    assert features.register_tokens.shape == (2, 0, 32)
+    assert features.patch_tokens.shape == (2, 64, 32)
+    assert torch.equal(AutoModelForImageClassification.from_pretrained(folder)(pixels).logits, logits)
+    assert torch.equal(ModelBundle.load(folder).build()(pixels), logits)
 
 
 def test_second_save_is_identical(saved, tmp_path):

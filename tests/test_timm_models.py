@@ -30,6 +30,10 @@ SAME_IN_TIMM = {
     "vit_huge_reg0_clip": "vit_huge_patch14_clip_224",
     "vit_giant_reg0_clip": "vit_giant_patch14_clip_224",
     "vit_base_reg0_clip_quickgelu": "vit_base_patch16_clip_quickgelu_224",
+    **{f"vit_{size}_reg0_plain": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")},
+    "vit_large_reg0_plain": "vit_large_patch16_224",
+    "vit_huge_reg0_plain": "vit_huge_patch14_224",
+    **{f"vit_{s}_reg0_deit_distilled": f"deit_{s}_distilled_patch16_224" for s in ("tiny", "small", "base")},
     "vit_large_reg0_clip_quickgelu": "vit_large_patch14_clip_quickgelu_224",
     "vit_huge_reg0_clip_quickgelu": "vit_huge_patch14_clip_quickgelu_224",
 }
@@ -40,6 +44,8 @@ NORM_AND_ACTIVATION = {
     "deit3": (1e-6, "GELU"),
     "clip": (1e-5, "GELU"),
     "clip_quickgelu": (1e-5, "QuickGELU"),
+    "plain": (1e-6, "GELU"),
+    "deit_distilled": (1e-6, "GELU"),
 }
 
 every_arch = pytest.mark.parametrize("name", ARCHS)
@@ -69,8 +75,8 @@ def test_every_row_is_in_timm():
     assert ARCHS.keys() <= set(timm.list_models("vit_*_reg*"))
     assert set(timm.list_models(module="timm_models")) == ARCHS.keys()
     rows = {(spec.family, spec.size) for spec in ARCHS.values()}
-    combinations = itertools.product(rows, (0, 1, 2, 4, 8, 16))
-    assert len(ARCHS) == 114
+    combinations = (c for c in itertools.product(rows, (0, 1, 2, 4, 8, 16)) if c[0][0] != "deit_distilled" or not c[1])
+    assert len(ARCHS) == 147
     assert {((s.family, s.size), s.num_registers) for s in ARCHS.values()} == set(combinations)
 
 
@@ -79,7 +85,8 @@ def test_numbers_of_the_table_are_those_of_the_network(name: str):
     spec, model = ARCHS[name], on_meta(name)
     assert spec.num_params == sum(p.numel() for p in model.parameters())
     assert spec.num_patches == model.patch_embed.num_patches
-    assert (spec.num_registers, spec.num_registers + 1) == (model.num_reg_tokens, model.num_prefix_tokens)
+    class_tokens = 2 if spec.family == "deit_distilled" else 1
+    assert (spec.num_registers, spec.num_registers + class_tokens) == (model.num_reg_tokens, model.num_prefix_tokens)
     assert (spec.embed_dim, spec.depth) == (model.embed_dim, len(model.blocks))
     assert {block.attn.num_heads for block in model.blocks} == {spec.num_heads}
     assert model.pretrained_cfg["architecture"] == name
@@ -105,6 +112,20 @@ def test_a_name_like_no_other_gets_none():
         get_arch("resnet50")
 
 
+@pytest.mark.parametrize(("registers", "name"), {0: 0, 3: 2, 4: 4, 6: 4, 15: 8, 16: 16, 99: 16}.items())
+def test_row_of_a_number_of_registers(registers: int, name: int):
+    assert arch.row("plain", "base", registers).name == f"vit_base_reg{name}_plain"
+
+
+@pytest.mark.parametrize(
+    "wanted", [("plain", "base", -1), ("plain", "giant", 4), ("swin", "base", 4), ("deit_distilled", "base", 1)]
+)
+def test_row_that_there_is_not(wanted: tuple[str, str, int]):
+    assert arch.row("deit_distilled", "base", 0).name == "vit_base_reg0_deit_distilled"
+    with pytest.raises(UnknownArchError, match=f"^no architecture of family '{wanted[0]}'.* takes {wanted[2]} reg"):
+        arch.row(*wanted)
+
+
 def test_the_table_needs_no_torch():
     code = """if True:
         import sys, types
@@ -126,7 +147,7 @@ def test_modules_and_shapes_are_those_of_timm(name: str, timm_name: str):
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
     assert ours.global_pool == theirs.global_pool
     shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
-    if not theirs.no_embed_class:  # our class token has no position
+    if ours.no_embed_class and not theirs.no_embed_class:  # our class token has no position
         shapes["pos_embed"] = (1, theirs.patch_embed.num_patches, theirs.embed_dim)
     assert {key: tensor.shape for key, tensor in ours.state_dict().items()} == shapes
 
@@ -143,7 +164,7 @@ def test_the_same_weights_give_the_same_features(name: str, timm_name: str):
     for parameter in theirs.parameters():  # a LayerScale of 1e-5 would hide the blocks
         nn.init.normal_(parameter, std=0.3)
     weights = theirs.state_dict()
-    if not theirs.no_embed_class:
+    if ours.no_embed_class and not theirs.no_embed_class:
         weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
     ours.load_state_dict(weights)
@@ -160,6 +181,7 @@ def test_family_facts(name: str):
     if (spec.family, spec.size) == ("dinov2", "giant"):
         activation = "SiLU"
     assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {eps}
+    assert spec.lineage.norm_eps == eps
     assert {type(block.mlp.act).__name__ for block in model.blocks} == {activation}
     gates = {isinstance(block.mlp, GluMlp) and not block.mlp.gate_last for block in model.blocks}
     assert gates == {activation == "SiLU"}
@@ -174,6 +196,8 @@ def test_family_facts(name: str):
         "deit3": "deit3_base_patch16_224.fb_in1k",
         "clip": "vit_base_patch16_clip_224.laion2b",
         "clip_quickgelu": "vit_base_patch16_clip_quickgelu_224.openai",
+        "plain": "deit_base_patch16_224.fb_in1k",
+        "deit_distilled": "deit_base_distilled_patch16_224.fb_in1k",
     }.items(),
 )
 def test_images_are_those_of_the_lineage(family: str, timm_name: str):
@@ -222,7 +246,8 @@ def test_num_classes():
     images = torch.randn(2, 3, 32, 32)
     assert isinstance(nano().head, nn.Identity)
     assert nano(num_classes=7)(images).shape == (2, 7)
-    assert timm.create_model("vit_small_reg4_deit3", device="meta").num_classes == 1000
+    for name in ("vit_small_reg4_deit3", "vit_small_reg4_plain", "vit_small_reg0_deit_distilled"):
+        assert timm.create_model(name, device="meta").num_classes == 1000
 
 
 def test_average_pooling_leaves_out_class_token_and_registers():
@@ -255,6 +280,11 @@ def test_reg_tokens_can_be_overridden(count: int):
     else:
         assert model.reg_token.shape == (1, count, 128)
         assert distinct(model.reg_token[0])
+
+
+def test_registers_for_which_there_is_no_room():
+    with pytest.raises(UnknownArchError, match="takes 2 registers"):
+        timm.create_model("vit_tiny_reg0_deit_distilled", reg_tokens=2, device="meta")
 
 
 # Registers

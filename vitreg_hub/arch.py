@@ -35,6 +35,9 @@ class Family:
         mean: Channel means of the normalisation, for pixels in [0, 1].
         std: Channel standard deviations of the normalisation.
         crop_pct: Share of the resized image that the centre crop keeps.
+        norm_eps: LayerNorm epsilon that the upstream bases have.
+        distilled: A distillation token with a head of its own follows the class token. Both have positions, and timm's
+            class for it has no room for registers.
     """
 
     img_size: int
@@ -43,6 +46,8 @@ class Family:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     crop_pct: float = 1.0
+    norm_eps: float = 1e-6
+    distilled: bool = False
 
 
 FAMILIES = {
@@ -51,8 +56,11 @@ FAMILIES = {
     # deit/models_v2.py (`init_scale`), deit/README_revenge.md (evaluation crop ratio 1.0).
     "deit3": Family(img_size=224, init_values=1e-6),
     # open_clip/transformer.py `VisionTransformer`, open_clip/constants.py.
-    "clip": Family(img_size=224, pre_norm=True, mean=CLIP_MEAN, std=CLIP_STD),
-    "clip_quickgelu": Family(img_size=224, pre_norm=True, mean=CLIP_MEAN, std=CLIP_STD),
+    "clip": Family(img_size=224, pre_norm=True, mean=CLIP_MEAN, std=CLIP_STD, norm_eps=1e-5),
+    "clip_quickgelu": Family(img_size=224, pre_norm=True, mean=CLIP_MEAN, std=CLIP_STD, norm_eps=1e-5),
+    # ViT, DeiT, DINO; deit/main.py (`--eval-crop-ratio`: 224 / 256).
+    "plain": Family(img_size=224, crop_pct=0.875),
+    "deit_distilled": Family(img_size=224, crop_pct=0.875, distilled=True),
 }
 
 
@@ -112,7 +120,7 @@ class ArchSpec:
     def model_args(self) -> dict[str, Any]:
         """Arguments that turn `base` into this row: JSON-safe and complete, whatever upstream's defaults become.
 
-        The class token and the registers carry no position (`no_embed_class`).
+        The class token and the registers carry no position (`no_embed_class`), except with a distillation token.
         """
         args: dict[str, Any] = dict(
             img_size=[self.img_size, self.img_size],
@@ -124,7 +132,7 @@ class ArchSpec:
             mlp_ratio=self.mlp_ratio,
             init_values=self.lineage.init_values,
             reg_tokens=self.num_registers,
-            no_embed_class=True,
+            no_embed_class=not self.lineage.distilled,
             global_pool="token",
             act_layer=self.act_layer,
         )
@@ -137,6 +145,8 @@ class ArchSpec:
         hidden = int(dim * self.mlp_ratio)
         stem = 3 * self.patch_size**2 * dim + (2 * dim if pre_norm else dim)  # norm_pre, or the patches' bias
         tokens = (1 + self.num_registers + self.num_patches) * dim
+        if self.lineage.distilled:
+            tokens += 3 * dim  # the second token, and the positions of both
         attention = 4 * dim * dim + 4 * dim
         mlp = dim * hidden + hidden + (hidden // 2 if self.swiglu else hidden) * dim + dim
         norms_and_scales = 4 * dim + (2 * dim if self.lineage.init_values else 0)
@@ -146,7 +156,7 @@ class ArchSpec:
 def _rows() -> Iterator[dict[str, Any]]:
     """The rows without their number of registers: family, size, base, patch, width/depth/heads."""
 
-    def row(family: str, size: str, base: str, patch_size: int, shape: tuple[int, int, int], **facts: Any):
+    def line(family: str, size: str, base: str, patch_size: int, shape: tuple[int, int, int], **facts: Any):
         embed_dim, depth, num_heads = shape
         return dict(
             family=family,
@@ -160,32 +170,46 @@ def _rows() -> Iterator[dict[str, Any]]:
         )
 
     # The toy row: for tests, the quickstart and the weights that ship with the package.
-    yield row("dinov2", "nano", "vit_small_patch14_dinov2", 4, (128, 4, 4), own_img_size=32)
+    yield line("dinov2", "nano", "vit_small_patch14_dinov2", 4, (128, 4, 4), own_img_size=32)
     # dinov2/models/vision_transformer.py `vit_small` ... `vit_giant2`; tiny: deit/models.py `deit_tiny_patch16_224`.
-    yield row("dinov2", "tiny", "vit_small_patch14_dinov2", 14, (192, 12, 3))
-    yield row("dinov2", "small", "vit_small_patch14_dinov2", 14, (384, 12, 6))
-    yield row("dinov2", "base", "vit_base_patch14_dinov2", 14, (768, 12, 12))
-    yield row("dinov2", "large", "vit_large_patch14_dinov2", 14, (1024, 24, 16))
+    yield line("dinov2", "tiny", "vit_small_patch14_dinov2", 14, (192, 12, 3))
+    yield line("dinov2", "small", "vit_small_patch14_dinov2", 14, (384, 12, 6))
+    yield line("dinov2", "base", "vit_base_patch14_dinov2", 14, (768, 12, 12))
+    yield line("dinov2", "large", "vit_large_patch14_dinov2", 14, (1024, 24, 16))
     # 2 * 4096 / 1536: gate and value of dinov2/layers/swiglu_ffn.py `SwiGLUFFNFused` for width 1536.
-    yield row("dinov2", "giant", "vit_giant_patch14_dinov2", 14, (1536, 40, 24), mlp_ratio=2 * 4096 / 1536, swiglu=True)
+    yield line(
+        "dinov2", "giant", "vit_giant_patch14_dinov2", 14, (1536, 40, 24), mlp_ratio=2 * 4096 / 1536, swiglu=True
+    )
     # deit/models_v2.py `deit_small_patch16_LS` ... `deit_huge_patch14_LS`.
-    yield row("deit3", "small", "deit3_small_patch16_224", 16, (384, 12, 6))
-    yield row("deit3", "medium", "deit3_medium_patch16_224", 16, (512, 12, 8))
-    yield row("deit3", "base", "deit3_base_patch16_224", 16, (768, 12, 12))
-    yield row("deit3", "large", "deit3_large_patch16_224", 16, (1024, 24, 16))
-    yield row("deit3", "huge", "deit3_huge_patch14_224", 14, (1280, 32, 16))
+    yield line("deit3", "small", "deit3_small_patch16_224", 16, (384, 12, 6))
+    yield line("deit3", "medium", "deit3_medium_patch16_224", 16, (512, 12, 8))
+    yield line("deit3", "base", "deit3_base_patch16_224", 16, (768, 12, 12))
+    yield line("deit3", "large", "deit3_large_patch16_224", 16, (1024, 24, 16))
+    yield line("deit3", "huge", "deit3_huge_patch14_224", 14, (1280, 32, 16))
     # open_clip/model_configs ViT-B-16, ViT-L-14, ViT-H-14, ViT-g-14 (whose MLP is 6144 wide). OpenAI's and some later
     # weights use QuickGELU, which timm has under names of their own, except for the giant.
     for family, infix in (("clip", ""), ("clip_quickgelu", "quickgelu_")):
         giant: dict[str, Any] = {"act_layer": "quick_gelu"} if infix else {}
-        yield row(family, "base", f"vit_base_patch16_clip_{infix}224", 16, (768, 12, 12))
-        yield row(family, "large", f"vit_large_patch14_clip_{infix}224", 14, (1024, 24, 16))
-        yield row(family, "huge", f"vit_huge_patch14_clip_{infix}224", 14, (1280, 32, 16))
-        yield row(family, "giant", "vit_giant_patch14_clip_224", 14, (1408, 40, 16), mlp_ratio=6144 / 1408, **giant)
+        yield line(family, "base", f"vit_base_patch16_clip_{infix}224", 16, (768, 12, 12))
+        yield line(family, "large", f"vit_large_patch14_clip_{infix}224", 14, (1024, 24, 16))
+        yield line(family, "huge", f"vit_huge_patch14_clip_{infix}224", 14, (1280, 32, 16))
+        yield line(family, "giant", "vit_giant_patch14_clip_224", 14, (1408, 40, 16), mlp_ratio=6144 / 1408, **giant)
+    # deit/models.py; timm's own `vit_large_patch16_224` and `vit_huge_patch14_224`.
+    yield line("plain", "tiny", "deit_tiny_patch16_224", 16, (192, 12, 3))
+    yield line("plain", "small", "deit_small_patch16_224", 16, (384, 12, 6))
+    yield line("plain", "base", "deit_base_patch16_224", 16, (768, 12, 12))
+    yield line("plain", "large", "vit_large_patch16_224", 16, (1024, 24, 16))
+    yield line("plain", "huge", "vit_huge_patch14_224", 14, (1280, 32, 16))
+    yield line("deit_distilled", "tiny", "deit_tiny_distilled_patch16_224", 16, (192, 12, 3))
+    yield line("deit_distilled", "small", "deit_small_distilled_patch16_224", 16, (384, 12, 6))
+    yield line("deit_distilled", "base", "deit_base_distilled_patch16_224", 16, (768, 12, 12))
 
 
 ARCHS: dict[str, ArchSpec] = {
-    spec.name: spec for row in _rows() for spec in (ArchSpec(num_registers=n, **row) for n in REGISTER_COUNTS)
+    spec.name: spec
+    for facts in _rows()
+    for spec in (ArchSpec(num_registers=n, **facts) for n in REGISTER_COUNTS)
+    if not (spec.lineage.distilled and spec.num_registers)
 }
 
 
@@ -234,3 +258,19 @@ def get_arch(name: str) -> ArchSpec:
         f"no architecture {name!r}; closest: {', '.join(near) or 'none'}. "
         f"`vitreg list` prints all {len(ARCHS)}; a Hub repository needs the prefix 'hf-hub:'."
     )
+
+
+def row(family: str, size: str, num_registers: int) -> ArchSpec:
+    """The row under which a number of registers is filed: the one that has so many, or else the greatest smaller count.
+
+    Raises:
+        UnknownArchError: There is no such family or size, or it takes no registers.
+    """
+    specs = [spec for spec in ARCHS.values() if (spec.family, spec.size) == (family, size)]
+    fitting = [spec for spec in specs if spec.num_registers <= num_registers]
+    if not fitting or (num_registers and fitting[0].lineage.distilled):
+        raise UnknownArchError(
+            f"no architecture of family {family!r} and size {size!r} takes {num_registers} registers; "
+            f"`vitreg list` prints all {len(ARCHS)}."
+        )
+    return max(fitting, key=lambda spec: spec.num_registers)

@@ -30,6 +30,11 @@ from vitreg_hub.bundle_form import (
 )
 from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, download, hub_errors
+from vitreg_hub.positions import TIMM_RULE, PositionRule, follow, rule_of
+from vitreg_hub.residual_scale import scale_for, scaled, stream_norms
+
+HEADS = ("head.", "head_dist.")
+"""How the names of a head's tensors start; the second belongs to a distillation token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +49,8 @@ class ModelBundle:
         preprocess: The images that the weights expect.
         provenance: Where the weights came from.
         label_names: Names of the classes.
+        positions: How the position table is resampled for another image size.
+        residual_scale: How many times larger the residual stream of the stored network is (`residual_scale.py`).
         weights_file: The file that `state_dict` is mapped from, set by `load`.
     """
 
@@ -54,6 +61,8 @@ class ModelBundle:
     preprocess: Preprocess
     provenance: Provenance
     label_names: tuple[str, ...] | None = None
+    positions: PositionRule = TIMM_RULE
+    residual_scale: float = 1.0
     weights_file: Path | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -72,6 +81,9 @@ class ModelBundle:
     ) -> Self:
         """Bundle a timm model that was built as one of our architectures, with a copy of its weights.
 
+        The position rule that it follows is kept, and so is the effect of another LayerNorm epsilon, as a scale of the
+        weights.
+
         Raises:
             BundleError: A setting of the model cannot be stored, or is not what the architecture says.
         """
@@ -83,14 +95,18 @@ class ModelBundle:
         except TypeError as error:
             raise BundleError(f"{arch}: a bundle holds JSON only, but the model was built with {args}.") from error
         preprocess = Preprocess.from_cfg(model.pretrained_cfg | {"input_size": [model.in_chans, *args["img_size"]]})
+        scale = scale_for(model, norm_eps=spec.lineage.norm_eps)
+        weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
         bundle = cls(
             arch=arch,
             model_args=args,
             num_classes=model.num_classes,
-            state_dict={k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()},
+            state_dict=scaled(weights, scale),
             preprocess=preprocess,
             provenance=provenance,
             label_names=label_names,
+            positions=rule_of(model),
+            residual_scale=scale,
         )
         bundle.require_consistent()
         return bundle
@@ -136,6 +152,8 @@ class ModelBundle:
             preprocess=Preprocess.from_cfg(config["pretrained_cfg"]),
             provenance=Provenance(**config["vitreg"]["provenance"]),
             label_names=tuple(labels) if labels else None,
+            positions=PositionRule.from_dict(config["vitreg"].get("positions", {})),
+            residual_scale=float(config["vitreg"].get("residual_scale", 1)),
         )
 
     @classmethod
@@ -168,6 +186,8 @@ class ModelBundle:
             preprocess=self.preprocess,
             provenance=self.provenance,
             label_names=self.label_names,
+            positions=self.positions,
+            residual_scale=self.residual_scale,
         )
 
     def require_consistent(self) -> None:
@@ -206,11 +226,11 @@ class ModelBundle:
         """Build the timm model, without initialising what the weights replace anyway.
 
         Args:
-            **timm_kwargs: As for `timm.create_model`: img_size (positions are resampled as timm does),
-                dynamic_img_size, in_chans, num_classes (a new head is drawn), features_only, device, dtype.
+            **timm_kwargs: As for `timm.create_model`: img_size, dynamic_img_size (positions are resampled by the
+                bundle's rule), in_chans, num_classes (a new head is drawn), features_only, device, dtype.
 
         Returns:
-            The model in evaluation mode, on the CPU unless a device is given.
+            The model in evaluation mode, on the CPU unless a device is given. Its residual stream is not scaled.
 
         Raises:
             BundleError: The arguments change the network so that these weights do not fit.
@@ -219,31 +239,45 @@ class ModelBundle:
         placement.setdefault("dtype", torch.get_default_dtype())  # as timm, whatever the weights are stored in
         model = empty_model(self.config(), **timm_kwargs)
         network = model.model if timm_kwargs.get("features_only") else model
-        state_dict = self._fresh_tensors()
+        follow(network, self.positions)
+        for norm in stream_norms(network):
+            norm.eps /= self.residual_scale**2
+        state_dict = scaled(self._fresh_tensors(), 1 / self.residual_scale)
         new_head = network.num_classes != self.num_classes
         if new_head:
-            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("head.")}
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(HEADS)}
         if network.in_chans != self.preprocess.input_size[0]:
             stem = "patch_embed.proj.weight"
             state_dict[stem] = adapt_input_conv(network.in_chans, state_dict[stem])
+        positions = self._positions(state_dict, network)
+        state_dict = checkpoint_filter_fn(state_dict, network) | positions
         try:
             # assign: the tensors are the model's alone, so they become its parameters without another copy
-            left = network.load_state_dict(checkpoint_filter_fn(state_dict, network), strict=False, assign=True)
+            left = network.load_state_dict(state_dict, strict=False, assign=True)
         except RuntimeError as error:
             mismatch = str(error).rpartition("\n")[2].strip()
             raise BundleError(f"{self.arch}: the weights do not fit a model with {timm_kwargs}: {mismatch}") from error
-        missing = [key for key in left.missing_keys if not (new_head and key.startswith("head."))]
+        missing = [key for key in left.missing_keys if not (new_head and key.startswith(HEADS))]
         unused = [] if timm_kwargs.get("features_only") else left.unexpected_keys
         if missing or unused:
             raise BundleError(
                 f"{self.arch}: the weights do not fit a model with {timm_kwargs}: "
                 f"{len(missing)} tensors lack, {len(unused)} have no place, first {[*missing, *unused][0]}"
             )
-        if left.missing_keys:  # as timm draws a head
-            network.head.to_empty(device="cpu")
-            trunc_normal_(network.head.weight, std=0.02)
-            nn.init.zeros_(network.head.bias)
+        for prefix in sorted({key.partition(".")[0] for key in left.missing_keys}):  # as timm draws a head
+            head = network.get_submodule(prefix).to_empty(device="cpu")
+            trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
         return model.to(**placement).eval()
+
+    def _positions(self, state_dict: dict[str, Tensor], network: VisionTransformer) -> dict[str, Tensor]:
+        """Take the position table out of the weights, for timm has one rule only, and fit it to a network's grid."""
+        if "pos_embed" not in state_dict:
+            return {}
+        patch = self.model_args["patch_size"]
+        height, width = (side // patch for side in self.model_args["img_size"])
+        table, new = state_dict.pop("pos_embed"), network.patch_embed.grid_size
+        return {"pos_embed": self.positions.resample(table, old=(height, width), new=new)}
 
     def _fresh_tensors(self) -> dict[str, Tensor]:
         """Weights that no one else holds: the file mapped once more, which costs no copy, or copies."""

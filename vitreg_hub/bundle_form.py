@@ -6,6 +6,7 @@ make it open in plain timm and plain transformers as well as with this package.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from vitreg_hub.arch import ARCHS, ArchSpec, require_whole_patches
-from vitreg_hub.errors import BundleError
+from vitreg_hub.arch import ARCHS, ArchSpec, require_whole_patches, row
+from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.hub_access import CONFIG_FILE, WEIGHTS_FILE
+from vitreg_hub.positions import TIMM_RULE, PositionRule
+from vitreg_hub.residual_scale import can_scale
 
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 """What transformers' Trainer writes beside a model: no weights, never read here and never published."""
@@ -84,13 +87,20 @@ def make_config(
     preprocess: Preprocess,
     provenance: Provenance,
     label_names: tuple[str, ...] | None = None,
+    positions: PositionRule = TIMM_RULE,
+    residual_scale: float = 1.0,
 ) -> dict[str, Any]:
     """The content of a bundle's config.json."""
+    entry: dict[str, Any] = dict(arch=spec.name, provenance=dataclasses.asdict(provenance))
+    if positions != TIMM_RULE:
+        entry["positions"] = dataclasses.asdict(positions)
+    if residual_scale != 1:
+        entry["residual_scale"] = residual_scale
     cfg = dataclasses.asdict(preprocess) | dict(
         fixed_input_size=True,
         num_classes=num_classes,
         first_conv="patch_embed.proj",
-        classifier="head",
+        classifier=["head", "head_dist"] if spec.lineage.distilled else "head",
         license=provenance.license,
     )
     config = dict(
@@ -101,9 +111,14 @@ def make_config(
         label_names=list(label_names) if label_names else None,
         model_args=dict(model_args),
         pretrained_cfg={key: value for key, value in cfg.items() if value is not None},
-        vitreg=dict(arch=spec.name, provenance=dataclasses.asdict(provenance)),
+        vitreg=entry,
     )
     return {key: value for key, value in config.items() if value is not None}
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """A config.json, with sorted keys, so that equal bundles have equal files."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def require_absent(target: Path) -> None:
@@ -127,7 +142,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     """Run `fill` in a sibling temporary folder and rename it into place.
 
     Raises:
-        BundleError: `target` exists, or its parent cannot be written to; nothing was run.
+        BundleError: `target` exists, or cannot be written; nothing is left of it.
     """
     require_absent(target)
     try:
@@ -141,9 +156,28 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
         for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make private ones
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         staging.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging)
+        if isinstance(error, OSError | SafetensorError):  # a full disk ends in either
+            raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
         raise
+    return target
+
+
+def write_file(target: Path, write: Callable[[Path], None]) -> Path:
+    """Run `write` on a file in a temporary folder beside the target and rename it into place.
+
+    Raises:
+        BundleError: `target` exists, or cannot be written; nothing is left of it.
+    """
+    require_absent(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as staging:
+            write(Path(staging, target.name))
+            Path(staging, target.name).rename(target)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
     return target
 
 
@@ -180,6 +214,15 @@ def vitreg_problems(entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"vitreg.provenance holds {unknown}; a newer vitreg_hub may know them"
     elif not all(isinstance(value, int | float) for value in (provenance.get("metrics") or {}).values()):
         yield f"vitreg.provenance.metrics must be numbers, not {provenance['metrics']}"
+    if unknown := sorted(entry.keys() - {"arch", "provenance", "positions", "residual_scale"}):
+        yield f"vitreg holds {unknown}; a newer vitreg_hub may know them"
+    scale = entry.get("residual_scale", 1.0)
+    if type(scale) not in (int, float) or not 0 < scale < 2**64 or math.frexp(scale)[0] != 0.5:
+        yield f"vitreg.residual_scale must be a positive power of two, not {scale!r}"
+    try:
+        PositionRule.from_dict(entry.get("positions", {}))
+    except BundleError as error:
+        yield f"vitreg.{error}"
 
 
 def _kind_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -195,6 +238,21 @@ def _kind_problems(config: Mapping[str, Any]) -> Iterator[str]:
     size = args.get("img_size", [1, 1])
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         yield f"model_args.img_size must be height and width, not {size!r}"
+    if type(registers := args.get("reg_tokens", 0)) is not int or registers < 0:
+        yield f"model_args.reg_tokens must be a whole number, not {registers!r}"
+
+
+def _register_problems(spec: ArchSpec, args: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a row is not the one under which a number of registers is filed."""
+    registers = args.get("reg_tokens", spec.num_registers)
+    said = f"{spec.name} has {spec.num_registers} registers, but model_args.reg_tokens is {registers}"
+    try:
+        if (fitting := row(spec.family, spec.size, registers)) != spec:
+            yield f"{said}: that is {fitting.name}"
+    except UnknownArchError:
+        yield f"{said}: there is no room for registers"
+    if spec.lineage.distilled and args.get("no_embed_class"):
+        yield f"model_args.no_embed_class must be false, for in {spec.name} both tokens have positions"
 
 
 def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -218,8 +276,7 @@ def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"R4: pretrained_cfg holds {unknown}, which timm refuses; our own fields belong under 'vitreg'"
     if "model_type" in config:
         yield f"R5: model_type is {config['model_type']!r}; leave it out, plain transformers must see timm's form"
-    if args.get("reg_tokens", spec.num_registers) != spec.num_registers:
-        yield f"{spec.name} has {spec.num_registers} registers, but model_args.reg_tokens is {args['reg_tokens']}"
+    yield from _register_problems(spec, args)
     for key in ("input_size", "mean", "std"):
         if not isinstance(cfg.get(key), list | tuple) or not all(isinstance(v, int | float) for v in cfg[key]):
             yield f"pretrained_cfg.{key} must be a list of numbers, not {cfg.get(key)!r}"
@@ -258,11 +315,14 @@ def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
 def tensor_problems(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Yield which tensors are not those of the network that a config.json describes."""
     try:
-        wanted = shapes_of(empty_model(config, weight_init="skip").state_dict())
+        model = empty_model(config, weight_init="skip")
     except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         yield f"timm cannot build the model from model_args ({type(error).__name__}: {reason})"
         return
+    wanted = shapes_of(model.state_dict())
+    if config["vitreg"].get("residual_scale", 1) != 1 and not can_scale(model):
+        yield "vitreg.residual_scale needs a network without norm_pre and LayerScale, and with a final norm"
     if missing := sorted(wanted.keys() - shapes.keys()):
         yield f"R6: {len(missing)} tensors are missing under timm's names, first {missing[0]}"
     if unknown := sorted(shapes.keys() - wanted.keys()):

@@ -1,4 +1,4 @@
-"""Train, check and publish Vision Transformers with registers."""
+"""Train, convert, check and publish Vision Transformers with registers."""
 
 import argparse
 import fnmatch
@@ -13,8 +13,12 @@ import timm
 import transformers
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from vitreg_hub import doors, hub
+from vitreg_hub import conversion, doors, hub
 from vitreg_hub.arch import ARCHS
+from vitreg_hub.conversion.exporter import EXPORTS
+from vitreg_hub.conversion.formats import FORMATS
+from vitreg_hub.conversion.report import ConversionReport
+from vitreg_hub.conversion.text_tower import TOWER_SUFFIX
 from vitreg_hub.errors import VitregError
 from vitreg_hub.training import quickstart as quickstart_run
 
@@ -22,6 +26,9 @@ EXAMPLES = """examples:
   vitreg quickstart                          train a register ViT on real digits, bundle, verify, draw (about 2 minutes)
   vitreg list 'vit_*_reg4*'                  architectures with four registers
   vitreg verify quickstart/model             open a bundle through timm and transformers, with and without vitreg_hub
+  vitreg convert dinov2_vitl14_pretrain.pth vitl   a checkpoint of DINOv2, DINO, DeiT, OpenCLIP, transformers, timm
+  vitreg convert hf-hub:org/name folder --registers 4 --verify
+  vitreg export folder dinov2.pth --format dinov2    and back
   vitreg push quickstart/model org/name      publish it in one commit
   vitreg pull org/name folder                fetch a published bundle
 """
@@ -64,6 +71,51 @@ def verify(folder: str) -> None:
     _print_doors(doors.verify(folder))
 
 
+def convert(
+    source: str,
+    out: str,
+    format: str,
+    arch: str | None,
+    img_size: str | None,
+    registers: int | None,
+    num_heads: int | None,
+    act: str | None,
+    text_tower: bool,
+    verify: bool,
+) -> None:
+    """Convert a checkpoint of another lineage to a bundle, exactly, or say why not."""
+    bundle = conversion.convert(
+        source,
+        out,
+        format=format,
+        arch=arch,
+        img_size=_image_size(img_size),
+        num_registers=registers,
+        num_heads=num_heads,
+        act=act,
+        text_tower=text_tower,
+        verify=verify,
+    )
+    print(ConversionReport.of(bundle))
+    print(f"bundle       {out}")
+    if text_tower:
+        print(f"both towers  {out}{TOWER_SUFFIX}")
+
+
+def _image_size(given: str | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    sides = given.split(",")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise VitregError(f"--img-size takes a side, or height and width, in pixels (224 or 224,336), not {given!r}.")
+    return int(sides[0]), int(sides[-1])
+
+
+def export(bundle: str, out: str, format: str) -> None:
+    """Write a bundle in the form of a lineage that can hold it."""
+    print(conversion.export(bundle, out, format=format))
+
+
 def push(folder: str, repo: str, private: bool) -> None:
     """Verify a bundle and publish it in one commit."""
     print(hub.push(folder, repo, private=private))
@@ -81,6 +133,19 @@ def _print_doors(differences: dict[str, float]) -> None:
 
 FOLDER = ("folder", {"help": "folder of a bundle"})
 
+CONVERT = [
+    ("source", {"help": "weights file, folder, or hf-hub:org/name[@revision]"}),
+    ("out", {"help": "new folder for the bundle"}),
+    ("--format", {"default": "auto", "help": f"auto, {', '.join(FORMATS)}"}),
+    ("--arch", {"help": "row of `vitreg list` that the checkpoint must be; tells heads and activation"}),
+    ("--img-size", {"metavar": "N or H,W", "help": "bake the position table for images of this size in"}),
+    ("--registers", {"type": int, "metavar": "N", "help": "add untrained registers to a checkpoint that has none"}),
+    ("--num-heads", {"type": int, "metavar": "N", "help": "attention heads, where nothing else tells"}),
+    ("--act", {"help": "gelu or quick_gelu, where nothing else tells"}),
+    ("--text-tower", {"action": "store_true", "help": "keep OpenCLIP's whole model beside the bundle"}),
+    ("--verify", {"action": "store_true", "help": "measure the difference to a reference implementation"}),
+]
+
 COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]] = {
     "quickstart": (
         quickstart,
@@ -91,6 +156,15 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]
     ),
     "list": (list_archs, [("pattern", {"nargs": "?", "default": "*", "help": "shell-style pattern of names"})]),
     "verify": (verify, [FOLDER]),
+    "convert": (convert, CONVERT),
+    "export": (
+        export,
+        [
+            ("bundle", {"help": "folder, hf-hub:org/name, or an architecture with weights"}),
+            ("out", {"help": "new folder for hf-... formats, new .pth or .safetensors file for others"}),
+            ("--format", {"required": True, "help": ", ".join(EXPORTS)}),
+        ],
+    ),
     "push": (
         push,
         [

@@ -13,6 +13,10 @@ class BundleError(VitregError):
     """A folder or repository that would not load through every door."""
 
 
+class ConversionError(VitregError):
+    """A checkpoint that does not fit its format, or that no bundle can hold."""
+
+
 class DataError(VitregError):
     """A data set or image that cannot be used as asked."""
 

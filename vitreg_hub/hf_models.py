@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.layers import Attention, LayerScale, to_2tuple
 from timm.models import VisionTransformer, get_pretrained_cfg
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, initialization
@@ -26,9 +27,10 @@ from transformers.models import auto
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import _active_collector, capture_outputs
 
-from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible
+from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
 from vitreg_hub.bundle_form import Preprocess, Provenance, make_config, vitreg_problems
 from vitreg_hub.errors import BundleError
+from vitreg_hub.positions import PositionRule, follow
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
 
@@ -111,6 +113,16 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         return get_arch(self.vitreg["arch"])
 
     @property
+    def positions(self) -> PositionRule:
+        """How the position table is resampled for another image size."""
+        return PositionRule.from_dict(self.vitreg.get("positions", {}))
+
+    @property
+    def residual_scale(self) -> float:
+        """How many times larger the residual stream of the stored network is."""
+        return float(self.vitreg.get("residual_scale", 1))
+
+    @property
     def stage_names(self) -> list[str]:
         """Names of the residual stream before the first block and after each."""
         return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
@@ -127,12 +139,12 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
 
     @property
     def num_register_tokens(self) -> int:
-        """Number of registers; setting it moves to the row of the same size that has so many."""
+        """Number of registers; setting it moves to the row of the same size for so many."""
         return self.model_args["reg_tokens"]
 
     @num_register_tokens.setter
     def num_register_tokens(self, number: int) -> None:
-        self.vitreg["arch"] = get_arch(dataclasses.replace(self.spec, num_registers=number).name).name
+        self.vitreg["arch"] = row(self.spec.family, self.spec.size, number).name
         self.model_args["reg_tokens"] = number
 
     @classmethod
@@ -160,6 +172,8 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
             preprocess=Preprocess.from_cfg(self.pretrained_cfg),
             provenance=Provenance(**self.vitreg["provenance"]),
             label_names=None if labels == tuple(f"LABEL_{i}" for i in range(self.num_labels)) else labels,
+            positions=self.positions,
+            residual_scale=self.residual_scale,
         )
 
 
@@ -169,7 +183,8 @@ class VitRegModelOutput(BaseModelOutputWithPooling):
 
     Attributes:
         last_hidden_state: [B, N, D] all tokens after the final norm.
-        pooler_output: [B, D] the class token, unless the weights were trained with another pooling.
+        pooler_output: [B, D] the class token, unless the weights were trained with another pooling; the mean of both
+            with a distillation token.
         hidden_states: [B, N, D] before the first block and after each block, before the final norm.
         attentions: [B, H, N, N] per block, rows sum to 1.
         register_tokens: [B, R, D] of `last_hidden_state`.
@@ -264,6 +279,7 @@ class VitRegPreTrainedModel(PreTrainedModel):
             pretrained_cfg=config.pretrained_cfg,
             **config.model_args,
         )
+        follow(self.timm_model, config.positions)
         for block in self.timm_model.blocks:
             block.attn.kernel.config = self.config
         self.post_init()
@@ -278,10 +294,20 @@ class VitRegPreTrainedModel(PreTrainedModel):
             for token, std in (module.cls_token, 1e-6), (module.reg_token, REGISTER_INIT_STD):  # the first as timm
                 if token is not None:
                     initialization.normal_(token, std=std)
+            if isinstance(module, VisionTransformerDistilled):
+                initialization.trunc_normal_(module.dist_token, std=0.02)  # as timm
+
+    def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        """[B, C, H, W] -> [B, N, D] after the final norm, with hidden states of the network that is not scaled."""
+        encoded = self._run(pixel_values, return_dict=True, **kwargs)
+        if self.config.residual_scale != 1 and encoded.hidden_states is not None:
+            states = (None if state is None else state / self.config.residual_scale for state in encoded.hidden_states)
+            encoded["hidden_states"] = tuple(states)
+        return encoded
 
     @capture_outputs(tie_last_hidden_states=False)
-    def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
-        """[B, C, H, W] -> [B, N, D] after the final norm; the decorator adds hidden states and attentions."""
+    def _run(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        """Run the network; the decorator adds hidden states and attentions."""
         if not torch.compiler.is_compiling():
             require_divisible(pixel_values.shape[-2:], self.config.patch_size)
         return BaseModelOutputWithPooling(self.timm_model.forward_features(pixel_values.to(self.dtype)))
@@ -314,7 +340,7 @@ class VitRegPreTrainedModel(PreTrainedModel):
 class VitRegModel(VitRegPreTrainedModel):
     """Register ViT without a head: all tokens, by name."""
 
-    _keys_to_ignore_on_load_unexpected = [r"head\."]
+    _keys_to_ignore_on_load_unexpected = [r"head(_dist)?\."]
 
     def __init__(self, config: VitRegConfig) -> None:
         super().__init__(config, num_classes=0)
@@ -330,7 +356,7 @@ class VitRegModel(VitRegPreTrainedModel):
         Raises:
             DataError: The patch does not divide the image.
         """
-        encoded = self._encode(pixel_values, return_dict=True, **kwargs)
+        encoded = self._encode(pixel_values, **kwargs)
         tokens, first_patch = encoded.last_hidden_state, self.timm_model.num_prefix_tokens
         return VitRegModelOutput(
             **encoded,
@@ -358,7 +384,7 @@ class VitRegForImageClassification(VitRegPreTrainedModel):
             labels: [B] classes, or [B, num_labels] for several labels per image or regression.
             **kwargs: As for `VitRegModel`.
         """
-        encoded = self._encode(pixel_values, return_dict=True, **kwargs)
+        encoded = self._encode(pixel_values, **kwargs)
         logits = self.timm_model.forward_head(encoded.last_hidden_state)
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(
@@ -369,7 +395,7 @@ class VitRegForImageClassification(VitRegPreTrainedModel):
 class VitRegBackbone(BackboneMixin, VitRegPreTrainedModel):
     """Register ViT as a dense backbone: patch feature maps of chosen blocks, without class token and registers."""
 
-    _keys_to_ignore_on_load_unexpected = [r"head\."]
+    _keys_to_ignore_on_load_unexpected = [r"head(_dist)?\."]
 
     def __init__(self, config: VitRegConfig) -> None:
         super().__init__(config, num_classes=0)
@@ -379,13 +405,14 @@ class VitRegBackbone(BackboneMixin, VitRegPreTrainedModel):
     @filter_output_hidden_states
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """Compute feature maps, [B, D, H/p, W/p] for each of `out_features`. Arguments as for `VitRegModel`."""
-        encoded = self._encode(pixel_values, return_dict=True, **kwargs)
+        encoded = self._encode(pixel_values, **kwargs)
         maps = tuple(self._feature_map(encoded.hidden_states[i], pixel_values) for i in self.out_indices)
         return BackboneOutput(feature_maps=maps, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
 
     def _feature_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
         if self.config.apply_layernorm:
-            tokens = self.timm_model.norm(tokens)
+            scale = self.config.residual_scale
+            tokens = self.timm_model.norm(tokens if scale == 1 else tokens * scale)
         if not self.config.reshape_hidden_states:
             return tokens
         patches = tokens[:, self.timm_model.num_prefix_tokens :]

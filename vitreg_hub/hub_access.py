@@ -1,6 +1,7 @@
 """Reading from the Hub, with every failure a user can meet turned into one sentence."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,3 +78,31 @@ def download(name: str) -> Path:
         return Path(
             hf.snapshot_download(repo_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"])
         )
+
+
+def download_checkpoint(name: str, choose: Callable[[Sequence[str]], str]) -> tuple[Path, list[str]]:
+    """Fetch one checkpoint of any repository, with the configurations beside it; offline, the cached copy.
+
+    Args:
+        name: ``[hf-hub:]org/name[@revision]``.
+        choose: Picks the weights file, or the index of its shards, from the names of the repository's files.
+
+    Returns:
+        The folder, and the names of the chosen file and of its shards.
+
+    Raises:
+        HubError: No such repository or revision, no permission, or no network.
+    """
+    repo_id, revision = parse_repo(name)
+    with hub_errors(repo_id):
+        folder = Path(hf.snapshot_download(repo_id, revision=revision, allow_patterns=["*.json"]))
+        try:
+            names = hf.HfApi(library_name="vitreg_hub").list_repo_files(repo_id, revision=revision)
+        except (httpx.TransportError, hf_errors.OfflineModeIsEnabled):
+            names = [path.name for path in folder.iterdir()]
+        chosen = [choose(names)]
+        if chosen[0].endswith(".index.json"):
+            weight_map = json.loads((folder / chosen[0]).read_text()).get("weight_map", {})
+            chosen += sorted({str(file) for file in weight_map.values()})
+        hf.snapshot_download(repo_id, revision=revision, allow_patterns=chosen)
+        return folder, chosen

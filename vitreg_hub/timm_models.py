@@ -17,7 +17,7 @@ from timm.models import (
 )
 from torch import nn
 
-from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches
+from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches, row
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 """Bundles that are part of the package: one folder each, named architecture.tag."""
@@ -25,11 +25,14 @@ SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 DINOV2_SIZES = ("small", "base", "large", "giant")
 """Sizes of which timm distributes Meta's DINOv2 weights with four registers (dinov2/hub/backbones.py)."""
 
+CLASSIFIERS = ("deit3", "plain", "deit_distilled")
+"""Families that are trained to classify ImageNet-1k."""
+
 
 def eval_cfg(spec: ArchSpec) -> PretrainedCfg:
     """timm's description of the images that a row expects, without weights."""
     return PretrainedCfg(
-        num_classes=1000 if spec.family == "deit3" else 0,  # the only lineage that is trained as a classifier
+        num_classes=1000 if spec.family in CLASSIFIERS else 0,
         input_size=(3, spec.img_size, spec.img_size),
         fixed_input_size=True,
         interpolation="bicubic",
@@ -37,7 +40,7 @@ def eval_cfg(spec: ArchSpec) -> PretrainedCfg:
         mean=spec.lineage.mean,
         std=spec.lineage.std,
         first_conv="patch_embed.proj",
-        classifier="head",
+        classifier=("head", "head_dist") if spec.lineage.distilled else "head",
     )
 
 
@@ -68,6 +71,7 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
             pretrained_cfg = get_pretrained_cfg(f"{spec.name}.{pretrained_cfg}" if pretrained_cfg else spec.name)
         args = spec.model_args() | kwargs
         require_whole_patches(args)
+        row(spec.family, spec.size, args["reg_tokens"])  # refuses registers where there is no room for any
         model = model_entrypoint(spec.base)(pretrained, pretrained_cfg=pretrained_cfg, **args)
         if not pretrained:
             init_registers(model)

@@ -16,7 +16,7 @@ class Tokens:
     """Tokens of one block by name: B images, R registers, P patches, D channels.
 
     Attributes:
-        cls: [B, 1, D] class token; [B, 0, D] without one.
+        cls: [B, 1, D] class token; [B, 0, D] without one; [B, 2, D] with a distillation token, which comes second.
         registers: [B, R, D].
         patches: [B, P, D], row by row.
     """

@@ -1,0 +1,124 @@
+"""A checkpoint becomes a bundle."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import Provenance, config_text, require_absent, write_folder
+from vitreg_hub.conversion.choices import Request
+from vitreg_hub.conversion.plan import Plan, make_plan
+from vitreg_hub.conversion.reference import measure
+from vitreg_hub.conversion.report import ConversionReport
+from vitreg_hub.conversion.source import Checkpoint, open_checkpoint
+from vitreg_hub.conversion.stream import write_safetensors
+from vitreg_hub.conversion.text_tower import TOWER_SUFFIX, TextTower
+from vitreg_hub.errors import ConversionError
+from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE
+from vitreg_hub.model_cards.card import render
+
+
+def convert(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    format: str = "auto",
+    arch: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_registers: int | None = None,
+    num_heads: int | None = None,
+    act: str | None = None,
+    text_tower: bool = False,
+    verify: bool = False,
+) -> ModelBundle:
+    """Convert a checkpoint to a bundle, exactly, or refuse it.
+
+    Tensors are read one at a time and written to a folder that appears when it is complete.
+
+    Args:
+        source: A weights file, a folder, or ``hf-hub:org/name[@revision]``.
+        out: New folder for the bundle; without it the bundle is only held in memory.
+        format: Name of a format in `vitreg_hub.conversion.formats.FORMATS`; found from the tensors' names by default.
+        arch: Row of the table, which must fit the tensors; it tells heads and activation where these cannot.
+        img_size: Side, or height and width, in pixels: bakes the lineage's own position table for that size in, so that
+            plain timm is exact there too.
+        num_registers: Registers for a checkpoint without any, drawn from N(0, 0.02^2) and untrained.
+        num_heads: Attention heads, where neither tensors nor config tell.
+        act: "gelu" or "quick_gelu", where neither tensors nor config tell.
+        text_tower: Whether OpenCLIP's whole model, both towers, is written beside the bundle, to ``{out}-open_clip``,
+            from where `open_clip` loads it (needs the extra ``clip``).
+        verify: Whether to measure the difference to a reference implementation on a fixed input.
+
+    Returns:
+        The bundle; its report is `ConversionReport.of(bundle)`.
+
+    Raises:
+        BundleError: `out` exists or cannot be written.
+        ConversionError: The checkpoint fits no format, is ambiguous, or no bundle can hold it.
+        HubError: No such repository, no permission, or no network.
+        UnknownArchError: `arch` is in no row.
+    """
+    if out is not None:
+        require_absent(Path(out))
+    elif text_tower:
+        raise ConversionError("a text tower is kept beside the bundle: give `out`.")
+    beside = Path(f"{out}{TOWER_SUFFIX}")
+    if text_tower:
+        require_absent(beside)
+    checkpoint = open_checkpoint(source, prefer="open_clip" if text_tower or format.startswith("openclip") else "")
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    request = Request(
+        format=format, arch=arch, img_size=size, num_registers=num_registers, num_heads=num_heads, act=act
+    )
+    plan = make_plan(checkpoint, request)
+    tower = TextTower.of(checkpoint, plan) if text_tower else None
+    with ThreadPoolExecutor(1) as pool:
+        sums = pool.submit(checkpoint.sha256)  # while the tensors are read
+        if out is None:
+            state_dict = {name: plan.assembly.make(name).clone() for name in plan.assembly.wanted}
+            return _finished(checkpoint, plan, state_dict, sums.result(), verify=verify)
+
+        def fill(staging: Path) -> None:
+            write_safetensors(staging / WEIGHTS_FILE, plan.assembly.wanted, plan.assembly.make)
+            bundle = _finished(checkpoint, plan, load_file(staging / WEIGHTS_FILE), sums.result(), verify=verify)
+            (staging / CONFIG_FILE).write_text(config_text(bundle.config()))
+            (staging / CARD_FILE).write_text(render(bundle))
+
+        write_folder(Path(out), fill)
+    if tower:
+        tower.write(beside)
+    return ModelBundle.load(out)
+
+
+def _finished(
+    checkpoint: Checkpoint, plan: Plan, state_dict: Mapping[str, Tensor], sha256: Mapping[str, str], *, verify: bool
+) -> ModelBundle:
+    """The bundle of a plan and its weights, with the report."""
+    called = checkpoint.called
+    source = (
+        called if called.startswith(HUB_PREFIX) else Path(called).resolve().name
+    )  # whose folder is nobody's business
+    dropped = {**plan.assembly.tensors.dropped, **plan.assembly.lost()}
+    report = ConversionReport(
+        source=source,
+        sha256=sha256,
+        format=plan.fmt.name,
+        arch=plan.spec.name,
+        num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
+        dropped=dropped,
+        notes=plan.notes,
+        untrained_registers=plan.untrained_registers,
+        measured=measure(checkpoint, plan) if verify else {},
+    )
+    libraries = ("vitreg_hub", "torch", "timm", "safetensors")
+    provenance = Provenance(
+        origin=f"converted from {source} ({plan.fmt.title})",
+        license=plan.license,
+        settings=report.as_settings(),
+        versions={name: version(name) for name in libraries},
+    )
+    return plan.bundle(state_dict, provenance)

@@ -1,0 +1,162 @@
+"""Everything about a conversion that can be decided without reading the weights."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import Preprocess, Provenance, empty_model, make_config, rule_problems, shapes_of
+from vitreg_hub.conversion.assembly import Assembly
+from vitreg_hub.conversion.assignment import assign
+from vitreg_hub.conversion.choices import Choices, Request
+from vitreg_hub.conversion.facts import Structure, told_by
+from vitreg_hub.conversion.formats import detect, find_format, refuse_look_alikes
+from vitreg_hub.conversion.rules import CheckpointFormat
+from vitreg_hub.conversion.source import Checkpoint
+from vitreg_hub.errors import BundleError, ConversionError, DataError
+from vitreg_hub.positions import PositionRule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A bundle to be, except for its weights.
+
+    Attributes:
+        spec: The row of the table.
+        model_args: Complete arguments of the row's upstream entrypoint.
+        num_classes: Outputs of the head.
+        preprocess: The images that the weights expect.
+        positions: How positions are resampled.
+        residual_scale: How many times larger the residual stream is stored.
+        label_names: Names of the classes.
+        license: SPDX identifier, where the source gives one.
+        request: What the user asked for.
+        assembly: Reads or makes every tensor.
+        notes: What the user should know, a sentence each.
+    """
+
+    spec: ArchSpec
+    model_args: Mapping[str, Any]
+    num_classes: int
+    preprocess: Preprocess
+    positions: PositionRule
+    residual_scale: float
+    label_names: tuple[str, ...] | None
+    license: str | None
+    request: Request
+    assembly: Assembly = field(repr=False)
+    notes: tuple[str, ...]
+
+    @property
+    def untrained_registers(self) -> int:
+        """Registers that were drawn at random."""
+        return self.assembly.num_new_registers - len(self.assembly.consumed())
+
+    def bundle(self, state_dict: Mapping[str, Tensor], provenance: Provenance) -> ModelBundle:
+        """The bundle of this plan and its weights."""
+        return ModelBundle(
+            arch=self.spec.name,
+            model_args=self.model_args,
+            num_classes=self.num_classes,
+            state_dict=state_dict,
+            preprocess=self.preprocess,
+            provenance=provenance,
+            label_names=self.label_names,
+            positions=self.positions,
+            residual_scale=self.residual_scale,
+        )
+
+    @property
+    def fmt(self) -> CheckpointFormat:
+        """The format of the source."""
+        return self.assembly.tensors.fmt
+
+
+def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
+    """Decide what a checkpoint becomes.
+
+    Raises:
+        ConversionError: It does not fit its format, no bundle can hold it, or something is ambiguous.
+        UnknownArchError: `request.arch` is in no row.
+    """
+    refuse_look_alikes(checkpoint)
+    fmt = detect(checkpoint) if request.format == "auto" else find_format(request.format)
+    tensors = assign(checkpoint, fmt)
+    structure = Structure.of(tensors)
+    told = told_by(checkpoint, fmt)
+    choice = Choices(checkpoint=checkpoint, fmt=fmt, structure=structure, told=told, request=request)
+    spec, (native, other_rows), registers = choice.row(), choice.native_grid(), choice.num_registers()
+    size = request.img_size or (native[0] * structure.patch_size[0], native[1] * structure.patch_size[1])
+    args = choice.model_args(spec, size)
+    preprocess = Preprocess(input_size=(structure.in_chans, *size), **told.preprocess)
+    rule = told.positions or (fmt.registers_positions if structure.num_registers else None) or fmt.positions
+    config = make_config(
+        spec=spec,
+        model_args=args,
+        num_classes=structure.num_classes,
+        preprocess=preprocess,
+        provenance=Provenance(origin=checkpoint.called),
+    )
+    try:
+        problems = list(rule_problems(config))
+        network = None if problems else empty_model(config, weight_init="skip")
+        scale = 1.0 if problems else choice.residual_scale(network, spec)
+    except (BundleError, DataError, TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        problems = [str(error).partition("\n")[0]]
+    if problems:
+        raise ConversionError(f"{checkpoint.called} makes no bundle of {spec.name}: {'; '.join(problems)}")
+    wanted = shapes_of(network.state_dict())
+    assembly = Assembly(
+        tensors=tensors,
+        wanted=wanted,
+        native=native,
+        grid=tuple(network.patch_embed.grid_size),
+        other_rows=other_rows,
+        rule=rule,
+        scale=scale,
+        is_scaled=told.residual_scale != 1,
+        num_new_registers=registers - structure.num_registers,
+    )
+    tensors.require_fit(wanted, made=assembly.made())
+    return Plan(
+        spec=spec,
+        model_args=args,
+        num_classes=structure.num_classes,
+        preprocess=preprocess,
+        positions=rule,
+        residual_scale=scale,
+        label_names=told.label_names if len(told.label_names or ()) == structure.num_classes else None,
+        license=told.license,
+        assembly=assembly,
+        request=request,
+        notes=tuple(_notes(checkpoint, assembly)),
+    )
+
+
+def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
+    """What a user should know, a sentence each."""
+    if new := assembly.num_new_registers - len(assembly.consumed()):
+        yield (
+            f"{new} register{'s' if new > 1 else ''} drawn from N(0, {REGISTER_INIT_STD}^2), untrained: they cost "
+            "accuracy until they are trained (github.com/huggingface/pytorch-image-models/issues/2046)"
+        )
+    if "dist_token" in assembly.consumed():
+        yield "the distillation token became the first register"
+    if assembly.grid != assembly.native:
+        yield (
+            f"positions of {assembly.native[0]}x{assembly.native[1]} patches were resampled to "
+            f"{assembly.grid[0]}x{assembly.grid[1]} by the lineage's own rule"
+        )
+    if assembly.scale != 1 and not assembly.is_scaled:
+        yield (
+            f"the residual stream is stored {assembly.scale:g} times larger, which gives timm's LayerNorms the "
+            "source's epsilon; un-normed block tokens of plain timm and plain transformers are larger by that"
+        )
+    kinds = sorted({info.dtype for info in checkpoint.infos.values()} & {"F16", "BF16", "F64"})
+    if kinds:
+        yield f"tensors of type {', '.join(kinds)} were cast to F32"
+    if checkpoint.left_out:
+        yield f"not read: {', '.join(checkpoint.left_out[:6])}{' ...' if len(checkpoint.left_out) > 6 else ''}"

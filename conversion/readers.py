@@ -1,0 +1,176 @@
+"""Open files of weights: shapes and types at once, tensors only when asked for."""
+
+import argparse
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitreg_hub.errors import ConversionError
+
+MAPPED_AT_ONCE = 128 * 2**20
+"""Bytes that are read before a file is mapped anew: pages that were touched count as memory until then."""
+
+CONTAINERS = ("teacher", "model", "state_dict", "module")
+"""Keys under which training code saves the weights, the one to publish first."""
+
+MAX_NESTING = 8
+"""Containers within containers; a dictionary may hold itself."""
+
+_scalar = np._core.multiarray.scalar
+HARMLESS = (
+    argparse.Namespace,
+    np.dtype,
+    _scalar,
+    (_scalar, "numpy.core.multiarray.scalar"),  # its name before numpy 2
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
+)
+"""What training code pickles beside the weights and what holds data only; anything else is refused."""
+
+BROKEN_PICKLE = (
+    RuntimeError,
+    EOFError,
+    KeyError,
+    IndexError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+)
+"""What reading a damaged pickle can end in."""
+
+
+class TensorInfo(NamedTuple):
+    """Shape and type of a tensor that was not read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Reader(Protocol):
+    """An open file."""
+
+    infos: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name."""
+
+
+class _Mapped:
+    """Reads through a memory map that is renewed, so that no more than a part of the file counts as memory."""
+
+    def __init__(self, open_map: Callable[[], Callable[[str], Tensor]], *, is_map: bool = True) -> None:
+        self._open_map = open_map
+        self._is_map = is_map
+        self._get: Callable[[str], Tensor] | None = None
+        self._read = 0
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        if self._get is None or (self._is_map and self._read > MAPPED_AT_ONCE):
+            self._get, self._read = None, 0
+            self._get = self._open_map()
+        tensor = self._get(name)
+        self._read += tensor.nbytes
+        return tensor
+
+
+class SafetensorsReader(_Mapped):
+    """A .safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(lambda: safe_open(path, "pt").get_tensor)
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                self.infos = {name: TensorInfo(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        except SafetensorError as error:
+            raise ConversionError(f"{path} is truncated or no safetensors file ({error}).") from error
+
+
+def require_undamaged(path: Path) -> None:
+    """Compare the records of a zip archive with their checksums, which torch does not do.
+
+    Raises:
+        ConversionError: One differs, or the archive cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except BROKEN_PICKLE as error:
+        raise ConversionError(f"{path} is truncated or no checkpoint ({type(error).__name__}): get it again.") from error
+    if damaged:
+        raise ConversionError(f"{path} is damaged: the checksum of {damaged} is wrong; get it again.")
+
+
+NAMES_OF_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+class PickleReader(_Mapped):
+    """A file of `torch.save`. Only tensors and plain data are unpickled: nothing in it can run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._zipped = zipfile.is_zipfile(path)  # what torch.save wrote before version 1.6 cannot be mapped
+        self.container, tensors, self.left_out = _weights_in(self._load(), str(path))
+        self.infos = {
+            name: TensorInfo(
+                tuple(t.shape), NAMES_OF_DTYPES.get(t.dtype, str(t.dtype)) if _has_numbers(t) else f"{t.layout} on {t.device}"
+            )
+            for name, t in tensors.items()
+        }
+        super().__init__(lambda: _weights_in(self._load(), str(path))[1].__getitem__, is_map=self._zipped)
+
+    def _load(self) -> Any:
+        try:
+            with torch.serialization.safe_globals(list(HARMLESS)):
+                return torch.load(self._path, map_location="cpu", weights_only=True, mmap=self._zipped)
+        except pickle.UnpicklingError as error:
+            reason = next(
+                (line for line in str(error).splitlines() if "GLOBAL" in line or "WeightsUnpickler" in line), ""
+            )
+            raise ConversionError(
+                f"{self._path} is no checkpoint of plain tensors, or is damaged, and nothing of it was run"
+                f"{f' ({reason.strip()})' if reason else ''}: save its state_dict alone."
+            ) from error
+        except BROKEN_PICKLE as error:
+            raise ConversionError(
+                f"{self._path} is truncated or no checkpoint ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]})."
+            ) from error
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+def _weights_in(loaded: Any, called: str) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
+    """Find the weights in what a file holds: where, the tensors, and what stands beside them."""
+    path: list[str] = []
+    left_out: list[str] = []
+    while isinstance(loaded, Mapping) and len(path) < MAX_NESTING:
+        tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
+        inner = next((k for k in CONTAINERS if isinstance(loaded.get(k), Mapping)), None)
+        if inner is None or len(tensors) > len(loaded) / 2:
+            if tensors:
+                left_out += [".".join([*path, str(k)]) for k in loaded.keys() - tensors.keys()]
+                return ".".join(path), tensors, tuple(sorted(left_out))
+            break
+        left_out += [".".join([*path, str(k)]) for k in loaded if k != inner]
+        path.append(inner)
+        loaded = loaded[inner]
+    raise ConversionError(f"{called} holds no dictionary of tensors.")

@@ -1,0 +1,199 @@
+"""Opening checkpoints: files, shards, folders and repositories, without reading what is not asked for."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitreg_hub.conversion.readers import PickleReader, Reader, SafetensorsReader, TensorInfo, require_undamaged
+from vitreg_hub.conversion.torchscript import TorchScriptReader
+from vitreg_hub.errors import ConversionError
+from vitreg_hub.hub_access import CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, download_checkpoint
+
+OPENCLIP_CONFIG = "open_clip_config.json"
+
+WEIGHT_NAMES = (
+    WEIGHTS_FILE,
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
+"""What a folder's weights are called, best first."""
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pyth")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        called: As the user named it.
+        files: Weights files.
+        infos: Shape and type of every tensor, by name without what wrappers such as DDP add.
+        names: Name in the file, by name.
+        readers: The open file that has a tensor, by name.
+        container: Key of the dictionary that held the weights, "torchscript" for an archive.
+        left_out: What a file holds beside the weights.
+        config: config.json beside the weights, empty without one.
+        openclip_config: open_clip_config.json beside the weights, empty without one.
+        preprocessor: preprocessor_config.json beside the weights, empty without one.
+    """
+
+    called: str
+    files: tuple[Path, ...]
+    infos: Mapping[str, TensorInfo]
+    names: Mapping[str, str] = field(repr=False)
+    readers: Mapping[str, Reader] = field(repr=False)
+    container: str
+    left_out: tuple[str, ...] = ()
+    config: Mapping[str, Any]
+    openclip_config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights are."""
+        return self.files[0].parent
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor in float32.
+
+        Raises:
+            ConversionError: It holds float64 numbers that float32 has not.
+        """
+        tensor = self.readers[name].read(self.names[name]).detach()
+        exact = tensor.to(torch.float32)
+        if tensor.dtype == torch.float64 and not torch.equal(exact.double().nan_to_num(), tensor.nan_to_num()):
+            raise ConversionError(f"{self.called}: {name} holds float64 numbers that float32 has not; round them first.")
+        return exact
+
+    def sha256(self) -> dict[str, str]:
+        """Checksum of every weights file, by file name."""
+        sums = {}
+        for path in self.files:
+            with path.open("rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return sums
+
+
+def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        source: A weights file, a folder, or ``hf-hub:org/name[@revision]``.
+        prefer: Beginning of the name of the weights file to take where a folder has several.
+
+    Raises:
+        ConversionError: Nothing there, several checkpoints, a damaged file, or a pickle with code.
+        HubError: No such repository, no permission, or no network.
+    """
+    called = str(source)
+    if called.startswith(HUB_PREFIX):
+        folder, names = download_checkpoint(called, lambda names: _choose(names, called, prefer))
+        files = [folder / name for name in names]
+    elif Path(source).is_dir():
+        names = [path.name for path in Path(source).iterdir() if path.is_file()]
+        files = [Path(source) / _choose(names, called, prefer)]
+    elif Path(source).is_file():
+        files = [Path(source)]
+    else:
+        raise ConversionError(
+            f"{called} is neither a file nor a folder; a repository of the Hub needs the prefix 'hf-hub:'."
+        )
+    shards = _shards(files[0]) if files[0].name.endswith(".index.json") else {files[0]: None}
+    readers, infos, container, left_out = {}, {}, "", ()
+    for path, listed in shards.items():
+        reader = _reader(path)
+        container, left_out = getattr(reader, "container", ""), getattr(reader, "left_out", ())
+        if listed is not None and (lacking := sorted(listed - reader.infos.keys())):
+            raise ConversionError(f"{path} lacks {len(lacking)} tensors that the index lists, first {lacking[0]}.")
+        for name, info in reader.infos.items():
+            if name in infos:
+                raise ConversionError(f"{called} holds {name} twice, in two files.")
+            infos[name], readers[name] = info, reader
+    names = _unwrapped(infos)
+    beside = files[0].parent
+    return Checkpoint(
+        called=called,
+        files=tuple(shards),
+        infos={new: infos[old] for new, old in names.items()},
+        names=names,
+        readers={new: readers[old] for new, old in names.items()},
+        container=container,
+        left_out=left_out,
+        config=_json(beside / CONFIG_FILE),
+        openclip_config=_json(beside / OPENCLIP_CONFIG),
+        preprocessor=_json(beside / "preprocessor_config.json"),
+    )
+
+
+def _choose(names: Iterable[str], called: str, prefer: str) -> str:
+    names = set(names)
+    usual = [name for name in WEIGHT_NAMES if name in names]
+    if found := sorted(usual, key=lambda name: not (prefer and name.startswith(prefer))):
+        return found[0]
+    others = sorted(name for name in names if name.endswith(SUFFIXES) and "/" not in name)
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise ConversionError(
+            f"{called} holds {len(others)} checkpoints ({', '.join(others[:5])}): name one of the files."
+        )
+    raise ConversionError(f"{called} holds no weights: looked for {', '.join('*' + s for s in SUFFIXES)}.")
+
+
+def _shards(index: Path) -> dict[Path, set[str] | None]:
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ConversionError(f"{index} lists no shards under 'weight_map'.")
+    shards: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        path = index.parent / file
+        if Path(file).name != file or not path.is_file():
+            raise ConversionError(f"{index} names the shard {file!r}, which is not beside it.")
+        shards.setdefault(path, set()).add(name)
+    return shards
+
+
+def _reader(path: Path) -> Reader:
+    if path.suffix == ".safetensors":
+        return SafetensorsReader(path)
+    if zipfile.is_zipfile(path):
+        require_undamaged(path)
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return TorchScriptReader(path)
+    return PickleReader(path)
+
+
+def _unwrapped(infos: Mapping[str, object]) -> dict[str, str]:
+    """Names without what DDP, torch.compile and FSDP put before or into them, and the names in the file."""
+    names = {name.replace("_fsdp_wrapped_module.", ""): name for name in infos}
+    if len(names) < len(infos):
+        raise ConversionError("the checkpoint holds a tensor twice, with and without FSDP's '_fsdp_wrapped_module.'.")
+    while wrapper := next((w for w in ("module.", "_orig_mod.") if all(n.startswith(w) for n in names)), None):
+        names = {new.removeprefix(wrapper): old for new, old in names.items()}
+        if not names:
+            break
+    return names
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} is not a JSON object.")
+    return content

@@ -1,0 +1,43 @@
+"""Writing a safetensors file one tensor at a time, so that no more than one is in memory."""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+BYTES = 4  # float32
+ALIGNMENT = 8
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) -> None:
+    """Write float32 tensors in the format of safetensors (github.com/huggingface/safetensors, README, "Format").
+
+    Args:
+        path: The new file.
+        shapes: Shape of every tensor, in the order of the file.
+        make: Gives the contiguous tensor of a name; it is called once for each, and its result is not kept.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        size = BYTES
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % ALIGNMENT)
+    with path.open("wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, shape in shapes.items():
+            tensor = make(name)
+            if tuple(tensor.shape) != shape:
+                raise AssertionError(f"{name} has shape {list(tensor.shape)}, planned was {list(shape)}")
+            file.write(memoryview(tensor.numpy()).cast("B"))
+            bar.update(tensor.nbytes)

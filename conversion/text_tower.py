@@ -1,0 +1,136 @@
+"""The whole of an OpenCLIP model beside the bundle, in open_clip's own form, so that zero-shot still works."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from vitreg_hub.bundle_form import write_folder
+from vitreg_hub.conversion.plan import Plan
+from vitreg_hub.conversion.source import OPENCLIP_CONFIG, Checkpoint
+from vitreg_hub.conversion.stream import write_safetensors
+from vitreg_hub.errors import ConversionError
+
+WEIGHTS = "open_clip_model.safetensors"
+TOWER_SUFFIX = "-open_clip"
+"""What the folder's name has after that of the bundle."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextTower:
+    """An OpenCLIP model with both towers, which `open_clip` loads as ``local-dir:FOLDER``.
+
+    Attributes:
+        checkpoint: The source.
+        names: Names of its tensors that open_clip's class has.
+        config: Content of open_clip_config.json.
+    """
+
+    checkpoint: Checkpoint = field(repr=False)
+    names: tuple[str, ...]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, plan: Plan) -> Self:
+        """Describe the model of a checkpoint, and check it against open_clip's own class.
+
+        Raises:
+            ConversionError: open_clip is not installed, the checkpoint has no text tower, or its heads are unknown.
+        """
+        if find_spec("open_clip") is None:
+            raise ConversionError("--text-tower needs open_clip: pip install 'vitreg_hub[clip]'.")
+        if plan.fmt.name not in ("openclip", "openai", "openclip-timm"):
+            raise ConversionError(f"{checkpoint.called} is {plan.fmt.title}: only OpenCLIP's text towers are kept.")
+        if not any("token_embedding" in name for name in checkpoint.infos):
+            raise ConversionError(f"{checkpoint.called} has no text tower.")
+        numbers = {"input_resolution", "context_length", "vocab_size"}
+        names = tuple(sorted(checkpoint.infos.keys() - numbers))
+        config = checkpoint.openclip_config or _config(checkpoint, plan)
+        tower = cls(checkpoint=checkpoint, names=names, config=config)
+        tower._require_fit()
+        return tower
+
+    def _require_fit(self) -> None:
+        import open_clip.factory
+        import torch
+
+        kind = self.config["model_cfg"]
+        custom = "text.ln_final.weight" in self.names
+        args = {k: v for k, v in kind.items() if k != "custom_text"}
+        try:
+            with torch.device("meta"):
+                model = (open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP)(**args)
+        except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+            raise ConversionError(f"open_clip cannot build the model of {self.checkpoint.called}: {error}.") from error
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: self.checkpoint.infos[name].shape for name in self.names}
+        if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+            raise ConversionError(
+                f"{self.checkpoint.called} does not fit open_clip's model: {len(wrong)} tensors differ, first "
+                f"{wrong[0]}; put its {OPENCLIP_CONFIG} beside the weights."
+            )
+
+    def write(self, folder: Path) -> Path:
+        """Write the model to a new folder.
+
+        Raises:
+            BundleError: It exists or cannot be written.
+        """
+
+        def fill(staging: Path) -> None:
+            (staging / OPENCLIP_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
+            shapes = {name: self.checkpoint.infos[name].shape for name in self.names}
+            write_safetensors(staging / WEIGHTS, shapes, lambda name: self.checkpoint.read(name).contiguous())
+
+        return write_folder(folder, fill)
+
+
+def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """open_clip's configuration of a bare checkpoint.
+
+    Raises:
+        ConversionError: The text tower's heads have not the 64 channels that all of open_clip's have.
+    """
+    infos, args = checkpoint.infos, plan.model_args
+    if "token_embedding.weight" not in infos or "text_projection" not in infos:
+        raise ConversionError(
+            f"{checkpoint.called} has a text tower of its own kind: put its {OPENCLIP_CONFIG} beside it."
+        )
+    width = infos["token_embedding.weight"].shape[1]
+    if width % 64:
+        raise ConversionError(
+            f"{checkpoint.called} has a text tower of width {width}, and no tensor tells its heads: put its "
+            f"{OPENCLIP_CONFIG} beside the weights."
+        )
+    blocks = {name.split(".")[2] for name in infos if name.startswith("transformer.resblocks.")}
+    vision = dict(
+        image_size=args["img_size"] if plan.assembly.grid == plan.assembly.native else None,
+        layers=args["depth"],
+        width=args["embed_dim"],
+        head_width=args["embed_dim"] // args["num_heads"],
+        mlp_ratio=args["mlp_ratio"],
+        patch_size=args["patch_size"],
+    )
+    if vision["image_size"] is None:
+        vision["image_size"] = [side * args["patch_size"] for side in plan.assembly.native]
+    if len(set(vision["image_size"])) == 1:
+        vision["image_size"] = vision["image_size"][0]
+    text = dict(
+        context_length=infos["positional_embedding"].shape[0],
+        vocab_size=infos["token_embedding.weight"].shape[0],
+        width=width,
+        heads=width // 64,
+        layers=len(blocks),
+    )
+    model = dict(
+        embed_dim=infos["text_projection"].shape[1],
+        quick_gelu=plan.spec.family == "clip_quickgelu",
+        vision_cfg=vision,
+        text_cfg=text,
+    )
+    images = plan.preprocess
+    return dict(
+        model_cfg=model, preprocess_cfg=dict(mean=list(images.mean), std=list(images.std), interpolation="bicubic")
+    )

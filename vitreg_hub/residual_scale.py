@@ -1,0 +1,71 @@
+"""Another LayerNorm epsilon than the one that a timm entrypoint fixes, told by the scale of the residual stream.
+
+JSON cannot carry an epsilon, and timm has no ViT with the 1e-12 of transformers' ViT and DeiT. A network whose residual
+stream is s times larger and whose LayerNorms have epsilon e computes exactly what the network with epsilon e / s^2
+computes: the norms divide s out again. With a power of two for s this holds bit for bit, so weights are stored scaled.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from timm.layers import LayerScale
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from vitreg_hub.errors import BundleError
+
+WRITES_TO_STREAM = re.compile(
+    r"cls_token|reg_token|dist_token|pos_embed|patch_embed\.proj\.\w+|blocks\.\d+\.(attn\.proj|mlp\.fc2)\.\w+"
+)
+"""Tensors of a timm ViT whose product is added to the residual stream."""
+
+READS_STREAM = re.compile(r"norm|norm_pre|fc_norm|blocks\.\d+\.norm[12]")
+"""Modules that normalise the residual stream, as opposed to the norms inside attention and MLP."""
+
+
+def scaled(state_dict: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Weights of the network whose residual stream is `scale` times larger."""
+    if scale == 1:
+        return dict(state_dict)
+    return {k: tensor * scale if WRITES_TO_STREAM.fullmatch(k) else tensor for k, tensor in state_dict.items()}
+
+
+def stream_norms(model: nn.Module) -> Iterator[nn.LayerNorm]:
+    """Yield the LayerNorms that read the residual stream of a timm ViT."""
+    for name, module in model.named_modules():
+        if READS_STREAM.fullmatch(name) and isinstance(module, nn.LayerNorm):
+            yield module
+
+
+def can_scale(model: VisionTransformer) -> bool:
+    """Whether the stream starts at the embeddings, has no LayerScale, and ends in the final norm."""
+    has_layer_scale = any(isinstance(module, LayerScale) for module in model.modules())
+    return isinstance(model.norm_pre, nn.Identity) and isinstance(model.norm, nn.LayerNorm) and not has_layer_scale
+
+
+def scale_for(model: nn.Module, *, norm_eps: float) -> float:
+    """The scale under which LayerNorms of epsilon `norm_eps` compute what those of the model do.
+
+    Args:
+        model: A timm ViT.
+        norm_eps: Epsilon that the stored network will have.
+
+    Returns:
+        A power of two, 1 where the epsilons are equal. It is found for an epsilon within 10 % of `norm_eps` over a
+        power of four: 1e-12 becomes 1e-6 / 4^10 = 0.954e-12.
+
+    Raises:
+        BundleError: There is no such scale.
+    """
+    found = {norm.eps for norm in stream_norms(model)}
+    if found <= {norm_eps}:
+        return 1.0
+    eps = min(found)
+    exponent = round(math.log(norm_eps / eps, 4)) if eps > 0 else 0
+    if len(found) > 1 or not exponent or abs(eps * 4.0**exponent / norm_eps - 1) > 0.1:
+        raise BundleError(
+            f"the LayerNorms have epsilon {', '.join(map(str, sorted(found)))}, but a bundle of this architecture can "
+            f"only have {norm_eps} over a power of four, in all of them."
+        )
+    return 2.0**exponent
