@@ -16,6 +16,9 @@ from vitreg_hub.residual_scale import scale_for, stream_norms
 
 ACTS = ("gelu", "quick_gelu")
 
+MAX_PATCHES = 2**20
+"""No ViT reads more; a larger number is a slip, and its table would fill the memory."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -52,7 +55,9 @@ class Choices:
         for key, value in self.told.shape.items():
             if value is not None and value != getattr(self.structure, key):
                 has = getattr(self.structure, key)
-                self._refuse(f"has {key} {has}, but the config beside it says {value}: put the config of these weights there")
+                self._refuse(
+                    f"has {key} {has}, but the config beside it says {value}: put the config of these weights there"
+                )
         if self.request.act not in (None, *ACTS):
             self._refuse(f"cannot have the activation {self.request.act!r}: give --act {' or '.join(ACTS)}")
 
@@ -78,8 +83,8 @@ class Choices:
             return "plain" if self.num_registers() else "deit_distilled"
         if not has.layer_scale:
             return "plain"
-        if self.fmt.family in ("dinov2", "deit3"):
-            return self.fmt.family
+        if (family := self.told.family or self.fmt.family) in ("dinov2", "deit3"):
+            return family
         without_class_row = exact_square(has.position_rows) and not has.num_registers
         return "deit3" if without_class_row and not has.swiglu else "dinov2"
 
@@ -129,13 +134,16 @@ class Choices:
         others = self._other_rows()
         patches = self.structure.position_rows - others
         patch_height, patch_width = self.structure.patch_size
-        for size in (self.told.img_size, self.request.img_size):
-            if size and (grid := (size[0] // patch_height, size[1] // patch_width))[0] * grid[1] == patches:
+        # a size that was asked for is that of the table only where nothing else can be: it may have as many patches
+        asked = None if exact_square(patches) else self.request.img_size
+        if size := self.told.img_size or asked:
+            grid = (size[0] // patch_height, size[1] // patch_width)
+            if grid[0] * grid[1] == patches:
                 return grid, others
-            if size and size == self.told.img_size:
+            if self.told.img_size:
                 self._refuse(
-                    f"has positions for {patches} patches, but the config beside it says images of {size[0]}x{size[1]}: "
-                    "put the config of these weights there"
+                    f"has positions for {patches} patches, but the config beside it says images of "
+                    f"{size[0]}x{size[1]}: put the config of these weights there"
                 )
         if not exact_square(patches):
             self._refuse(
@@ -143,6 +151,13 @@ class Choices:
                 "width: give --img-size HEIGHT,WIDTH of the training images"
             )
         return (math.isqrt(patches), math.isqrt(patches)), others
+
+    def image_size(self, native: Grid) -> tuple[int, int]:
+        """Height and width in pixels for which the position table is made."""
+        size = self.request.img_size or tuple(n * p for n, p in zip(native, self.structure.patch_size, strict=True))
+        if math.prod(size) // math.prod(self.structure.patch_size) > MAX_PATCHES:
+            self._refuse(f"cannot get positions for an image of {size[0]}x{size[1]}: more than {MAX_PATCHES} patches")
+        return size
 
     def _other_rows(self) -> int:
         has = self.structure
@@ -189,7 +204,9 @@ class Choices:
         """How many times larger the residual stream must be for the source's epsilon."""
         if self.told.residual_scale != 1:
             return self.told.residual_scale
-        eps = self.told.norm_eps or (1e-5 if self.structure.pre_norm else 1e-6)  # of timm's CLIP and timm's others
+        eps = self.told.norm_eps
+        if eps is None:
+            eps = 1e-5 if self.structure.pre_norm else 1e-6  # of timm's CLIP and timm's others
         for norm in stream_norms(network):
             norm.eps = eps
         return scale_for(network, norm_eps=spec.lineage.norm_eps)

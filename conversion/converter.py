@@ -87,10 +87,10 @@ def convert(
             bundle = _finished(checkpoint, plan, load_file(staging / WEIGHTS_FILE), sums.result(), verify=verify)
             (staging / CONFIG_FILE).write_text(config_text(bundle.config()))
             (staging / CARD_FILE).write_text(render(bundle))
+            if tower:  # last: both folders appear, or none
+                tower.write(beside)
 
         write_folder(Path(out), fill)
-    if tower:
-        tower.write(beside)
     return ModelBundle.load(out)
 
 
@@ -121,4 +121,6 @@ def _finished(
         settings=report.as_settings(),
         versions={name: version(name) for name in libraries},
     )
-    return plan.bundle(state_dict, provenance)
+    bundle = plan.bundle(state_dict, provenance)
+    bundle.require_consistent()
+    return bundle

@@ -1,6 +1,7 @@
 """What a network is: from its tensors, and what no tensor tells from the config beside it, the format, or the user."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,8 +10,10 @@ import timm
 from timm.layers import GELUTanh, QuickGELU, SwiGLU
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block
 from torch import nn
 
+from vitreg_hub.arch import ARCHS
 from vitreg_hub.bundle_form import Preprocess
 from vitreg_hub.conversion.assignment import Assignment
 from vitreg_hub.conversion.rules import CheckpointFormat
@@ -30,11 +33,27 @@ ACTIVATIONS = {
 }
 """transformers' names of activations, and timm's."""
 
+DEFAULT_EPS = {"hf-vit": 1e-12, "hf-deit": 1e-12}
+"""Of transformers' ViTConfig and DeiTConfig, for a config.json that leaves the epsilon out."""
+
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as preprocessor_config.json has them."""
 
 
-NO_NETWORK_ARGS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"}
+GATED = re.compile(r"\.mlp\.(w12|w1|weights_in|gate_proj)\.")
+"""Names of a SwiGLU's first layer."""
+
+MAX_DEPTH = 1000
+"""Blocks that a config may ask timm to build."""
+
+NO_NETWORK_ARGS = {
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+    "features_only",
+}
 """Arguments of `timm.create_model` that read files or change the class; a stranger's config may not give them."""
 
 
@@ -105,15 +124,18 @@ class Structure:
             problems.append(f"block {gap} is missing")
         if problems:
             tensors.refuse([*tensors.problems, *problems])
+        hidden, inner = tensors.shape("blocks.0.mlp.fc1.weight")[0], tensors.shape("blocks.0.mlp.fc2.weight")[1]
+        first_layers = [parts[0] for name, parts in tensors.parts.items() if name.endswith(".mlp.fc1.weight")]
+        if hidden != 2 * inner and (gated := [name for name, rule in first_layers if GATED.search(rule.take)]):
+            tensors.refuse([*tensors.problems, f"{gated[0]} must have gate and value for {inner} channels"])
         embed_dim, in_chans, *patch_size = tensors.shape("patch_embed.proj.weight")
-        hidden = tensors.shape("blocks.0.mlp.fc1.weight")[0]
         return cls(
             embed_dim=embed_dim,
             depth=len(blocks),
             patch_size=tuple(patch_size),
             in_chans=in_chans,
             hidden=hidden,
-            swiglu=hidden == 2 * tensors.shape("blocks.0.mlp.fc2.weight")[1],
+            swiglu=hidden == 2 * inner,
             layer_scale=any(name.endswith(".ls1.gamma") for name in tensors.parts),
             pre_norm="norm_pre.weight" in tensors,
             qkv_bias="blocks.0.attn.qkv.bias" in tensors,
@@ -131,6 +153,7 @@ class Told:
     """What no tensor tells; None is not known.
 
     Attributes:
+        family: Key of `vitreg_hub.arch.FAMILIES`.
         num_heads: Attention heads.
         norm_eps: LayerNorm epsilon.
         act: timm's name of the activation.
@@ -145,6 +168,7 @@ class Told:
         shape: Facts of `Structure` that the config gives too, for comparison.
     """
 
+    family: str | None = None
     num_heads: int | None = None
     norm_eps: float | None = None
     act: str | None = None
@@ -178,7 +202,9 @@ def told_by(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Told:
         if isinstance(error, ConversionError):
             raise
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ConversionError(f"the config beside {checkpoint.called} cannot be read as {fmt.title}'s ({reason}).") from error
+        raise ConversionError(
+            f"the config beside {checkpoint.called} cannot be read as {fmt.title}'s ({reason})."
+        ) from error
     facts = dict(norm_eps=fmt.norm_eps, act=fmt.act, other_rows=fmt.other_rows, positions=None)
     preprocess = dict(mean=fmt.mean, std=fmt.std, crop_pct=fmt.crop_pct) | said.pop("preprocess", {})
     known = {key: value for key, value in said.items() if value is not None}
@@ -217,7 +243,7 @@ def _transformers(checkpoint: Checkpoint, fmt: CheckpointFormat) -> dict[str, An
         names = None
     return dict(
         num_heads=_whole(config.get("num_attention_heads")),
-        norm_eps=config.get("layer_norm_eps"),
+        norm_eps=config.get("layer_norm_eps", DEFAULT_EPS.get(fmt.name)),
         act=_activation(config["hidden_act"]) if "hidden_act" in config else None,
         img_size=_side(config.get("image_size")),
         preprocess=dict(_transformers_images(checkpoint.preprocessor, fmt)),
@@ -286,6 +312,7 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
         preprocess={key: getattr(preprocess, key) for key in wanted if getattr(preprocess, key)},
         positions=PositionRule(**ours["positions"]) if "positions" in ours else TIMM_RULE,
         residual_scale=ours.get("residual_scale"),
+        family=ARCHS[ours["arch"]].family if ours else None,
         label_names=tuple(labels) if labels else None,
         license=cfg.get("license"),
     )
@@ -296,7 +323,11 @@ def _facts_of(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
     if not timm.is_model(architecture):
         raise ConversionError(f"timm {timm.__version__} has no model {architecture!r}, which the config names.")
     if foreign := sorted(args.keys() & NO_NETWORK_ARGS):
-        raise ConversionError(f"the config gives {', '.join(foreign)} to {architecture}, which do not describe a network.")
+        raise ConversionError(
+            f"the config gives {', '.join(foreign)} to {architecture}, which do not describe a network."
+        )
+    if args.get("depth", 1) > MAX_DEPTH:
+        raise ConversionError(f"the config gives {architecture} {args['depth']} blocks, which is no ViT.")
     model = timm.create_model(architecture, device="meta", **args)
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise ConversionError(f"{architecture} is timm's {type(model).__name__}, not its VisionTransformer.")
@@ -304,6 +335,8 @@ def _facts_of(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
     acts = {nn.GELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_tanh", nn.SiLU: "silu", nn.ReLU: "relu"}
     if type(act) not in acts or isinstance(model.blocks[0].mlp, SwiGLU):
         raise ConversionError(f"{architecture} has an MLP that no row of the table has.")
+    if type(model.blocks[0]) is not Block or not isinstance(model.blocks[0].norm1, nn.LayerNorm):
+        raise ConversionError(f"{architecture} has blocks or norms that no row of the table has.")
     if model.global_pool not in ("token", "avg", "") or model.pool_include_prefix:
         raise ConversionError(f"{architecture} pools by {model.global_pool!r}, which these architectures do not.")
     return dict(

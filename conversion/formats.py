@@ -117,8 +117,8 @@ def detect(checkpoint: Checkpoint) -> CheckpointFormat:
     near = nearest(names)
     hint = f"the nearest is {near.name} ({near.title})" if near else "no tensor has a name of any"
     raise ConversionError(
-        f"{checkpoint.called} holds {len(names)} tensors of no known format, first {min(names, default='')}; {hint}. "
-        f"Formats: {', '.join(FORMATS)}."
+        f"{checkpoint.called} holds {len(names)} tensors of no known format, first {min(names, default='none')}; "
+        f"{hint}. Formats: {', '.join(FORMATS)}."
     )
 
 
@@ -144,6 +144,8 @@ def nearest(names: Mapping[str, object]) -> CheckpointFormat | None:
 
     def share(fmt: CheckpointFormat) -> int:
         prefix = fmt.prefix_in(names)
+        if fmt.needs_prefix and not prefix:
+            return 0
         return sum(len(fmt.rules_for(name, prefix)) == 1 for name in names)
 
     best = max(FORMATS.values(), key=share)

@@ -87,10 +87,14 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
     tensors = assign(checkpoint, fmt)
     structure = Structure.of(tensors)
     told = told_by(checkpoint, fmt)
-    choice = Choices(checkpoint=checkpoint, fmt=fmt, structure=structure, told=told, request=request)
-    spec, (native, other_rows), registers = choice.row(), choice.native_grid(), choice.num_registers()
-    size = request.img_size or (native[0] * structure.patch_size[0], native[1] * structure.patch_size[1])
-    args = choice.model_args(spec, size)
+    try:
+        choice = Choices(checkpoint=checkpoint, fmt=fmt, structure=structure, told=told, request=request)
+        spec, (native, other_rows), registers = choice.row(), choice.native_grid(), choice.num_registers()
+        size = choice.image_size(native)
+        args = choice.model_args(spec, size)
+    except ConversionError:
+        tensors.refuse(list(tensors.problems))  # the cause, where there are any
+        raise
     preprocess = Preprocess(input_size=(structure.in_chans, *size), **told.preprocess)
     rule = told.positions or (fmt.registers_positions if structure.num_registers else None) or fmt.positions
     config = make_config(

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -98,8 +99,8 @@ class SafetensorsReader(_Mapped):
             with safe_open(path, "pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
                 self.infos = {name: TensorInfo(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        except SafetensorError as error:
-            raise ConversionError(f"{path} is truncated or no safetensors file ({error}).") from error
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{path} is truncated or no safetensors file ({error}): get it again.") from error
 
 
 def require_undamaged(path: Path) -> None:
@@ -112,7 +113,9 @@ def require_undamaged(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except BROKEN_PICKLE as error:
-        raise ConversionError(f"{path} is truncated or no checkpoint ({type(error).__name__}): get it again.") from error
+        raise ConversionError(
+            f"{path} is truncated or no checkpoint ({type(error).__name__}): get it again."
+        ) from error
     if damaged:
         raise ConversionError(f"{path} is damaged: the checksum of {damaged} is wrong; get it again.")
 
@@ -129,7 +132,8 @@ class PickleReader(_Mapped):
         self.container, tensors, self.left_out = _weights_in(self._load(), str(path))
         self.infos = {
             name: TensorInfo(
-                tuple(t.shape), NAMES_OF_DTYPES.get(t.dtype, str(t.dtype)) if _has_numbers(t) else f"{t.layout} on {t.device}"
+                tuple(t.shape),
+                NAMES_OF_DTYPES.get(t.dtype, str(t.dtype)) if _has_numbers(t) else f"{t.layout} on {t.device}",
             )
             for name, t in tensors.items()
         }
@@ -140,17 +144,14 @@ class PickleReader(_Mapped):
             with torch.serialization.safe_globals(list(HARMLESS)):
                 return torch.load(self._path, map_location="cpu", weights_only=True, mmap=self._zipped)
         except pickle.UnpicklingError as error:
-            reason = next(
-                (line for line in str(error).splitlines() if "GLOBAL" in line or "WeightsUnpickler" in line), ""
-            )
+            asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's own sentence advises to allow it
             raise ConversionError(
                 f"{self._path} is no checkpoint of plain tensors, or is damaged, and nothing of it was run"
-                f"{f' ({reason.strip()})' if reason else ''}: save its state_dict alone."
+                f"{f' (it asks for {asked[1]})' if asked else ''}: save its state_dict alone."
             ) from error
         except BROKEN_PICKLE as error:
             raise ConversionError(
-                f"{self._path} is truncated or no checkpoint ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]})."
+                f"{self._path} is truncated or no checkpoint ({type(error).__name__}): get it again, or save it anew."
             ) from error
 
 
@@ -173,4 +174,6 @@ def _weights_in(loaded: Any, called: str) -> tuple[str, dict[str, Tensor], tuple
         left_out += [".".join([*path, str(k)]) for k in loaded if k != inner]
         path.append(inner)
         loaded = loaded[inner]
-    raise ConversionError(f"{called} holds no dictionary of tensors.")
+    raise ConversionError(
+        f"{called} holds no dictionary of tensors, bare or under {', '.join(CONTAINERS)}: save the model's state_dict."
+    )

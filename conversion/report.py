@@ -1,6 +1,7 @@
 """What a conversion did, for people and for the bundle's provenance."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -45,8 +46,8 @@ class ConversionReport:
         return cls(**settings) if settings else None
 
     def as_settings(self) -> dict[str, Any]:
-        """The report as a part of `Provenance.settings`, JSON-safe."""
-        return {SETTING: dataclasses.asdict(self)}
+        """The report as a part of `Provenance.settings`: JSON-safe, and in the order in which a config.json has it."""
+        return {SETTING: json.loads(json.dumps(dataclasses.asdict(self), sort_keys=True))}
 
     def __str__(self) -> str:
         """The table that the terminal shows."""

@@ -73,7 +73,9 @@ class Checkpoint:
         tensor = self.readers[name].read(self.names[name]).detach()
         exact = tensor.to(torch.float32)
         if tensor.dtype == torch.float64 and not torch.equal(exact.double().nan_to_num(), tensor.nan_to_num()):
-            raise ConversionError(f"{self.called}: {name} holds float64 numbers that float32 has not; round them first.")
+            raise ConversionError(
+                f"{self.called}: {name} holds float64 numbers that float32 has not; round them first."
+            )
         return exact
 
     def sha256(self) -> dict[str, str]:
@@ -117,6 +119,8 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         if listed is not None and (lacking := sorted(listed - reader.infos.keys())):
             raise ConversionError(f"{path} lacks {len(lacking)} tensors that the index lists, first {lacking[0]}.")
         for name, info in reader.infos.items():
+            if not name.isprintable():
+                raise ConversionError(f"{path} names a tensor {name!r}: no format has names that cannot be printed.")
             if name in infos:
                 raise ConversionError(f"{called} holds {name} twice, in two files.")
             infos[name], readers[name] = info, reader

@@ -62,8 +62,9 @@ class TextTower:
         try:
             with torch.device("meta"):
                 model = (open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP)(**args)
-        except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-            raise ConversionError(f"open_clip cannot build the model of {self.checkpoint.called}: {error}.") from error
+        except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, OSError, ImportError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConversionError(f"open_clip cannot build the model of {self.checkpoint.called}: {reason}.") from error
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: self.checkpoint.infos[name].shape for name in self.names}
         if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):

@@ -54,7 +54,7 @@ def test_reader_of_the_output_may_stop():
 
 
 MISTAKES = {
-    "no architecture matches 'vit_hug'; `vitreg list` prints all 114.": ["list", "vit_hug"],
+    "no architecture matches 'vit_hug'; `vitreg list` prints all 147.": ["list", "vit_hug"],
     "{tmp}/nothing is no folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
     "{tmp} is no bundle: it has no config.json.": ["verify", "{tmp}"],
     "vit_nano_reg4.digits is no folder: fetch": ["verify", "vit_nano_reg4.digits"],
