@@ -313,7 +313,7 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
         positions=PositionRule(**ours["positions"]) if "positions" in ours else TIMM_RULE,
         residual_scale=ours.get("residual_scale"),
         family=ARCHS[ours["arch"]].family if ours else None,
-        label_names=tuple(labels) if labels else None,
+        label_names=tuple(map(str, labels)) if isinstance(labels, list) else None,
         license=cfg.get("license"),
     )
 

@@ -1,6 +1,7 @@
 """Open files of weights: shapes and types at once, tensors only when asked for."""
 
 import argparse
+import pathlib
 import pickle
 import re
 import struct
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from vitreg_hub.errors import ConversionError
 
-MAPPED_AT_ONCE = 128 * 2**20
+MAPPED_AT_ONCE = 256 * 2**20
 """Bytes that are read before a file is mapped anew: pages that were touched count as memory until then."""
 
 CONTAINERS = ("teacher", "model", "state_dict", "module")
@@ -29,6 +30,8 @@ MAX_NESTING = 8
 _scalar = np._core.multiarray.scalar
 HARMLESS = (
     argparse.Namespace,
+    pathlib.PosixPath,
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),  # its name since Python 3.13
     np.dtype,
     _scalar,
     (_scalar, "numpy.core.multiarray.scalar"),  # its name before numpy 2

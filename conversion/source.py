@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -79,9 +80,15 @@ class Checkpoint:
         return exact
 
     def sha256(self) -> dict[str, str]:
-        """Checksum of every weights file, by file name."""
+        """Checksum of every weights file, by file name.
+
+        Raises:
+            ConversionError: A zip archive does not have the checksums that it says it has.
+        """
         sums = {}
         for path in self.files:
+            if zipfile.is_zipfile(path):
+                require_undamaged(path)
             with path.open("rb") as file:
                 sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         return sums
@@ -100,12 +107,12 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
     """
     called = str(source)
     if called.startswith(HUB_PREFIX):
-        folder, names = download_checkpoint(called, lambda names: _choose(names, called, prefer))
+        folder, names = download_checkpoint(called, lambda names: _choose(names, called, prefer), _weight_map)
         files = [folder / name for name in names]
-    elif Path(source).is_dir():
+    elif os.path.isdir(source):
         names = [path.name for path in Path(source).iterdir() if path.is_file()]
         files = [Path(source) / _choose(names, called, prefer)]
-    elif Path(source).is_file():
+    elif os.path.isfile(source):
         files = [Path(source)]
     else:
         raise ConversionError(
@@ -155,12 +162,17 @@ def _choose(names: Iterable[str], called: str, prefer: str) -> str:
     raise ConversionError(f"{called} holds no weights: looked for {', '.join('*' + s for s in SUFFIXES)}.")
 
 
-def _shards(index: Path) -> dict[Path, set[str] | None]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of every tensor."""
     weight_map = _json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ConversionError(f"{index} lists no shards under 'weight_map'.")
+    return weight_map
+
+
+def _shards(index: Path) -> dict[Path, set[str] | None]:
     shards: dict[Path, set[str] | None] = {}
-    for name, file in weight_map.items():
+    for name, file in _weight_map(index).items():
         path = index.parent / file
         if Path(file).name != file or not path.is_file():
             raise ConversionError(f"{index} names the shard {file!r}, which is not beside it.")
@@ -172,7 +184,6 @@ def _reader(path: Path) -> Reader:
     if path.suffix == ".safetensors":
         return SafetensorsReader(path)
     if zipfile.is_zipfile(path):
-        require_undamaged(path)
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return TorchScriptReader(path)

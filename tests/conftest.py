@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Read once, when huggingface_hub and datasets are imported: must stand before any of them is.
@@ -15,10 +15,14 @@ os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 
 import pytest
 import torch
+from checkpoints import files_below
 from hub_server import HubServer, User
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 import vitreg_hub  # noqa: F401  (registers the models)
+from vitreg_hub.conversion import convert
+from vitreg_hub.errors import ConversionError, VitregError
 
 HUB_TOKENS = {"hf_good": User("alice", orgs=("lab",)), "hf_reader": User("alice", ("lab",), read_only=True)}
 
@@ -46,6 +50,35 @@ def _seeded() -> Iterator[None]:
 def folder(tmp_path: Path) -> Path:
     """A folder that does not exist yet."""
     return tmp_path / "bundle"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Write tensors, or anything that torch.save takes, to a file."""
+
+    def save(content, name: str = "weights.pth", **how) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path, **how)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Convert what must be refused, look that nothing was written, and give the sentence."""
+
+    def convert_in_vain(source, error: type[VitregError] = ConversionError, out: Path | None = None, **options) -> str:
+        before = files_below(tmp_path)
+        with pytest.raises(error) as caught:
+            convert(source, out or tmp_path / "out", **options)
+        assert files_below(tmp_path) == before
+        text = str(caught.value)
+        assert "\n" not in text
+        return text
+
+    return convert_in_vain
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Recorded checkpoints of the official implementations, with what these gave: tests/golden/ (each case has a meta.json)."""
+"""Recorded checkpoints of the official implementations, with what these gave: tests/golden/, a meta.json in each."""
 
 import json
 from collections.abc import Iterator
@@ -135,7 +135,9 @@ def outputs(model: VisionTransformer, x: Tensor) -> dict[str, Tensor]:
 def differences(case: str, size: tuple[int, int], ours: dict[str, Tensor]) -> dict[str, float]:
     """Largest absolute difference of every recorded output that `ours` has."""
     return {
-        name: (ours[name] - expected).abs().max().item() for name, expected in recorded(case, size).items() if name in ours
+        name: (ours[name] - expected).abs().max().item()
+        for name, expected in recorded(case, size).items()
+        if name in ours
     }
 
 

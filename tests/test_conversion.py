@@ -97,7 +97,9 @@ def test_a_bundle_with_another_epsilon_converts_again(case, folder):
         assert torch.equal(again.state_dict[name], tensor)
 
 
-@pytest.mark.parametrize("arch", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_quickgelu_224", "deit3_small_patch16_224"])
+@pytest.mark.parametrize(
+    "arch", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_quickgelu_224", "deit3_small_patch16_224"]
+)
 def test_timm_folders_convert_with_their_facts(arch, tmp_path):
     small = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 56 if "14" in arch else 64}
     model = timm.create_model(arch, num_classes=7, **small).eval()
@@ -139,7 +141,7 @@ def test_arch_tells_the_activation(tmp_path):
 
 def test_width_1280_has_16_or_20_heads(tmp_path):
     path = openclip_file(tmp_path / "h.safetensors", width=1280, layers=1, heads=16)
-    with pytest.raises(ConversionError, match="give --num-heads .*16 or 20"):
+    with pytest.raises(ConversionError, match=r"give --num-heads .*16 or 20"):
         convert(path, act="gelu")
     assert convert(path, act="gelu", num_heads=16).model_args["num_heads"] == 16
 
@@ -186,7 +188,9 @@ def test_verify_measures_against_others(case, reference):
 
 def test_verify_sees_a_difference(monkeypatch):
     case = "dinov2_vit_mlp_hub"
-    monkeypatch.setattr("vitreg_hub.conversion.assembly.Assembly.make", lambda self, name: torch.ones(self.wanted[name]))
+    monkeypatch.setattr(
+        "vitreg_hub.conversion.assembly.Assembly.make", lambda self, name: torch.ones(self.wanted[name])
+    )
     measured = ConversionReport.of(convert(source(case), verify=True, **ARGUMENTS[case])).measured
     assert measured["tokens"] > 0.1
 
@@ -197,7 +201,9 @@ def openclip_folder(case: str, folder: Path) -> Path:
     meta = json.loads((FOLDER / case / "meta.json").read_text())["constructor"]
     config = {"model_cfg": meta, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    weights = load_file(source(case)) if source(case).suffix == ".safetensors" else torch.load(source(case))["state_dict"]
+    weights = (
+        load_file(source(case)) if source(case).suffix == ".safetensors" else torch.load(source(case))["state_dict"]
+    )
     save_file({k.removeprefix("module."): v for k, v in weights.items()}, folder / "open_clip_model.safetensors")
     return folder
 
@@ -309,7 +315,18 @@ def test_help_shows_every_format_and_option(capsys):
 
 
 def test_command_line_round_trip(folder, tmp_path, capsys):
-    main(["convert", str(source("dinov2_vit_mlp_hub")), str(folder), "--num-heads", "2", "--img-size", "84,42", "--verify"])
+    main(
+        [
+            "convert",
+            str(source("dinov2_vit_mlp_hub")),
+            str(folder),
+            "--num-heads",
+            "2",
+            "--img-size",
+            "84,42",
+            "--verify",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "difference   0 in tokens, to timm" in printed
     assert "4x4 patches were resampled to 6x3" in printed

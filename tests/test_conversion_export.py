@@ -92,7 +92,9 @@ def read(path) -> dict[str, Tensor]:
     return loaded.get("model", loaded)
 
 
-@pytest.mark.parametrize("case", ["dinov2_vit_mlp_hub", "dinov2_reg4", "dinov2_swiglu_reg4", "deit_base", "deit_distilled"])
+@pytest.mark.parametrize(
+    "case", ["dinov2_vit_mlp_hub", "dinov2_reg4", "dinov2_swiglu_reg4", "deit_base", "deit_distilled"]
+)
 def test_timm_loads_a_file(case, tmp_path):
     converted = bundle(case)
     fmt = "dinov2" if case.startswith("dinov2") else "deit"

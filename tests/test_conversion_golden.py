@@ -64,7 +64,11 @@ def test_a_baked_size_is_exact_in_plain_timm(case, size, folder):
 def test_saved_bundle_by_timm_name_and_auto_model(case, folder):
     bundle(case).save(folder)
     loaded, converted = ModelBundle.load(folder), bundle(case)
-    assert (loaded.arch, loaded.positions, loaded.preprocess) == (converted.arch, converted.positions, converted.preprocess)
+    assert (loaded.arch, loaded.positions, loaded.preprocess) == (
+        converted.arch,
+        converted.positions,
+        converted.preprocess,
+    )
 
     by_name = timm.create_model(loaded.arch, num_classes=loaded.num_classes, **loaded.model_args).eval()
     by_name.load_state_dict(loaded.state_dict)
@@ -90,7 +94,9 @@ def test_saved_bundle_by_timm_name_and_auto_model(case, folder):
         assert not too_large(found)
 
 
-@pytest.mark.parametrize("case", ["dinov2_swiglu_reg4", "deit_distilled", "hf_vit_eps_probe", "openclip_vision_quickgelu"])
+@pytest.mark.parametrize(
+    "case", ["dinov2_swiglu_reg4", "deit_distilled", "hf_vit_eps_probe", "openclip_vision_quickgelu"]
+)
 def test_all_doors_open_alike(case, folder):
     convert(source(case), folder, **ARGUMENTS[case])
     assert set(verify(folder).values()) == {0.0}
@@ -199,7 +205,8 @@ def test_sabotage_tanh_gelu_is_seen():
 def test_sabotage_an_untransposed_projection_is_seen(monkeypatch):
     fmt = all_formats.FORMATS["openclip"]
     rules = tuple(
-        dataclasses.replace(rule, reshape=type(rule.reshape).SAME) if rule.take == "proj" else rule for rule in fmt.rules
+        dataclasses.replace(rule, reshape=type(rule.reshape).SAME) if rule.take == "proj" else rule
+        for rule in fmt.rules
     )
     monkeypatch.setitem(all_formats.FORMATS, "openclip", dataclasses.replace(fmt, rules=rules))
     with pytest.raises(ConversionError, match=r"visual\.ln_post|proj.* has shape"):

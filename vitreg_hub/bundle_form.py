@@ -145,6 +145,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
         BundleError: `target` exists, or cannot be written; nothing is left of it.
     """
     require_absent(target)
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -158,6 +159,8 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
         staging.rename(target)
     except BaseException as error:
         shutil.rmtree(staging)
+        for folder in made:
+            folder.rmdir()
         if isinstance(error, OSError | SafetensorError):  # a full disk ends in either
             raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
         raise

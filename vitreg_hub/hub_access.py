@@ -1,7 +1,6 @@
 """Reading from the Hub, with every failure a user can meet turned into one sentence."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,12 +79,15 @@ def download(name: str) -> Path:
         )
 
 
-def download_checkpoint(name: str, choose: Callable[[Sequence[str]], str]) -> tuple[Path, list[str]]:
+def download_checkpoint(
+    name: str, choose: Callable[[Sequence[str]], str], weight_map: Callable[[Path], Mapping[str, str]]
+) -> tuple[Path, list[str]]:
     """Fetch one checkpoint of any repository, with the configurations beside it; offline, the cached copy.
 
     Args:
         name: ``[hf-hub:]org/name[@revision]``.
         choose: Picks the weights file, or the index of its shards, from the names of the repository's files.
+        weight_map: Reads the shard of every tensor from an index.
 
     Returns:
         The folder, and the names of the chosen file and of its shards.
@@ -102,7 +104,6 @@ def download_checkpoint(name: str, choose: Callable[[Sequence[str]], str]) -> tu
             names = [path.name for path in folder.iterdir()]
         chosen = [choose(names)]
         if chosen[0].endswith(".index.json"):
-            weight_map = json.loads((folder / chosen[0]).read_text()).get("weight_map", {})
-            chosen += sorted({str(file) for file in weight_map.values()})
+            chosen += sorted(set(weight_map(folder / chosen[0]).values()))
         hf.snapshot_download(repo_id, revision=revision, allow_patterns=chosen)
         return folder, chosen

@@ -24,6 +24,10 @@ READS_STREAM = re.compile(r"norm|norm_pre|fc_norm|blocks\.\d+\.norm[12]")
 """Modules that normalise the residual stream, as opposed to the norms inside attention and MLP."""
 
 
+FAR_BELOW_VARIANCE = 1e-11
+"""Of an epsilon below, a tenth is nothing to float32 unless a token's variance is as small as 1e-5 of the usual."""
+
+
 def scaled(state_dict: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Weights of the network whose residual stream is `scale` times larger."""
     if scale == 1:
@@ -52,8 +56,8 @@ def scale_for(model: nn.Module, *, norm_eps: float) -> float:
         norm_eps: Epsilon that the stored network will have.
 
     Returns:
-        A power of two, 1 where the epsilons are equal. It is found for an epsilon within 10 % of `norm_eps` over a
-        power of four: 1e-12 becomes 1e-6 / 4^10 = 0.954e-12.
+        A power of two, 1 where the epsilons are equal. It is found for `norm_eps` over a power of four, and for a tiny
+        epsilon within 10 % of that: 1e-12 becomes 1e-6 / 4^10 = 0.954e-12.
 
     Raises:
         BundleError: There is no such scale.
@@ -63,7 +67,8 @@ def scale_for(model: nn.Module, *, norm_eps: float) -> float:
         return 1.0
     eps = min(found)
     exponent = round(math.log(norm_eps / eps, 4)) if eps > 0 else 0
-    if len(found) > 1 or not exponent or abs(eps * 4.0**exponent / norm_eps - 1) > 0.1:
+    tolerance = 0.1 if eps < FAR_BELOW_VARIANCE else 1e-6
+    if len(found) > 1 or not exponent or abs(eps * 4.0**exponent / norm_eps - 1) > tolerance:
         raise BundleError(
             f"the LayerNorms have epsilon {', '.join(map(str, sorted(found)))}, but a bundle of this architecture can "
             f"only have {norm_eps} over a power of four, in all of them."
