@@ -1,7 +1,6 @@
 """A checkpoint becomes a bundle."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from vitreg_hub.conversion.choices import Request
 from vitreg_hub.conversion.plan import Plan, make_plan
 from vitreg_hub.conversion.reference import measure
 from vitreg_hub.conversion.report import ConversionReport
-from vitreg_hub.conversion.source import Checkpoint, open_checkpoint
+from vitreg_hub.conversion.source import Checkpoint, checksums, open_checkpoint
 from vitreg_hub.conversion.stream import write_safetensors
 from vitreg_hub.conversion.text_tower import TOWER_SUFFIX, TextTower
 from vitreg_hub.errors import ConversionError
@@ -74,17 +73,16 @@ def convert(
     request = Request(
         format=format, arch=arch, img_size=size, num_registers=num_registers, num_heads=num_heads, act=act
     )
-    plan = make_plan(checkpoint, request)
-    tower = TextTower.of(checkpoint, plan) if text_tower else None
-    with ThreadPoolExecutor(1) as pool:
-        sums = pool.submit(checkpoint.sha256)  # while the tensors are read
+    with checksums(checkpoint.files) as sha256:
+        plan = make_plan(checkpoint, request)
+        tower = TextTower.of(checkpoint, plan) if text_tower else None
         if out is None:
             state_dict = {name: plan.assembly.make(name).clone() for name in plan.assembly.wanted}
-            return _finished(checkpoint, plan, state_dict, sums.result(), verify=verify)
+            return _finished(checkpoint, plan, state_dict, sha256(), verify=verify)
 
         def fill(staging: Path) -> None:
             write_safetensors(staging / WEIGHTS_FILE, plan.assembly.wanted, plan.assembly.make)
-            bundle = _finished(checkpoint, plan, load_file(staging / WEIGHTS_FILE), sums.result(), verify=verify)
+            bundle = _finished(checkpoint, plan, load_file(staging / WEIGHTS_FILE), sha256(), verify=verify)
             (staging / CONFIG_FILE).write_text(config_text(bundle.config()))
             (staging / CARD_FILE).write_text(render(bundle))
             if tower:  # last: both folders appear, or none

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitreg_hub.errors import ConversionError
 
-MAPPED_AT_ONCE = 256 * 2**20
+MAPPED_AT_ONCE = 320 * 2**20
 """Bytes that are read before a file is mapped anew: pages that were touched count as memory until then."""
 
 CONTAINERS = ("teacher", "model", "state_dict", "module")
@@ -77,10 +77,16 @@ class Reader(Protocol):
 class _Mapped:
     """Reads through a memory map that is renewed, so that no more than a part of the file counts as memory."""
 
-    def __init__(self, open_map: Callable[[], Callable[[str], Tensor]], *, is_map: bool = True) -> None:
+    def __init__(
+        self,
+        open_map: Callable[[], Callable[[str], Tensor]],
+        *,
+        first: Callable[[str], Tensor] | None = None,
+        is_map: bool = True,
+    ) -> None:
         self._open_map = open_map
         self._is_map = is_map
-        self._get: Callable[[str], Tensor] | None = None
+        self._get = first
         self._read = 0
 
     def read(self, name: str) -> Tensor:
@@ -106,21 +112,39 @@ class SafetensorsReader(_Mapped):
             raise ConversionError(f"{path} is truncated or no safetensors file ({error}): get it again.") from error
 
 
-def require_undamaged(path: Path) -> None:
-    """Compare the records of a zip archive with their checksums, which torch does not do.
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""A record's own header in a zip archive: its mark, and the lengths of the name and of the extra field after it."""
+DESCRIPTOR = b"PK\7\x08"
+"""Mark of what may stand between a record and the next."""
+
+
+def require_whole_archive(path: Path) -> None:
+    """Refuse a zip archive whose directory and records contradict each other, for torch would read other bytes then.
+
+    Checksums are compared for the small records that describe the tensors; torch compares none.
 
     Raises:
-        ConversionError: One differs, or the archive cannot be read.
+        ConversionError: They do, or the archive cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+            ends = [*(record.header_offset for record in records[1:]), archive.start_dir]
+            for record, end in zip(records, ends, strict=True):
+                file.seek(record.header_offset)
+                mark, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+                start = record.header_offset + LOCAL_HEADER.size + name_length + extra_length
+                is_same = mark == b"PK\3\4" and file.read(name_length) == record.orig_filename.encode()
+                file.seek(start + record.compress_size)
+                is_followed = start + record.compress_size == end or file.read(len(DESCRIPTOR)) == DESCRIPTOR
+                is_tensor = "/data/" in record.filename
+                is_plain = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
+                if not is_same or not is_followed or (is_tensor and not is_plain):
+                    raise zipfile.BadZipFile(f"the record {record.filename} is not where the directory says")
+                if not is_tensor:
+                    archive.read(record)
     except BROKEN_PICKLE as error:
-        raise ConversionError(
-            f"{path} is truncated or no checkpoint ({type(error).__name__}): get it again."
-        ) from error
-    if damaged:
-        raise ConversionError(f"{path} is damaged: the checksum of {damaged} is wrong; get it again.")
+        raise ConversionError(f"{path} is damaged ({type(error).__name__}: {error}): get it again.") from error
 
 
 NAMES_OF_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -140,7 +164,9 @@ class PickleReader(_Mapped):
             )
             for name, t in tensors.items()
         }
-        super().__init__(lambda: _weights_in(self._load(), str(path))[1].__getitem__, is_map=self._zipped)
+        super().__init__(
+            lambda: _weights_in(self._load(), str(path))[1].__getitem__, first=tensors.__getitem__, is_map=self._zipped
+        )
 
     def _load(self) -> Any:
         try:

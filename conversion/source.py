@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import mmap
 import os
+import threading
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitreg_hub.conversion.readers import PickleReader, Reader, SafetensorsReader, TensorInfo, require_undamaged
+from vitreg_hub.conversion.readers import PickleReader, Reader, SafetensorsReader, TensorInfo, require_whole_archive
 from vitreg_hub.conversion.torchscript import TorchScriptReader
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.hub_access import CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, download_checkpoint
@@ -28,6 +32,9 @@ WEIGHT_NAMES = (
     "open_clip_pytorch_model.bin",
 )
 """What a folder's weights are called, best first."""
+
+HASHED_AT_ONCE = 16 * 2**20
+"""Bytes; with few of them, a thread that hashes waits for the interpreter more than it works."""
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pyth")
 
@@ -79,19 +86,33 @@ class Checkpoint:
             )
         return exact
 
-    def sha256(self) -> dict[str, str]:
-        """Checksum of every weights file, by file name.
 
-        Raises:
-            ConversionError: A zip archive does not have the checksums that it says it has.
-        """
-        sums = {}
-        for path in self.files:
-            if zipfile.is_zipfile(path):
-                require_undamaged(path)
-            with path.open("rb") as file:
-                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return sums
+@contextmanager
+def checksums(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, str]]]:
+    """Compute the sha256 of files in the background, as long as the block runs.
+
+    Yields:
+        A function that waits for the checksums and gives them by file name.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        sums = pool.submit(lambda: {path.name: _sha256(path, stop) for path in files})
+        try:
+            yield sums.result
+        finally:
+            stop.set()
+
+
+def _sha256(path: Path, stop: threading.Event) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        for start in range(0, size, HASHED_AT_ONCE):
+            if stop.is_set():
+                break
+            length = min(HASHED_AT_ONCE, size - start)
+            with mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ) as part:
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
@@ -184,6 +205,7 @@ def _reader(path: Path) -> Reader:
     if path.suffix == ".safetensors":
         return SafetensorsReader(path)
     if zipfile.is_zipfile(path):
+        require_whole_archive(path)
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return TorchScriptReader(path)
