@@ -226,7 +226,8 @@ def _transformers_config(exported: _Export) -> Mapping[str, Any]:
         patch_size=args["patch_size"],
         num_channels=args["in_chans"],
         hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(exported.act, exported.act),
-        layer_norm_eps={9.5367431640625e-13: 1e-12}.get(exported.norm_eps, exported.norm_eps),
+        # a scale tells 1e-12 as 0.954e-12
+        layer_norm_eps=1e-12 if bundle.residual_scale == 1024 else exported.norm_eps,
     )
     if name.startswith("hf-dinov2"):
         if bundle.spec.swiglu and (int(width * 4 * 2 / 3) + 7) // 8 * 8 != hidden // 2:

@@ -7,7 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from vitreg_hub.bundle_form import write_folder
+from vitreg_hub.conversion.formats import ARCHIVE_NUMBERS
 from vitreg_hub.conversion.plan import Plan
 from vitreg_hub.conversion.source import OPENCLIP_CONFIG, Checkpoint
 from vitreg_hub.conversion.stream import write_safetensors
@@ -45,23 +48,20 @@ class TextTower:
             raise ConversionError(f"{checkpoint.called} is {plan.fmt.title}: only OpenCLIP's text towers are kept.")
         if not any("token_embedding" in name for name in checkpoint.infos):
             raise ConversionError(f"{checkpoint.called} has no text tower.")
-        numbers = {"input_resolution", "context_length", "vocab_size"}
-        names = tuple(sorted(checkpoint.infos.keys() - numbers))
+        names = tuple(sorted(checkpoint.infos.keys() - ARCHIVE_NUMBERS))
         config = checkpoint.openclip_config or _config(checkpoint, plan)
         tower = cls(checkpoint=checkpoint, names=names, config=config)
         tower._require_fit()
         return tower
 
     def _require_fit(self) -> None:
-        import open_clip.factory
-        import torch
+        import open_clip  # an extra
 
-        kind = self.config["model_cfg"]
-        custom = "text.ln_final.weight" in self.names
-        args = {k: v for k, v in kind.items() if k != "custom_text"}
+        kind = open_clip.CustomTextCLIP if "text.ln_final.weight" in self.names else open_clip.CLIP
+        args = {key: value for key, value in self.config["model_cfg"].items() if key != "custom_text"}
         try:
             with torch.device("meta"):
-                model = (open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP)(**args)
+                model = kind(**args)
         except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, OSError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise ConversionError(f"open_clip cannot build the model of {self.checkpoint.called}: {reason}.") from error
@@ -106,18 +106,15 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
             f"{OPENCLIP_CONFIG} beside the weights."
         )
     blocks = {name.split(".")[2] for name in infos if name.startswith("transformer.resblocks.")}
+    sides = [rows * args["patch_size"] for rows in plan.assembly.native]
     vision = dict(
-        image_size=args["img_size"] if plan.assembly.grid == plan.assembly.native else None,
+        image_size=sides[0] if sides[0] == sides[1] else sides,
         layers=args["depth"],
         width=args["embed_dim"],
         head_width=args["embed_dim"] // args["num_heads"],
         mlp_ratio=args["mlp_ratio"],
         patch_size=args["patch_size"],
     )
-    if vision["image_size"] is None:
-        vision["image_size"] = [side * args["patch_size"] for side in plan.assembly.native]
-    if len(set(vision["image_size"])) == 1:
-        vision["image_size"] = vision["image_size"][0]
     text = dict(
         context_length=infos["positional_embedding"].shape[0],
         vocab_size=infos["token_embedding.weight"].shape[0],

@@ -77,6 +77,12 @@ CONTAINERS = {
     "state_dict": lambda t: {"state_dict": t, "epoch": 3, "name": "run"},
     "model": lambda t: {"model": t, "args": argparse.Namespace(lr=1e-3), "optimizer": {"state": {}}, "epoch": 3},
     "student and teacher": lambda t: {"student": {n: x + 1 for n, x in t.items()}, "teacher": t},
+    "whole run": lambda t: {
+        **{f"teacher.backbone.{n}": x for n, x in t.items()},
+        **{f"student.backbone.{n}": x + 1 for n, x in t.items()},
+        "teacher.dino_head.mlp.0.weight": torch.ones(4, 32),
+        "dino_loss.center": torch.ones(1, 4),
+    },
     "nested": lambda t: {"model": {"state_dict": t}, "loss": torch.ones(1)},
     "module": lambda t: {f"module.{n}": x for n, x in t.items()},
     "module of compiled": lambda t: {f"module._orig_mod.{n}": x for n, x in t.items()},
