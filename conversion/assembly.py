@@ -11,9 +11,6 @@ from vitreg_hub.conversion.assignment import Assignment
 from vitreg_hub.positions import Grid, PositionRule
 from vitreg_hub.residual_scale import WRITES_TO_STREAM
 
-NO_BIAS = ("openclip", "openai", "openclip-timm", "hf-clip")
-"""Formats whose head, a projection, has no bias, where timm's has one."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
@@ -59,7 +56,7 @@ class Assembly:
         made = {"cls_token": self.tensors.shape("cls_token"), "pos_embed": (batch, rows, width)}
         if self.num_new_registers:
             made["reg_token"] = (1, self.num_new_registers, width)
-        if "head.weight" in self.tensors and "head.bias" not in self.tensors and self.tensors.fmt.name in NO_BIAS:
+        if "head.weight" in self.tensors and "head.bias" not in self.tensors and not self.tensors.fmt.head_bias:
             made["head.bias"] = self.wanted["head.bias"]
         for name in self.tensors.parts:
             if self.consumed() and name.startswith(("dist_token", "head_dist.")):
@@ -69,8 +66,7 @@ class Assembly:
     def make(self, name: str) -> Tensor:
         """Read or make a tensor, float32 and contiguous."""
         tensor = self._make(name)
-        fresh = name == "reg_token" and self.num_new_registers
-        if self.scale != 1 and WRITES_TO_STREAM.fullmatch(name) and (fresh or not self.is_scaled):
+        if self.scale != 1 and not self.is_scaled and WRITES_TO_STREAM.fullmatch(name):
             tensor = tensor * self.scale
         return tensor.contiguous()
 
@@ -96,7 +92,8 @@ class Assembly:
     def _new_registers(self) -> Tensor:
         _, number, width = self.wanted["reg_token"]
         generator = torch.Generator().manual_seed(0)
-        registers = torch.randn(1, number, width, generator=generator) * REGISTER_INIT_STD
+        std = REGISTER_INIT_STD * (self.scale if self.is_scaled else 1)
+        registers = torch.randn(1, number, width, generator=generator) * std
         if "dist_token" in self.consumed():
             registers[:, :1] = self.tensors.read("dist_token") + self.tensors.read("pos_embed")[:, 1:2]
         return registers

@@ -86,7 +86,7 @@ class Assignment:
         other = f" The names are nearest to {near.name}'s." if near and near != self.fmt else ""
         rank = (
             " It looks like one rank's part of a run: merge the ranks first."
-            if "rank_" in self.checkpoint.called
+            if "rank_" in self.checkpoint.files[0].name
             else ""
         )
         raise ConversionError(

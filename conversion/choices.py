@@ -107,10 +107,11 @@ class Choices:
     def num_heads(self) -> int:
         """Attention heads."""
         width, told, asked = self.structure.embed_dim, self.told.num_heads, self.request.num_heads
-        if told and asked and told != asked:
+        if told is not None and asked is not None and told != asked:
             self._refuse(f"has {told} heads as the config beside it says, not {asked}: leave --num-heads out")
         from_arch = get_arch(self.request.arch).num_heads if self.request.arch else None
-        found = told or asked or from_arch or self.fmt.heads.get(width)
+        known = (told, asked, from_arch, self.fmt.heads.get(width))
+        found = next((number for number in known if number is not None), None)
         if found is None:
             self._refuse(
                 f"has width {width}, for which no tensor tells the number of attention heads: give --num-heads "
@@ -196,8 +197,10 @@ class Choices:
         if act not in (None, "gelu" if spec.family != "clip_quickgelu" else "quick_gelu"):
             args["act_layer"] = act
         args |= {key: False for key in ("qkv_bias", "proj_bias") if not getattr(has, key)}
-        if has.average or self.told.global_pool == "avg":
-            args |= {"global_pool": "avg"} | ({} if has.average else {"fc_norm": False})
+        pooling = self.told.global_pool or ("avg" if has.average else "token")
+        args["global_pool"] = pooling
+        if has.average != (pooling == "avg"):  # timm moves the final norm behind the pooling of averages by itself
+            args["fc_norm"] = has.average
         return args
 
     def residual_scale(self, network: VisionTransformer, spec: ArchSpec) -> float:

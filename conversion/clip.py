@@ -56,6 +56,7 @@ OPENCLIP = CheckpointFormat(
     positions=OPENCLIP_RULE,
     mean=CLIP_MEAN,
     std=CLIP_STD,
+    head_bias=False,
 )
 
 OPENAI = CheckpointFormat(
@@ -76,6 +77,7 @@ OPENAI = CheckpointFormat(
     positions=OPENCLIP_RULE,
     mean=CLIP_MEAN,
     std=CLIP_STD,
+    head_bias=False,
 )
 
 OPENCLIP_TIMM = CheckpointFormat(
@@ -92,6 +94,7 @@ OPENCLIP_TIMM = CheckpointFormat(
     other_rows=None,
     mean=CLIP_MEAN,
     std=CLIP_STD,
+    head_bias=False,
 )
 
 HF_CLIP = CheckpointFormat(
@@ -128,5 +131,6 @@ HF_CLIP = CheckpointFormat(
     positions=NO_ANTIALIAS,
     mean=CLIP_MEAN,
     std=CLIP_STD,
+    head_bias=False,
     needs_config=True,
 )

@@ -61,13 +61,13 @@ def convert(
         HubError: No such repository, no permission, or no network.
         UnknownArchError: `arch` is in no row.
     """
-    if out is not None:
-        require_absent(Path(out))
-    elif text_tower:
+    target = None if out is None else Path(out)
+    if text_tower and target is None:
         raise ConversionError("a text tower is kept beside the bundle: give `out`.")
-    beside = Path(f"{out}{TOWER_SUFFIX}")
-    if text_tower:
-        require_absent(beside)
+    beside = target.with_name(f"{target.name}{TOWER_SUFFIX}") if text_tower else None
+    for folder in (target, beside):
+        if folder is not None:
+            require_absent(folder)
     checkpoint = open_checkpoint(source, prefer="open_clip" if text_tower or format.startswith("openclip") else "")
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     request = Request(
@@ -76,7 +76,7 @@ def convert(
     with checksums(checkpoint.files) as sha256:
         plan = make_plan(checkpoint, request)
         tower = TextTower.of(checkpoint, plan) if text_tower else None
-        if out is None:
+        if target is None:
             state_dict = {name: plan.assembly.make(name).clone() for name in plan.assembly.wanted}
             return _finished(checkpoint, plan, state_dict, sha256(), verify=verify)
 
@@ -88,8 +88,8 @@ def convert(
             if tower:  # last: both folders appear, or none
                 tower.write(beside)
 
-        write_folder(Path(out), fill)
-    return ModelBundle.load(out)
+        write_folder(target, fill)
+    return ModelBundle.load(target)
 
 
 def _finished(
@@ -110,7 +110,8 @@ def _finished(
         dropped=dropped,
         notes=plan.notes,
         untrained_registers=plan.untrained_registers,
-        measured=measure(checkpoint, plan) if verify else {},
+        network=plan.network(),
+        measured=measure(checkpoint, plan, state_dict) if verify else {},
     )
     libraries = ("vitreg_hub", "torch", "timm", "safetensors")
     provenance = Provenance(

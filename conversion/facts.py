@@ -1,12 +1,12 @@
 """What a network is: from its tensors, and what no tensor tells from the config beside it, the format, or the user."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import timm
+import transformers
 from timm.layers import GELUTanh, QuickGELU, SwiGLU
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
@@ -33,15 +33,18 @@ ACTIVATIONS = {
 }
 """transformers' names of activations, and timm's."""
 
-DEFAULT_EPS = {"hf-vit": 1e-12, "hf-deit": 1e-12}
-"""Of transformers' ViTConfig and DeiTConfig, for a config.json that leaves the epsilon out."""
+TRANSFORMERS_CONFIGS = {
+    "hf-clip": transformers.CLIPVisionConfig,
+    "hf-deit": transformers.DeiTConfig,
+    "hf-dinov2": transformers.Dinov2Config,
+    "hf-dinov2-with-registers": transformers.Dinov2WithRegistersConfig,
+    "hf-vit": transformers.ViTConfig,
+}
+"""Whose defaults stand for what a config.json leaves out."""
 
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as preprocessor_config.json has them."""
 
-
-GATED = re.compile(r"\.mlp\.(w12|w1|weights_in|gate_proj)\.")
-"""Names of a SwiGLU's first layer."""
 
 MAX_DEPTH = 1000
 """Blocks that a config may ask timm to build."""
@@ -126,7 +129,7 @@ class Structure:
             tensors.refuse([*tensors.problems, *problems])
         hidden, inner = tensors.shape("blocks.0.mlp.fc1.weight")[0], tensors.shape("blocks.0.mlp.fc2.weight")[1]
         first_layers = [parts[0] for name, parts in tensors.parts.items() if name.endswith(".mlp.fc1.weight")]
-        if hidden != 2 * inner and (gated := [name for name, rule in first_layers if GATED.search(rule.take)]):
+        if hidden != 2 * inner and (gated := [name for name, rule in first_layers if rule.swiglu]):
             tensors.refuse([*tensors.problems, f"{gated[0]} must have gate and value for {inner} channels"])
         embed_dim, in_chans, *patch_size = tensors.shape("patch_embed.proj.weight")
         return cls(
@@ -159,7 +162,7 @@ class Told:
         act: timm's name of the activation.
         img_size: Height and width in pixels.
         other_rows: Rows of the position table before those of the patches.
-        global_pool: timm's name of the pooling.
+        global_pool: timm's name of the pooling, token or avg.
         positions: How positions are resampled.
         residual_scale: How many times larger the residual stream is stored; see `vitreg_hub.residual_scale`.
         preprocess: Fields of `Preprocess`, without the input size.
@@ -174,7 +177,7 @@ class Told:
     act: str | None = None
     img_size: tuple[int, int] | None = None
     other_rows: int | None = None
-    global_pool: str = "token"
+    global_pool: str | None = None
     positions: PositionRule | None = None
     residual_scale: float = 1.0
     preprocess: Mapping[str, Any]
@@ -231,31 +234,32 @@ def _activation(name: Any) -> str:
 
 
 def _transformers(checkpoint: Checkpoint, fmt: CheckpointFormat) -> dict[str, Any]:
-    config = checkpoint.config.get("vision_config", checkpoint.config)
-    if fmt.needs_config and not config.get("num_attention_heads"):
+    given = checkpoint.config.get("vision_config", checkpoint.config)
+    if fmt.needs_config and not checkpoint.config:
         raise ConversionError(
             f"{checkpoint.called} is {fmt.title}, whose epsilon, activation and heads stand in config.json: "
             "put that beside the weights, or give the folder."
         )
+    config = (TRANSFORMERS_CONFIGS[fmt.name]().to_dict() | given) if checkpoint.config else {}
     labels = checkpoint.config.get("id2label")
     names = tuple(str(labels[key]) for key in sorted(labels, key=int)) if labels else None
     if names == tuple(f"LABEL_{i}" for i in range(len(names or ()))):
         names = None
     return dict(
         num_heads=_whole(config.get("num_attention_heads")),
-        norm_eps=config.get("layer_norm_eps", DEFAULT_EPS.get(fmt.name)),
+        norm_eps=float(config["layer_norm_eps"]) if config else None,
         act=_activation(config["hidden_act"]) if "hidden_act" in config else None,
         img_size=_side(config.get("image_size")),
         preprocess=dict(_transformers_images(checkpoint.preprocessor, fmt)),
         label_names=names,
         shape={
-            "embed_dim": config.get("hidden_size"),
-            "depth": config.get("num_hidden_layers"),
-            "patch_size": _side(config.get("patch_size")),
-            "in_chans": config.get("num_channels"),
-            "hidden": config.get("intermediate_size"),
-            "swiglu": config.get("use_swiglu_ffn"),
-            "num_registers": config.get("num_register_tokens"),
+            "embed_dim": given.get("hidden_size"),
+            "depth": given.get("num_hidden_layers"),
+            "patch_size": _side(given.get("patch_size")),
+            "in_chans": given.get("num_channels"),
+            "hidden": given.get("intermediate_size"),
+            "swiglu": given.get("use_swiglu_ffn"),
+            "num_registers": given.get("num_register_tokens"),
         },
     )
 
@@ -267,26 +271,37 @@ def _transformers_images(settings: Mapping[str, Any], fmt: CheckpointFormat) -> 
     for ours, theirs in ("mean", "image_mean"), ("std", "image_std"):
         if theirs in settings:
             yield ours, tuple(settings[theirs])
+    if settings.get("do_normalize") is False:
+        yield from {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}.items()
     if settings.get("resample") in INTERPOLATIONS:
         yield "interpolation", INTERPOLATIONS[settings["resample"]]
     size, crop = settings.get("size"), settings.get("crop_size")
-    if settings.get("do_center_crop") and isinstance(size, dict) and isinstance(crop, dict) and "shortest_edge" in size:
-        yield from {"crop_mode": "center", "crop_pct": crop["height"] / size["shortest_edge"]}.items()
-    elif settings.get("do_center_crop") is False or (isinstance(size, dict) and "height" in size):
-        yield from {"crop_mode": "squash", "crop_pct": 1.0}.items()
+    if not size:
+        return
+    # one number is the shorter side for CLIP's processor alone
+    keeps_ratio = "shortest_edge" in size if isinstance(size, dict) else fmt.name == "hf-clip"
+    side = (size.get("shortest_edge") or size["height"]) if isinstance(size, dict) else size
+    cropped = (crop["height"] if isinstance(crop, dict) else crop) if settings.get("do_center_crop") else side
+    yield from {"crop_mode": "center" if keeps_ratio else "squash", "crop_pct": (cropped or side) / side}.items()
 
 
 def _openclip(config: Mapping[str, Any]) -> dict[str, Any]:
     model, images = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
     vision = model["vision_cfg"]
+    modes = {"shortest": "center", "squash": "squash"}
+    if images.get("resize_mode", "shortest") not in modes:
+        raise ConversionError(f"its images are resized by {images['resize_mode']!r}, which no bundle can tell.")
     said: dict[str, Any] = dict(
-        preprocess={key: tuple(images[key]) for key in ("mean", "std") if key in images},
+        preprocess={key: tuple(images[key]) for key in ("mean", "std") if key in images}
+        | {"crop_mode": modes[images.get("resize_mode", "shortest")]}
+        | ({"interpolation": images["interpolation"]} if "interpolation" in images else {}),
         img_size=_side(vision.get("image_size")),
     )
     if "timm_model_name" in vision:
-        args = dict(num_classes=0, img_size=vision.get("image_size"), global_pool=vision.get("timm_pool") or None)
-        built = _facts_of(vision["timm_model_name"], {key: value for key, value in args.items() if value is not None})
-        return said | built
+        # open_clip/model.py, CLIPVisionCfg.timm_pool; "" is the network's own. The image size is not passed to timm
+        pooling = vision.get("timm_pool", "avg")
+        built = _facts_of(vision["timm_model_name"], {"num_classes": 0} | ({"global_pool": pooling} if pooling else {}))
+        return said | built | {"img_size": None}
     if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
         raise ConversionError("this OpenCLIP tower pools otherwise than by its class token, which no bundle can hold.")
     if vision.get("act_kwargs") or vision.get("norm_kwargs", {}).keys() - {"eps"}:
@@ -337,7 +352,7 @@ def _facts_of(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
         raise ConversionError(f"{architecture} has an MLP that no row of the table has.")
     if type(model.blocks[0]) is not Block or not isinstance(model.blocks[0].norm1, nn.LayerNorm):
         raise ConversionError(f"{architecture} has blocks or norms that no row of the table has.")
-    if model.global_pool not in ("token", "avg", "") or model.pool_include_prefix:
+    if model.global_pool not in ("token", "avg") or model.pool_include_prefix:
         raise ConversionError(f"{architecture} pools by {model.global_pool!r}, which these architectures do not.")
     return dict(
         num_heads=model.blocks[0].attn.num_heads,
@@ -345,7 +360,7 @@ def _facts_of(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
         act=acts[type(act)],
         img_size=model.patch_embed.img_size,
         other_rows=0 if model.no_embed_class else model.num_prefix_tokens,
-        global_pool=model.global_pool or "token",
+        global_pool=model.global_pool,
         shape={
             "embed_dim": model.embed_dim,
             "depth": len(model.blocks),

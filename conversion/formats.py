@@ -1,5 +1,6 @@
 """All formats, how one is recognised, and look-alikes that are refused."""
 
+import difflib
 import re
 from collections.abc import Mapping
 
@@ -67,7 +68,9 @@ def find_format(name: str) -> CheckpointFormat:
         ConversionError: No format has that name.
     """
     if name not in FORMATS:
-        raise ConversionError(f"no format {name!r}; there are {', '.join(FORMATS)}, and auto.")
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        closest = f"closest: {near[0]}; " if near else ""
+        raise ConversionError(f"no format {name!r}; {closest}there are {', '.join(FORMATS)}, and auto.")
     return FORMATS[name]
 
 
@@ -106,7 +109,7 @@ def detect(checkpoint: Checkpoint) -> CheckpointFormat:
                 f"{checkpoint.called} is a TorchScript archive; only OpenAI's CLIP is read in that form."
             )
         return OPENAI
-    if "architecture" in checkpoint.config and "blocks.0.attn.qkv.weight" in names:
+    if "architecture" in checkpoint.config and _fit(TIMM, names) == len(names):
         return TIMM
     for fmt in FORMATS.values():
         if fmt.is_marked(names):
@@ -141,12 +144,13 @@ def _plain_layout(checkpoint: Checkpoint, prefix: str) -> CheckpointFormat:
 
 def nearest(names: Mapping[str, object]) -> CheckpointFormat | None:
     """The format whose rules fit most of the names."""
+    best = max(FORMATS.values(), key=lambda fmt: (_fit(fmt, names), fmt.is_marked(names), -len(fmt.rules)))
+    return best if _fit(best, names) else None
 
-    def share(fmt: CheckpointFormat) -> int:
-        prefix = fmt.prefix_in(names)
-        if fmt.needs_prefix and not prefix:
-            return 0
-        return sum(len(fmt.rules_for(name, prefix)) == 1 for name in names)
 
-    best = max(FORMATS.values(), key=share)
-    return best if share(best) else None
+def _fit(fmt: CheckpointFormat, names: Mapping[str, object]) -> int:
+    """How many of the names have a rule."""
+    prefix = fmt.prefix_in(names)
+    if fmt.needs_prefix and not prefix:
+        return 0
+    return sum(len(fmt.rules_for(name, prefix)) == 1 for name in names)

@@ -16,8 +16,10 @@ from vitreg_hub.conversion.facts import Structure, told_by
 from vitreg_hub.conversion.formats import detect, find_format, refuse_look_alikes
 from vitreg_hub.conversion.rules import CheckpointFormat
 from vitreg_hub.conversion.source import Checkpoint
+from vitreg_hub.conversion.training_run import is_run, run_rule
 from vitreg_hub.errors import BundleError, ConversionError, DataError
 from vitreg_hub.positions import PositionRule
+from vitreg_hub.residual_scale import can_scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,21 @@ class Plan:
             residual_scale=self.residual_scale,
         )
 
+    def network(self) -> dict[str, Any]:
+        """What no tensor tells, in words."""
+        rule, eps = self.positions, self.spec.lineage.norm_eps / self.residual_scale**2
+        offset = f" offset {rule.offset:g}" if rule.offset else ""
+        default_act = "quick_gelu" if self.spec.family == "clip_quickgelu" else "gelu"
+        return {
+            "heads": self.model_args["num_heads"],
+            "epsilon": f"{eps:.3g}",
+            "activation": "silu" if self.spec.swiglu else self.model_args.get("act_layer", default_act),
+            "pooling": self.model_args["global_pool"],
+            "positions": f"bicubic {'with' if rule.antialias else 'without'} antialias{offset}",
+            "mean": "/".join(f"{value:.3g}" for value in self.preprocess.mean),
+            "std": "/".join(f"{value:.3g}" for value in self.preprocess.std),
+        }
+
     @property
     def fmt(self) -> CheckpointFormat:
         """The format of the source."""
@@ -96,7 +113,8 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         tensors.refuse(list(tensors.problems))  # the cause, where there are any
         raise
     preprocess = Preprocess(input_size=(structure.in_chans, *size), **told.preprocess)
-    rule = told.positions or (fmt.registers_positions if structure.num_registers else None) or fmt.positions
+    released = (fmt.registers_positions if structure.num_registers else None) or fmt.positions
+    rule = told.positions or run_rule(checkpoint, fmt) or released
     config = make_config(
         spec=spec,
         model_args=args,
@@ -108,6 +126,11 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         problems = list(rule_problems(config))
         network = None if problems else empty_model(config, weight_init="skip")
         scale = 1.0 if problems else choice.residual_scale(network, spec)
+        if scale != 1 and not can_scale(network):
+            problems.append(
+                f"its LayerNorms have epsilon {told.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
+                "only tell without LayerScale and without a norm before the first block"
+            )
     except (BundleError, DataError, TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
         problems = [str(error).partition("\n")[0]]
     if problems:
@@ -136,12 +159,13 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         license=told.license,
         assembly=assembly,
         request=request,
-        notes=tuple(_notes(checkpoint, assembly)),
+        notes=(*_notes(checkpoint, assembly), *_assumptions(checkpoint, choice)),
     )
 
 
 def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
     """What a user should know, a sentence each."""
+    fmt = assembly.tensors.fmt
     if new := assembly.num_new_registers - len(assembly.consumed()):
         yield (
             f"{new} register{'s' if new > 1 else ''} drawn from N(0, {REGISTER_INIT_STD}^2), untrained: they cost "
@@ -162,5 +186,22 @@ def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
     kinds = sorted({info.dtype for info in checkpoint.infos.values()} & {"F16", "BF16", "F64"})
     if kinds:
         yield f"tensors of type {', '.join(kinds)} were cast to F32"
+    if fmt.name in ("openai", "hf-clip"):
+        yield "all tokens pass the final norm in a bundle, in the source only the class token does"
     if checkpoint.left_out:
         yield f"not read: {', '.join(checkpoint.left_out[:6])}{' ...' if len(checkpoint.left_out) > 6 else ''}"
+
+
+def _assumptions(checkpoint: Checkpoint, choice: Choices) -> Iterator[str]:
+    """What neither tensors nor config nor lineage tell, and how it was decided."""
+    fmt, has = choice.fmt, choice.structure
+    usual = fmt.heads.get(has.embed_dim)
+    if choice.told.num_heads is None and usual not in (None, choice.num_heads()):
+        yield f"{choice.num_heads()} heads as asked for; {fmt.title} has {usual} at width {has.embed_dim}"
+    is_bare = fmt.name in ("timm", "openclip-timm") and choice.told.global_pool is None
+    if is_bare and not has.average:
+        yield "the class token is pooled: no tensor tells otherwise, a config beside the weights would"
+    if is_bare or (fmt.name == "openclip" and not checkpoint.openclip_config):
+        yield f"mean and std of images are {fmt.title}'s usual ones: no tensor tells, a config beside the weights would"
+    if is_run(checkpoint, fmt) and has.num_registers and run_rule(checkpoint, fmt) is None:
+        yield "positions follow Meta's releases with registers: the run's config.yaml beside the weights would tell"

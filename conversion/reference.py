@@ -1,7 +1,8 @@
 """Comparing a conversion with an implementation by others, on a fixed input at the checkpoint's own image size."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -15,62 +16,94 @@ from torch import Tensor, nn
 
 from vitreg_hub.bundle_form import Provenance
 from vitreg_hub.conversion.plan import Plan, make_plan
-from vitreg_hub.conversion.source import Checkpoint
-from vitreg_hub.errors import ConversionError
+from vitreg_hub.conversion.source import WEIGHT_NAMES, Checkpoint
+from vitreg_hub.residual_scale import stream_norms
 
-TRANSFORMERS_CLASSES = {
-    "hf-dinov2": transformers.Dinov2Model,
-    "hf-dinov2-with-registers": transformers.Dinov2WithRegistersModel,
-    "hf-vit": transformers.ViTModel,
-    "hf-deit": transformers.DeiTModel,
-    "hf-clip": transformers.CLIPVisionModelWithProjection,
-}
 REFERENCE = "reference"
+Outputs = Mapping[str, Tensor]
 
 
 @torch.inference_mode()
-def measure(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """Run the checkpoint in another implementation and compare, without registers that it does not have.
+def measure(checkpoint: Checkpoint, plan: Plan, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Run the checkpoint in another implementation and compare, at its own image size and without new registers.
+
+    Args:
+        checkpoint: The source.
+        plan: What it became.
+        state_dict: The weights of the bundle, which are compared if they have neither of these changes.
 
     Returns:
         Largest absolute difference by output, and the implementation under "reference"; that alone, with the reason,
         where none can run.
     """
-    request = dataclasses.replace(plan.request, num_registers=None)
-    if plan.assembly.native != plan.assembly.grid:
-        request = dataclasses.replace(request, img_size=None)
-    own = make_plan(checkpoint, request)
-    weights = {name: own.assembly.make(name).clone() for name in own.assembly.wanted}
+    run = _reference(plan)
+    if run is None:
+        return {REFERENCE: f"{plan.fmt.title} have no library"}
+    own, weights, changes = plan, state_dict, ""
+    if plan.assembly.num_new_registers or plan.assembly.native != plan.assembly.grid:
+        size = plan.request.img_size if plan.assembly.native == plan.assembly.grid else None
+        own = make_plan(checkpoint, dataclasses.replace(plan.request, num_registers=None, img_size=size))
+        weights = {name: own.assembly.make(name).clone() for name in own.assembly.wanted}
+        changes = ", without new registers" if plan.assembly.num_new_registers else ""
     model = own.bundle(weights, Provenance(origin=checkpoint.called)).build()
     images = torch.randn(2, *own.preprocess.input_size, generator=torch.Generator().manual_seed(0))
-    if plan.fmt.name in TRANSFORMERS_CLASSES:
-        name, theirs = _transformers(checkpoint, plan, images)
-    elif plan.fmt.name in ("openclip", "openai"):
-        name, theirs = _openclip(checkpoint, own, images)
-    elif plan.fmt.name == "ph-reg":
-        return {REFERENCE: "PH-Reg is no library"}
-    else:
-        name, theirs = _timm(checkpoint, own, images)
+    try:
+        name, theirs = run(checkpoint, own, images)
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        return {REFERENCE: f"the reference implementation cannot load it: {reason}"}
     tokens = model.forward_features(images)
     ours = {"tokens": tokens, "class token": tokens[:, 0], "output": model(images)}
-    return {key: (ours[key] - tensor).abs().max().item() for key, tensor in theirs.items()} | {REFERENCE: name}
+    height, width = images.shape[2:]
+    differences = {key: (ours[key] - tensor).abs().max().item() for key, tensor in theirs.items()}
+    return differences | {REFERENCE: f"{name} on images of {height}x{width}{changes}" if theirs else name}
 
 
-def _transformers(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Mapping[str, Tensor]]:
-    kind = TRANSFORMERS_CLASSES[plan.fmt.name]
-    if plan.fmt.name == "hf-clip" and not plan.num_classes:
-        kind = transformers.CLIPVisionModel
+def _reference(plan: Plan) -> Callable[[Checkpoint, Plan, Tensor], tuple[str, Outputs]] | None:
+    name = plan.fmt.name
+    if name == "ph-reg":
+        return None
+    if name.startswith("hf-"):
+        return _transformers
+    return _openclip if name in ("openclip", "openai") else _timm
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its report of tensors that a class does not take, and without its bar."""
+    logs = transformers.logging
+    verbosity, had_bar = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
-        model = kind.from_pretrained(checkpoint.folder, local_files_only=True).eval()
-    except OSError:
-        return "transformers reads folders only, with usual names", {}
-    outputs = model(images)
-    if plan.fmt.name != "hf-clip":
-        theirs = {"tokens": outputs.last_hidden_state}
-    elif plan.num_classes:
-        theirs = {"output": outputs.image_embeds}
-    else:  # its last_hidden_state has not passed the final norm
-        theirs = {"class token": outputs.pooler_output}
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if had_bar:
+            logs.enable_progress_bar()
+
+
+def _transformers(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Outputs]:
+    has_head = plan.num_classes > 0
+    kind = {
+        "hf-dinov2": transformers.Dinov2Model,
+        "hf-dinov2-with-registers": transformers.Dinov2WithRegistersModel,
+        "hf-vit": transformers.ViTForImageClassification if has_head else transformers.ViTModel,
+        "hf-deit": transformers.DeiTForImageClassificationWithTeacher if has_head else transformers.DeiTModel,
+        "hf-clip": transformers.CLIPVisionModelWithProjection if has_head else transformers.CLIPVisionModel,
+    }[plan.fmt.name]
+    usual = [name for name in WEIGHT_NAMES if (checkpoint.folder / name).exists()]
+    if len(checkpoint.files) == 1 and checkpoint.files[0].name not in usual[:1]:
+        return "transformers reads folders only, with its own names of files", {}
+    with _quiet_transformers():
+        model = kind.from_pretrained(checkpoint.folder, local_files_only=True, dtype=torch.float32).eval()
+    given = model(images)
+    if plan.fmt.name == "hf-clip":  # its last_hidden_state has not passed the final norm
+        theirs = {"output": given.image_embeds} if has_head else {"class token": given.pooler_output}
+    elif has_head:
+        theirs = {"tokens": model.base_model(images).last_hidden_state, "output": given.logits}
+    else:
+        theirs = {"tokens": given.last_hidden_state}
     return f"{kind.__name__} of transformers {transformers.__version__}", theirs
 
 
@@ -81,29 +114,30 @@ def _tower(checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
     return {fmt.spelled(n, prefix): checkpoint.read(n) for n in checkpoint.infos if n.startswith(prefix)}
 
 
-def _timm(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Mapping[str, Tensor]]:
-    folded_by_timm = plan.fmt.name == "dinov2" and plan.assembly.tensors.shape("reg_token")
-    args = plan.model_args | {
-        "no_embed_class": bool(folded_by_timm) or not plan.assembly.other_rows,
-        "num_classes": 0 if plan.fmt.name == "openclip-timm" else plan.num_classes,
-    }
-    model = timm.create_model(plan.spec.base, **args).eval()
-    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = norm.eps / plan.residual_scale**2
-    state_dict = checkpoint_filter_fn(_tower(checkpoint, plan), model, adapt_layer_scale=True)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ConversionError(f"timm cannot load {checkpoint.called} for comparison: {error}") from error
+def _timm(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Outputs]:
+    config = checkpoint.config if plan.fmt.name == "timm" else {}
+    if "architecture" in config:
+        base, args = config["architecture"], dict(config.get("model_args") or {})
+        args.setdefault("img_size", plan.model_args["img_size"])
+    else:
+        # timm's own filter folds the class token's position where there are registers
+        folds = plan.fmt.name == "dinov2" and "reg_token" in plan.assembly.tensors
+        base, args = plan.spec.base, plan.model_args | {"no_embed_class": folds or not plan.assembly.other_rows}
+    args["num_classes"] = 0 if plan.fmt.name == "openclip-timm" else plan.num_classes
+    model = timm.create_model(base, **args).eval()
+    if not plan.assembly.is_scaled:
+        for norm in stream_norms(model):
+            norm.eps = norm.eps / plan.residual_scale**2
+    model.load_state_dict(checkpoint_filter_fn(_tower(checkpoint, plan), model, adapt_layer_scale=True))
     theirs = {"tokens": model.forward_features(images)}
     if args["num_classes"]:
         theirs["output"] = model(images)
     return f"timm {timm.__version__}", theirs
 
 
-def _openclip(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Mapping[str, Tensor]]:
+def _openclip(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Outputs]:
     if find_spec("open_clip") is None:
-        return "open_clip is not installed (pip install 'vitreg_hub[clip]')", {}
+        return "open_clip is not installed: pip install 'vitreg_hub[clip]'", {}
     from open_clip.transformer import VisionTransformer
 
     args = plan.model_args
@@ -118,8 +152,7 @@ def _openclip(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, 
         act_layer=QuickGELU if plan.spec.family == "clip_quickgelu" else nn.GELU,
         output_dim=plan.num_classes or args["embed_dim"],
     ).eval()
-    weights = _tower(checkpoint, plan)
     if not plan.num_classes:
         model.proj = None
-    model.load_state_dict(weights)
+    model.load_state_dict(_tower(checkpoint, plan))
     return f"open_clip {version('open_clip_torch')}", {"output": model(images)}

@@ -23,6 +23,7 @@ class ConversionReport:
         arch: Name of the row of the table.
         num_mapped: Tensors of the source that the bundle holds.
         dropped: Tensors that it does not, by reason.
+        network: What no tensor tells, as the bundle has it now.
         notes: What a user should know.
         untrained_registers: Registers that were drawn at random.
         measured: Largest absolute difference to a reference implementation by output, with its name under "reference";
@@ -35,6 +36,7 @@ class ConversionReport:
     arch: str
     num_mapped: int
     dropped: Mapping[str, tuple[str, ...]]
+    network: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     untrained_registers: int = 0
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class ConversionReport:
         for why, names in self.dropped.items():
             more = f", ... {len(names) - 3} more" if len(names) > 3 else ""
             rows.append(("dropped", f"{len(names)} ({', '.join(names[:3])}{more}): {why}"))
+        rows.append(("network", ", ".join(f"{name} {value}" for name, value in self.network.items())))
         rows += [("note", note) for note in self.notes]
         differences = {name: value for name, value in self.measured.items() if name != "reference"}
         rows += [
@@ -64,5 +67,6 @@ class ConversionReport:
             for name, value in differences.items()
         ]
         if not differences:
-            rows.append(("difference", "not measured (--verify compares with a reference implementation)"))
+            why = self.measured.get("reference", "--verify compares with a reference implementation")
+            rows.append(("difference", f"not measured ({why})"))
         return "\n".join(f"{key.ljust(13)}{value}" for key, value in rows)

@@ -137,6 +137,7 @@ class CheckpointFormat:
         mean: Channel means of the normalisation.
         std: Channel standard deviations of the normalisation.
         crop_pct: Share of the resized image that the evaluation's centre crop keeps.
+        head_bias: Whether the head always has a bias, as timm's has.
         needs_config: Whether facts can only come from the config.json beside the weights.
         needs_prefix: Whether the tower's names always have one of the prefixes.
         alone_when_bare: Whether nothing may stand beside a tower whose names have no prefix.
@@ -159,6 +160,7 @@ class CheckpointFormat:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_pct: float = 1.0
+    head_bias: bool = True
     needs_config: bool = False
     needs_prefix: bool = False
     alone_when_bare: bool = False

@@ -95,7 +95,9 @@ def _conversion(report: Mapping[str, Any] | None) -> str:
         lines += [f"**{number} of the registers are new and untrained: accuracy is lower until they are trained.**", ""]
     files = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in report["sha256"].items())
     lines.append(f"- From {files}, read as format `{report['format']}`: {report['num_mapped']} tensors mapped.")
-    lines += [f"- Dropped: {len(names)} tensors ({why})." for why, names in report["dropped"].items()]
+    for why, names in report["dropped"].items():
+        lines.append(f"- Dropped: {len(names)} tensor{'s' * (len(names) > 1)} ({why}).")
+    lines.append(f"- Read as: {', '.join(f'{name} {value}' for name, value in report['network'].items())}.")
     lines += [f"- {note[:1].upper()}{note[1:]}." for note in report["notes"]]
     measured = {name: value for name, value in report["measured"].items() if name != "reference"}
     differences = ", ".join(f"{name} {value:.2g}" for name, value in measured.items())

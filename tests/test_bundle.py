@@ -1,6 +1,7 @@
 """Bundles: the one form on disk, what breaks it, and what is built from it."""
 
 import dataclasses
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -230,10 +231,10 @@ def test_save_refuses_an_existing_folder_and_leaves_it_alone(saved):
 def test_failed_write_leaves_nothing(tmp_path):
     def fill(staging: Path) -> None:
         (staging / "config.json").write_text("{}")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_folder(tmp_path / "target", fill)
+    with pytest.raises(BundleError, match=r"cannot write .*target: disk full"):
+        write_folder(tmp_path / "new" / "target", fill)
     assert list(tmp_path.iterdir()) == []
 
 

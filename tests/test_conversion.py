@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,12 @@ import open_clip
 import pytest
 import timm
 import torch
+import transformers
 from golden_cases import ARGUMENTS, FOLDER, NORMED, bundle, images, native, outputs, recorded, source
+from models import randomised
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_image
 
 from vitreg_hub.arch import REGISTER_INIT_STD
 from vitreg_hub.bundle import ModelBundle
@@ -86,6 +91,16 @@ def test_a_bundle_gets_registers(folder):
     assert converted.arch == "vit_nano_reg4"
     assert converted.positions == PositionRule(antialias=False, offset=0.1)
     assert torch.equal(converted.state_dict["cls_token"], bundle("dinov2_vit_mlp_hub").state_dict["cls_token"])
+
+
+@pytest.mark.parametrize("case", ["hf_vit", "hf_deit", "dinov2_vit_mlp_hub", "deit_distilled"])
+def test_registers_come_alike_to_a_checkpoint_and_to_its_bundle(case, folder):
+    bundle(case).save(folder)
+    by_bundle = convert(folder, num_registers=4)
+    at_once = convert(source(case), num_registers=4, **ARGUMENTS[case])
+    assert by_bundle.state_dict.keys() == at_once.state_dict.keys()
+    for name, tensor in at_once.state_dict.items():
+        assert torch.equal(by_bundle.state_dict[name], tensor), name
 
 
 @pytest.mark.parametrize("case", ["hf_vit_eps_probe", "hf_deit"])
@@ -186,6 +201,40 @@ def test_verify_measures_against_others(case, reference):
     assert 0 <= max(measured.values()) < 1e-5
 
 
+def test_verify_says_what_it_compared(tmp_path):
+    def measured(**options) -> dict:
+        return ConversionReport.of(convert(source("dinov2_reg4"), verify=True, num_heads=4, **options)).measured
+
+    assert measured()["reference"].endswith("on images of 56x56")
+    added = convert(source("deit3_ls"), verify=True, num_registers=4, img_size=128, **ARGUMENTS["deit3_ls"])
+    assert ConversionReport.of(added).measured["reference"].endswith("on images of 64x64, without new registers")
+
+
+def test_a_reference_that_cannot_run_is_no_reason_to_refuse(tmp_path):
+    weights = load_file(source("dinov2_swiglu_reg4"))
+    for name in [name for name in weights if ".w12." in name]:
+        for part, half in zip(("w1", "w2"), weights.pop(name).chunk(2), strict=True):
+            weights[name.replace("w12", part)] = half.contiguous()
+    save_file(weights, tmp_path / "unpacked.safetensors")
+    converted = convert(tmp_path / "unpacked.safetensors", num_heads=2, verify=True)
+    measured = ConversionReport.of(converted).measured
+    assert measured.keys() == {"reference"}
+    assert "cannot load it" in measured["reference"]
+    assert "\n" not in measured["reference"]
+    for name, tensor in bundle("dinov2_swiglu_reg4").state_dict.items():
+        assert torch.equal(converted.state_dict[name], tensor)
+
+
+def test_verify_reads_half_precision_and_the_named_file(tmp_path):
+    shutil.copytree(source("hf_dinov2"), tmp_path / "model")
+    weights = {name: tensor.half() for name, tensor in load_file(tmp_path / "model/model.safetensors").items()}
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    assert ConversionReport.of(convert(tmp_path / "model", verify=True)).measured["tokens"] < 1e-5
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "model/other.safetensors")
+    measured = ConversionReport.of(convert(tmp_path / "model/other.safetensors", verify=True)).measured
+    assert measured.keys() == {"reference"}  # transformers would open the other file
+
+
 def test_verify_sees_a_difference(monkeypatch):
     case = "dinov2_vit_mlp_hub"
     monkeypatch.setattr(
@@ -239,6 +288,71 @@ def test_the_text_tower_of_a_bare_file(tmp_path):
         assert torch.equal(kept.encode_image(x), model.encode_image(x))
 
 
+@pytest.mark.parametrize("pool", ["token", "avg", None])
+def test_an_openclip_timm_tower_pools_as_its_config_says(pool, tmp_path):
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224, "timm_proj": "linear"}
+    vision |= {"timm_pool": pool} if pool else {}  # avg where it is left out
+    text = {"context_length": 7, "vocab_size": 50, "width": 64, "heads": 1, "layers": 1}
+    model = open_clip.CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "custom_text": True}}
+    config["preprocess_cfg"] = {"interpolation": "bilinear", "resize_mode": "squash"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    converted = convert(tmp_path)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert (converted.build()(x) - model.encode_image(x)).abs().max() < NORMED
+    assert (converted.preprocess.interpolation, converted.preprocess.crop_mode) == ("bilinear", "squash")
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [{"global_pool": "token", "fc_norm": True}, {"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False}],
+)
+def test_timm_folders_keep_their_pooling(pooling, tmp_path):
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, **pooling}
+    model = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=7, **small))
+    timm.models.save_for_hf(model, tmp_path / "timm", model_args=small)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert (convert(tmp_path / "timm").build()(x) - model(x)).abs().max() < NORMED
+
+
+def test_what_no_tensor_tells_is_in_the_report(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=7)
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    report = ConversionReport.of(convert(tmp_path / "bare.safetensors"))
+    assert report.network["heads"] == 3
+    assert report.network["epsilon"] == "1e-06"
+    assert any("the class token is pooled" in note for note in report.notes)
+    assert any("mean and std of images are timm's usual ones" in note for note in report.notes)
+    report = ConversionReport.of(convert(tmp_path / "bare.safetensors", num_heads=6))
+    assert any("6 heads as asked for; timm has 3 at width 192" in note for note in report.notes)
+
+
+def test_the_config_of_a_dinov2_run_tells_how_it_resampled(tmp_path):
+    weights = {f"backbone.{name}": tensor for name, tensor in torch.load(source("dinov2_reg4")).items()}
+    place = tmp_path / "eval" / "training_9"
+    place.mkdir(parents=True)
+    torch.save({"teacher": weights}, place / "teacher_checkpoint.pth")
+    released = convert(place / "teacher_checkpoint.pth", num_heads=4)
+    assert released.positions == PositionRule(antialias=True)
+    assert any("config.yaml" in note for note in ConversionReport.of(released).notes)
+    (tmp_path / "config.yaml").write_text("student: {interpolate_antialias: false, interpolate_offset: 0.1}")
+    of_run = convert(place / "teacher_checkpoint.pth", num_heads=4)
+    assert of_run.positions == PositionRule(antialias=False, offset=0.1)
+    assert not any("config.yaml" in note for note in ConversionReport.of(of_run).notes)
+    (tmp_path / "config.yaml").write_text("student: [")
+    with pytest.raises(ConversionError, match=r"config\.yaml cannot be read"):
+        convert(place / "teacher_checkpoint.pth", num_heads=4)
+
+
+def test_a_slash_after_the_target_does_not_move_the_text_tower(tmp_path):
+    given = openclip_folder("openclip_full_plain", tmp_path / "given")
+    convert(given, f"{tmp_path}/bundle/", text_tower=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"given", "bundle", "bundle-open_clip"}
+
+
 def test_a_text_tower_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConversionError, match="no text tower"):
         convert(source("openclip_vision_gelu"), tmp_path / "out", text_tower=True, **ARGUMENTS["openclip_vision_gelu"])
@@ -266,6 +380,36 @@ def test_labels_and_images_of_transformers_are_kept(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(converted.build()(x), model(x).logits, rtol=0, atol=1e-6)
+
+
+SIDES = {"height": 36, "width": 36}
+PROCESSORS = {
+    "BitImageProcessor": {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}},
+    "ViTImageProcessor": {"size": {"height": 32, "width": 32}},
+    "DeiTImageProcessor": {"size": SIDES, "crop_size": {"height": 32, "width": 32}},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+    "DeiTImageProcessor, no normalisation": {
+        "size": SIDES,
+        "crop_size": {"height": 32, "width": 32},
+        "do_normalize": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixels_are_those_of_the_image_processor(name, tmp_path):
+    processor = getattr(transformers, name.partition(",")[0])(**PROCESSORS[name])
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8, intermediate_size=48
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    converted = convert(tmp_path)
+    image = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, 600, 300))  # whole pixels after every resize
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(converted.config()["pretrained_cfg"]))
+    ours, theirs = transform(image), processor(image, return_tensors="pt").pixel_values[0]
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().mean() < 0.03  # resizing by pillow and by torch differs a little
 
 
 PEAK = """

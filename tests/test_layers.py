@@ -21,7 +21,7 @@ PACKAGES = {
 LAYERS = [
     {"errors"},
     {"arch"},
-    {"timm_models", "hub_access", "tokens", "positions", "residual_scale", "plain_doors"},
+    {"timm_models", "hub_access", "tokens", "positions", "hf_attention", "residual_scale", "plain_doors"},
     {"bundle_form"},
     {"bundle"},
     {"hf_models", "doors", "datasets", "analysis", "model_cards"},

@@ -19,6 +19,7 @@ from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
 from vitreg_hub.bundle_form import (
     Preprocess,
     Provenance,
+    config_text,
     empty_model,
     make_config,
     read_config,
@@ -215,7 +216,7 @@ class ModelBundle:
         self.require_consistent()
 
         def fill(staging: Path) -> None:
-            (staging / CONFIG_FILE).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
+            (staging / CONFIG_FILE).write_text(config_text(self.config()))
             save_file(dict(self.state_dict), staging / WEIGHTS_FILE, metadata={"format": "pt"})
             if card is not None:
                 (staging / CARD_FILE).write_text(card)

@@ -99,7 +99,7 @@ def convert(
     print(ConversionReport.of(bundle))
     print(f"bundle       {out}")
     if text_tower:
-        print(f"both towers  {out}{TOWER_SUFFIX}")
+        print(f"both towers  {out.rstrip('/')}{TOWER_SUFFIX}")
 
 
 def _image_size(given: str | None) -> tuple[int, int] | None:

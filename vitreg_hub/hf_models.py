@@ -11,25 +11,23 @@ from typing import Any, Unpack
 
 import timm
 import torch
-from timm.layers import Attention, LayerScale, to_2tuple
+from timm.layers import LayerScale, to_2tuple
 from timm.models import VisionTransformer, get_pretrained_cfg
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, initialization
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin, filter_output_hidden_states
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models import auto
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.output_capturing import _active_collector, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
 from vitreg_hub.bundle_form import Preprocess, Provenance, make_config, vitreg_problems
 from vitreg_hub.errors import BundleError
+from vitreg_hub.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
 from vitreg_hub.positions import PositionRule, follow
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
@@ -193,56 +191,6 @@ class VitRegModelOutput(BaseModelOutputWithPooling):
 
     register_tokens: Tensor | None = None
     patch_tokens: Tensor | None = None
-
-
-def _eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, dropout: float
-) -> tuple[Tensor, Tensor]:
-    weights = (query * scaling @ key.transpose(-2, -1)).softmax(dim=-1)
-    attended = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
-    return attended.transpose(1, 2), weights
-
-
-class AttentionKernel(nn.Module):
-    """The part of an attention layer that transformers lets users choose. Returns values and, if wanted, weights."""
-
-    is_causal = False  # read by transformers' kernels
-    gradient_checkpointing = False  # set by transformers, here as in the blocks
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config: VitRegConfig | None = None  # the model's, set by it
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float):
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
-        attended, weights = attend(self, query, key, value, None, scaling=scaling, dropout=dropout)
-        if attend is not _eager_attention and "attentions" in (_active_collector.get() or ()):
-            # fused kernels never form the weights, and a checkpointed block is run again without a collector
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.gradient_checkpointing):
-                weights = (query * scaling @ key.transpose(-2, -1)).softmax(dim=-1)
-        return attended, weights
-
-
-class VitRegAttention(Attention):
-    """timm's attention layer with transformers' choice of kernel. No ViT passes a mask, or has a gate."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kernel = AttentionKernel()
-
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        query, key = self.q_norm(query), self.k_norm(key)
-        dropout = self.attn_drop.p if self.training else 0.0
-        attended, _ = self.kernel(query, key, value, scaling=self.scale, dropout=dropout)
-        return self.proj_drop(self.proj(self.norm(attended.reshape(batch, tokens, self.attn_dim))))
-
-
-class VitRegBlock(GradientCheckpointingLayer, Block):
-    """timm's block with transformers' gradient checkpointing."""
 
 
 class VitRegPreTrainedModel(PreTrainedModel):

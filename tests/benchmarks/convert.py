@@ -50,7 +50,7 @@ def copy(source: Path, out: Path, arch: str) -> None:
     shutil.copyfile(source, out / source.name)
 
 
-WAYS = {"vitreg convert": ours, "torch.load, build, save": usual, "cp": copy}
+WAYS = {"`conversion.convert`": ours, "torch.load, build, save": usual, "cp": copy}
 
 
 def peak_megabytes() -> float:
