@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import config_text, require_absent, write_file, write_folder
+from vitreg_hub.conversion.facts import INTERPOLATIONS
 from vitreg_hub.conversion.formats import find_format
 from vitreg_hub.conversion.rules import CheckpointFormat, Rule
 from vitreg_hub.conversion.stream import write_safetensors
@@ -61,23 +62,20 @@ class _Export:
         self.tensors = dict(self._tensors())
 
     def _require_room(self) -> None:
-        bundle, fmt, weights = self.bundle, self.fmt, self.bundle.state_dict
-        lineage = bundle.spec.lineage
-        has_scale = "blocks.0.ls1.gamma" in weights
+        bundle, fmt, lineage = self.bundle, self.fmt, self.bundle.spec.lineage
+        if fmt.library == "timm":
+            return  # it holds every bundle
+        other_act = fmt.act not in (None, self.act) and not bundle.spec.swiglu
         reasons = {
-            "it has no LayerScale": fmt.family in ("dinov2", "deit3") and not has_scale,
+            "it has no LayerScale": fmt.family in ("dinov2", "deit3") and "blocks.0.ls1.gamma" not in bundle.state_dict,
             "it has no norm before the first block": fmt.name in ("openclip", "hf-clip") and not lineage.pre_norm,
-            "it has no registers": fmt.name == "hf-dinov2-with-registers" and "reg_token" not in weights,
+            "it has no registers": fmt.name == "hf-dinov2-with-registers" and "reg_token" not in bundle.state_dict,
             "it has no distillation token": fmt.name == "hf-deit" and not lineage.distilled,
-            "its images are no squares": fmt.name != "timm" and len(set(bundle.model_args["img_size"])) > 1,
-            f"its activation is {self.act}": fmt.act is not None
-            and fmt.name != "timm"
-            and not bundle.spec.swiglu
-            and self.act != fmt.act,
-            f"its LayerNorms have epsilon {self.norm_eps:g}": fmt.name != "timm"
-            and fmt.norm_eps not in (None, self.norm_eps),
-            "its head averages patches": bundle.model_args["global_pool"] != "token" and fmt.name != "timm",
-            "its MLP is SwiGLU": bundle.spec.swiglu and fmt.name != "timm" and not any(r.swiglu for r in fmt.rules),
+            "its images are no squares": len(set(bundle.model_args["img_size"])) > 1,
+            f"its activation is {self.act}": other_act,
+            f"its LayerNorms have epsilon {self.norm_eps:g}": fmt.norm_eps not in (None, self.norm_eps),
+            "its head averages patches": bundle.model_args["global_pool"] != "token",
+            "its MLP is SwiGLU": bundle.spec.swiglu and not any(rule.swiglu for rule in fmt.rules),
         }
         if found := [reason for reason, holds in reasons.items() if holds]:
             raise ConversionError(f"{fmt.name} cannot hold this {bundle.arch}: {', '.join(found)}.")
@@ -121,9 +119,8 @@ class _Export:
     @property
     def prefix(self) -> str:
         """What the tower's names begin with in this form."""
-        if self.fmt.name.startswith(("openclip", "hf-clip")) or (self.fmt.name.startswith("hf-") and self.has_head):
-            return self.fmt.prefixes[0]
-        return ""
+        is_inside = self.has_head and self.fmt.library == "transformers"  # of a model with a head
+        return self.fmt.prefixes[0] if is_inside or self.fmt.name in ("openclip", "hf-clip") else ""
 
     def _described(self, name: str, rule: Rule) -> _Tensor:
         shape = tuple(self.bundle.state_dict[name].shape)
@@ -145,7 +142,7 @@ class _Export:
         if described.name is None:
             return torch.zeros(described.shape)
         tensor = self.bundle.state_dict[described.name].float()
-        is_unscaled = self.bundle.residual_scale != 1 and self.fmt.name != "timm"  # whose files keep timm's epsilon
+        is_unscaled = self.bundle.residual_scale != 1 and self.fmt.library != "timm"  # whose files keep timm's epsilon
         if is_unscaled and WRITES_TO_STREAM.fullmatch(described.name):
             tensor = tensor / self.bundle.residual_scale
         if described.name == "pos_embed":
@@ -181,7 +178,7 @@ def export(bundle: ModelBundle | str | Path, out: str | Path, *, format: str) ->
         raise ConversionError(f"no export to {format!r}; there are {', '.join(EXPORTS)}.")
     fmt, out = find_format(format), Path(out)
     require_absent(out)
-    is_folder = format.startswith("hf-")
+    is_folder = fmt.library == "transformers"
     if not is_folder and out.suffix not in (".pth", ".safetensors"):
         raise ConversionError(
             f"{format} is one file: give it a name that ends in .pth or .safetensors, not {out.name!r}."
@@ -262,20 +259,18 @@ def _transformers_config(exported: _Export) -> Mapping[str, Any]:
 
 
 def _transformers_images(bundle: ModelBundle, fmt: CheckpointFormat) -> dict[str, Any]:
-    """preprocessor_config.json."""
+    """preprocessor_config.json, for whichever processor of transformers resizes and crops as the bundle says."""
     images, side = bundle.preprocess, bundle.preprocess.input_size[1]
-    kind = {"hf-vit": "ViTImageProcessor", "hf-deit": "DeiTImageProcessor", "hf-clip": "CLIPImageProcessor"}
-    squash = images.crop_mode == "squash"
-    sizes: dict[str, Any] = {"do_center_crop": not squash, "size": {"height": side, "width": side}}
-    if not squash:
-        sizes |= {
-            "size": {"shortest_edge": round(side / images.crop_pct)},
-            "crop_size": {"height": side, "width": side},
-        }
-    return sizes | dict(
-        image_processor_type=kind.get(fmt.name, "BitImageProcessor"),
+    resized = round(side / images.crop_pct)
+    is_squashed = images.crop_mode == "squash"
+    kind = "CLIPImageProcessor" if fmt.name == "hf-clip" else "BitImageProcessor"
+    return dict(
+        image_processor_type="DeiTImageProcessor" if is_squashed else kind,
+        size={"height": resized, "width": resized} if is_squashed else {"shortest_edge": resized},
+        do_center_crop=resized != side or not is_squashed,
+        crop_size={"height": side, "width": side},
         do_resize=True,
-        resample={"bilinear": 2, "bicubic": 3, "lanczos": 1, "nearest": 0}.get(images.interpolation, 3),
+        resample={name: number for number, name in INTERPOLATIONS.items()}.get(images.interpolation, 3),
         do_rescale=True,
         do_normalize=True,
         image_mean=list(images.mean),

@@ -193,11 +193,11 @@ def told_by(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Told:
         ConversionError: A config contradicts itself or describes something else.
     """
     try:
-        if fmt.name == "timm" and checkpoint.config.get("architecture"):
+        if fmt.library == "timm" and checkpoint.config.get("architecture"):
             said = _timm(checkpoint.config)
-        elif fmt.name.startswith("hf-"):
+        elif fmt.library == "transformers":
             said = _transformers(checkpoint, fmt)
-        elif fmt.name.startswith(("openclip", "openai")) and checkpoint.openclip_config:
+        elif fmt.library == "open_clip" and checkpoint.openclip_config:
             said = _openclip(checkpoint.openclip_config)
         else:
             said = {}

@@ -60,12 +60,11 @@ def measure(checkpoint: Checkpoint, plan: Plan, state_dict: Mapping[str, Tensor]
 
 
 def _reference(plan: Plan) -> Callable[[Checkpoint, Plan, Tensor], tuple[str, Outputs]] | None:
-    name = plan.fmt.name
-    if name == "ph-reg":
+    if plan.fmt.name == "ph-reg":
         return None
-    if name.startswith("hf-"):
+    if plan.fmt.library == "transformers":
         return _transformers
-    return _openclip if name in ("openclip", "openai") else _timm
+    return _timm if plan.fmt.name == "openclip-timm" or plan.fmt.library != "open_clip" else _openclip
 
 
 @contextmanager
@@ -115,7 +114,7 @@ def _tower(checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
 
 
 def _timm(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Outputs]:
-    config = checkpoint.config if plan.fmt.name == "timm" else {}
+    config = checkpoint.config if plan.fmt.library == "timm" else {}
     if "architecture" in config:
         base, args = config["architecture"], dict(config.get("model_args") or {})
         args.setdefault("img_size", plan.model_args["img_size"])

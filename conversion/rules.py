@@ -122,6 +122,7 @@ class CheckpointFormat:
     Attributes:
         name: What `--format` takes.
         title: Whose checkpoints these are.
+        library: timm, transformers or open_clip, where one of them writes these files with a config beside; else "".
         rules: Tensors of the vision tower, without prefix.
         outside: Tensors that may stand beside the tower, with all of their name.
         prefixes: Prefixes that the tower's names may have; the first that occurs counts, all others are outside.
@@ -145,6 +146,7 @@ class CheckpointFormat:
 
     name: str
     title: str
+    library: str = ""
     rules: tuple[Rule, ...]
     outside: tuple[Rule, ...] = ()
     prefixes: tuple[str, ...] = ()

@@ -44,7 +44,7 @@ class TextTower:
         """
         if find_spec("open_clip") is None:
             raise ConversionError("--text-tower needs open_clip: pip install 'vitreg_hub[clip]'.")
-        if plan.fmt.name not in ("openclip", "openai", "openclip-timm"):
+        if plan.fmt.library != "open_clip":
             raise ConversionError(f"{checkpoint.called} is {plan.fmt.title}: only OpenCLIP's text towers are kept.")
         if not any("token_embedding" in name for name in checkpoint.infos):
             raise ConversionError(f"{checkpoint.called} has no text tower.")

@@ -67,6 +67,7 @@ DEIT3 = CheckpointFormat(
 TIMM = CheckpointFormat(
     name="timm",
     title="timm",
+    library="timm",
     rules=(
         *TOWER,
         *HEADS,
