@@ -119,6 +119,10 @@ def detect(checkpoint: Checkpoint) -> CheckpointFormat:
         return _plain_layout(checkpoint, prefix)
     near = nearest(names)
     hint = f"the nearest is {near.name} ({near.title})" if near else "no tensor has a name of any"
+    first = min(names, default="").partition(".")[0]
+    inner = {name.removeprefix(f"{first}."): name for name in names}
+    if all(name.startswith(f"{first}.") for name in names) and (near := nearest(inner)):
+        hint = f"without the prefix {first!r} the names are nearest to {near.name}'s: save them without it"
     raise ConversionError(
         f"{checkpoint.called} holds {len(names)} tensors of no known format, first {min(names, default='none')}; "
         f"{hint}. Formats: {', '.join(FORMATS)}."

@@ -135,6 +135,8 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         files = [Path(source) / _choose(names, called, prefer)]
     elif os.path.isfile(source):
         files = [Path(source)]
+        if files[0].suffix == ".json" and not files[0].name.endswith(".index.json"):
+            raise ConversionError(f"{called} holds no weights: give the folder, or the weights beside it.")
     else:
         raise ConversionError(
             f"{called} is neither a file nor a folder; a repository of the Hub needs the prefix 'hf-hub:'."

@@ -484,6 +484,7 @@ def test_command_line_round_trip(folder, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["nowhere.pth", "out"], "nowhere.pth is neither a file nor a folder"),
+        ([str(source("hf_vit") / "config.json"), "out"], "config.json holds no weights: give the folder"),
         ([str(source("dinov2_reg4")), "out"], "give --num-heads"),
         ([str(source("dinov2_reg4")), "out", "--format", "dinov4"], "no format 'dinov4'"),
         ([str(source("dinov2_reg4")), "out", "--arch", "vit_larg_reg4"], "closest: vit_large_reg4"),

@@ -108,6 +108,11 @@ def test_unknown_tensors_name_the_nearest_format(saved, refused):
     assert "nearest is hf-dinov2" in refused(saved(tensors))
 
 
+def test_a_foreign_prefix_is_named(saved, refused):
+    tensors = {f"encoder.{name}": tensor for name, tensor in tensors_of("dinov2_vit_mlp_hub").items()}
+    assert "without the prefix 'encoder' the names are nearest to dinov2's" in refused(saved(tensors))
+
+
 def test_every_problem_in_one_sentence(saved, refused):
     tensors = tensors_of("dinov2_vit_mlp_hub")
     tensors |= {"norm.weight": torch.ones(32, dtype=torch.int64), "extra": torch.ones(1), "norm.bias": torch.ones(31)}
