@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import GOLDEN as FOLDER
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import Tensor
@@ -15,7 +16,6 @@ from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.conversion import convert
 from vitreg_hub.tokens import block_tokens
 
-FOLDER = Path(__file__).parent / "golden"
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "deit3_eps_probe": {"num_heads": 4},
     "deit3_ls": {"num_heads": 4},
