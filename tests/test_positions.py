@@ -5,12 +5,12 @@ import io
 import json
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from checkpoints import GOLDEN
 from models import ONE_OF_EACH_KIND, TINY, random_bundle, randomised
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
@@ -23,7 +23,6 @@ from vitreg_hub.errors import BundleError
 from vitreg_hub.hf_models import VitRegConfig, VitRegModel
 from vitreg_hub.positions import TIMM_RULE, PositionRule, follow, rule_of
 
-GOLDEN = Path(__file__).parent / "golden"
 CASES = {
     "dinov2_vit_mlp_hub": ("vit_small_reg0", PositionRule(antialias=False, offset=0.1)),
     "dinov2_reg4": ("vit_small_reg4", TIMM_RULE),
