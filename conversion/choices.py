@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
-from vitreg_hub.arch import ARCHS, FAMILIES, REGISTER_COUNTS, ArchSpec, get_arch, row
+from vitreg_hub.arch import ARCHS, REGISTER_COUNTS, ArchSpec, get_arch, row
 from vitreg_hub.conversion.facts import Structure, Told, exact_square
 from vitreg_hub.conversion.rules import CheckpointFormat
 from vitreg_hub.conversion.source import Checkpoint
@@ -73,7 +73,7 @@ class Choices:
         return wanted
 
     def family(self) -> str:
-        """Key of `FAMILIES`."""
+        """Key of `vitreg_hub.arch.FAMILIES`."""
         has = self.structure
         if has.swiglu and (not has.layer_scale or has.pre_norm or has.distilled or self.fmt.family == "deit3"):
             self._refuse("has a SwiGLU MLP in a network for which timm has none")
@@ -83,7 +83,7 @@ class Choices:
             return "plain" if self.num_registers() else "deit_distilled"
         if not has.layer_scale:
             return "plain"
-        if (family := self.told.family or self.fmt.family) in ("dinov2", "deit3"):
+        if (family := self.told.family or self.fmt.family or self._asked_family()) in ("dinov2", "deit3"):
             return family
         without_class_row = exact_square(has.position_rows) and not has.num_registers
         return "deit3" if without_class_row and not has.swiglu else "dinov2"
@@ -219,15 +219,8 @@ class Choices:
 
     def _asked_row(self, spec: ArchSpec, family: str, registers: int) -> ArchSpec:
         has = self.structure
-        asked, kind = FAMILIES[spec.family], FAMILIES[family]
-        same_kind = (asked.pre_norm, bool(asked.init_values), asked.distilled, asked.norm_eps) == (
-            kind.pre_norm,
-            bool(kind.init_values),
-            kind.distilled,
-            kind.norm_eps,
-        )
         facts = {
-            "family": (spec.family, family if self.fmt.family or not same_kind or has.pre_norm else spec.family),
+            "family": (spec.family, family),
             "width": (spec.embed_dim, has.embed_dim),
             "depth": (spec.depth, has.depth),
             "heads": (spec.num_heads, self.num_heads()),

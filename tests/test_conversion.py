@@ -154,6 +154,14 @@ def test_arch_tells_the_activation(tmp_path):
         convert(path, arch="vit_base_reg0_clip_quickgelu", act="gelu")
 
 
+def test_arch_must_be_what_the_tensors_are(tmp_path):
+    model = timm.create_model("deit3_small_patch16_224", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "deit3.safetensors")
+    assert convert(tmp_path / "deit3.safetensors", arch="vit_small_reg0_deit3").arch == "vit_small_reg0_deit3"
+    with pytest.raises(ConversionError, match=r"is no vit_small_reg0: it has patch size \(16, 16\), not \(14, 14\)"):
+        convert(tmp_path / "deit3.safetensors", arch="vit_small_reg0")
+
+
 def test_width_1280_has_16_or_20_heads(tmp_path):
     path = openclip_file(tmp_path / "h.safetensors", width=1280, layers=1, heads=16)
     with pytest.raises(ConversionError, match=r"give --num-heads .*16 or 20"):
