@@ -38,13 +38,19 @@ class Assembly:
     is_scaled: bool
     num_new_registers: int
 
-    def consumed(self) -> tuple[str, ...]:
-        """Tensors in timm's names that end in others: a distillation token in a network that has registers instead."""
-        return tuple(n for n in ("dist_token",) if n in self.tensors and n not in self.wanted)
+    @property
+    def distillation_is_register(self) -> bool:
+        """Whether the checkpoint's distillation token becomes a register, for the network has no place for it."""
+        return "dist_token" in self.tensors and "dist_token" not in self.wanted
+
+    @property
+    def num_untrained_registers(self) -> int:
+        """Registers that are drawn at random."""
+        return self.num_new_registers - self.distillation_is_register
 
     def lost(self) -> dict[str, tuple[str, ...]]:
         """Names of the checkpoint that the network has no place for although its format has, by reason."""
-        if "dist_token" not in self.consumed():
+        if not self.distillation_is_register:
             return {}
         names = tuple(self.tensors.parts[n][0][0] for n in self.tensors.parts if n.startswith("head_dist."))
         return {"a network with registers has one head, on the class token": names} if names else {}
@@ -59,7 +65,7 @@ class Assembly:
         if "head.weight" in self.tensors and "head.bias" not in self.tensors and not self.tensors.fmt.head_bias:
             made["head.bias"] = self.wanted["head.bias"]
         for name in self.tensors.parts:
-            if self.consumed() and name.startswith(("dist_token", "head_dist.")):
+            if self.distillation_is_register and name.startswith(("dist_token", "head_dist.")):
                 made[name] = self.tensors.shape(name)
         return made
 
@@ -94,6 +100,6 @@ class Assembly:
         generator = torch.Generator().manual_seed(0)
         std = REGISTER_INIT_STD * (self.scale if self.is_scaled else 1)
         registers = torch.randn(1, number, width, generator=generator) * std
-        if "dist_token" in self.consumed():
+        if self.distillation_is_register:
             registers[:, :1] = self.tensors.read("dist_token") + self.tensors.read("pos_embed")[:, 1:2]
         return registers

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitreg_hub.conversion.formats import nearest
-from vitreg_hub.conversion.rules import CheckpointFormat, Reshape, Rule
+from vitreg_hub.conversion.rules import CheckpointFormat, Rule
 from vitreg_hub.conversion.source import Checkpoint
 from vitreg_hub.errors import ConversionError
 
@@ -38,7 +38,7 @@ class Assignment:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor of timm's; empty without one."""
         shapes = [
-            _reshaped(self.checkpoint.infos[source].shape, rule.reshape) for source, rule in self.parts.get(name, ())
+            rule.reshape.timm_shape(self.checkpoint.infos[source].shape) for source, rule in self.parts.get(name, ())
         ]
         return (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else (shapes or [()])[0]
 
@@ -93,12 +93,6 @@ class Assignment:
             f"{self.checkpoint.called} does not fit the format {self.fmt.name} ({self.fmt.title}): "
             f"{shown}.{other}{rank}"
         )
-
-
-def _reshaped(shape: tuple[int, ...], reshape: Reshape) -> tuple[int, ...]:
-    if reshape is Reshape.TRANSPOSE:
-        return shape[::-1]
-    return (1,) * {Reshape.TOKEN: 2, Reshape.TABLE: 1}.get(reshape, 0) + shape
 
 
 def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:

@@ -95,7 +95,8 @@ class Choices:
             told = "gelu"  # of timm's VisionTransformer
         if told and asked and told != asked:
             self._refuse(f"has the activation {told}, not {asked}: leave --act out")
-        from_arch = {"clip": "gelu", "clip_quickgelu": "quick_gelu"}.get(self._asked_family())
+        lineage = get_arch(self.request.arch).lineage if self.request.arch else None
+        from_arch = lineage.act if lineage and lineage.pre_norm else None
         found = told or asked or from_arch
         if found is None:
             self._refuse(
@@ -194,7 +195,7 @@ class Choices:
         if has.layer_scale and not spec.lineage.init_values:
             args["init_values"] = 1e-5  # any number: the weights replace it
         act = self.act() if not has.swiglu else None
-        if act not in (None, "gelu" if spec.family != "clip_quickgelu" else "quick_gelu"):
+        if act not in (None, spec.lineage.act):
             args["act_layer"] = act
         args |= {key: False for key in ("qkv_bias", "proj_bias") if not getattr(has, key)}
         pooling = self.told.global_pool or ("avg" if has.average else "token")

@@ -97,9 +97,8 @@ def _finished(
 ) -> ModelBundle:
     """The bundle of a plan and its weights, with the report."""
     called = checkpoint.called
-    source = (
-        called if called.startswith(HUB_PREFIX) else Path(called).resolve().name
-    )  # whose folder is nobody's business
+    # the folder of a file is nobody's business
+    source = called if called.startswith(HUB_PREFIX) else Path(called).resolve().name
     dropped = {**plan.assembly.tensors.dropped, **plan.assembly.lost()}
     report = ConversionReport(
         source=source,
@@ -109,7 +108,7 @@ def _finished(
         num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
         dropped=dropped,
         notes=plan.notes,
-        untrained_registers=plan.untrained_registers,
+        untrained_registers=plan.assembly.num_untrained_registers,
         network=plan.network(),
         measured=measure(checkpoint, plan, state_dict) if verify else {},
     )

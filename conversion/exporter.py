@@ -55,9 +55,7 @@ class _Export:
         self.bundle, self.fmt = bundle, fmt
         self.has_head = bundle.num_classes > 0
         self.norm_eps = bundle.spec.lineage.norm_eps / bundle.residual_scale**2
-        self.act = bundle.model_args.get("act_layer") or (
-            "quick_gelu" if bundle.spec.family == "clip_quickgelu" else "gelu"
-        )
+        self.act = bundle.model_args.get("act_layer", bundle.spec.lineage.act)
         self._require_room()
         self.tensors = dict(self._tensors())
 

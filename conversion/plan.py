@@ -52,11 +52,6 @@ class Plan:
     assembly: Assembly = field(repr=False)
     notes: tuple[str, ...]
 
-    @property
-    def untrained_registers(self) -> int:
-        """Registers that were drawn at random."""
-        return self.assembly.num_new_registers - len(self.assembly.consumed())
-
     def bundle(self, state_dict: Mapping[str, Tensor], provenance: Provenance) -> ModelBundle:
         """The bundle of this plan and its weights."""
         return ModelBundle(
@@ -75,11 +70,10 @@ class Plan:
         """What no tensor tells, in words."""
         rule, eps = self.positions, self.spec.lineage.norm_eps / self.residual_scale**2
         offset = f" offset {rule.offset:g}" if rule.offset else ""
-        default_act = "quick_gelu" if self.spec.family == "clip_quickgelu" else "gelu"
         return {
             "heads": self.model_args["num_heads"],
             "epsilon": f"{eps:.3g}",
-            "activation": "silu" if self.spec.swiglu else self.model_args.get("act_layer", default_act),
+            "activation": "silu" if self.spec.swiglu else self.model_args.get("act_layer", self.spec.lineage.act),
             "pooling": self.model_args["global_pool"],
             "positions": f"bicubic {'with' if rule.antialias else 'without'} antialias{offset}",
             "mean": "/".join(f"{value:.3g}" for value in self.preprocess.mean),
@@ -166,12 +160,12 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
 def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
     """What a user should know, a sentence each."""
     fmt = assembly.tensors.fmt
-    if new := assembly.num_new_registers - len(assembly.consumed()):
+    if new := assembly.num_untrained_registers:
         yield (
             f"{new} register{'s' if new > 1 else ''} drawn from N(0, {REGISTER_INIT_STD}^2), untrained: they cost "
             "accuracy until they are trained (github.com/huggingface/pytorch-image-models/issues/2046)"
         )
-    if "dist_token" in assembly.consumed():
+    if assembly.distillation_is_register:
         yield "the distillation token became the first register"
     if assembly.grid != assembly.native:
         yield (

@@ -148,7 +148,7 @@ def _openclip(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, 
         heads=args["num_heads"],
         mlp_ratio=args["mlp_ratio"],
         ls_init_value=args.get("init_values"),
-        act_layer=QuickGELU if plan.spec.family == "clip_quickgelu" else nn.GELU,
+        act_layer=QuickGELU if plan.spec.lineage.act == "quick_gelu" else nn.GELU,
         output_dim=plan.num_classes or args["embed_dim"],
     ).eval()
     if not plan.num_classes:

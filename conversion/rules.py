@@ -31,17 +31,26 @@ class Reshape(enum.Enum):
         """Dimensions that the lineage's tensor must have, None for any."""
         return {Reshape.TRANSPOSE: 2, Reshape.TOKEN: 1, Reshape.TABLE: 2}.get(self)
 
+    @property
+    def _ones(self) -> int:
+        """Dimensions of size 1 that timm's tensor has before the lineage's."""
+        return {Reshape.TOKEN: 2, Reshape.TABLE: 1}.get(self, 0)
+
+    def timm_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """timm's shape of a tensor that has this one in the lineage."""
+        return shape[::-1] if self is Reshape.TRANSPOSE else (1,) * self._ones + shape
+
     def to_timm(self, tensor: Tensor) -> Tensor:
         """The lineage's tensor in timm's shape."""
         if self is Reshape.TRANSPOSE:
             return tensor.T
-        return tensor[(None,) * {Reshape.TOKEN: 2, Reshape.TABLE: 1}.get(self, 0)]
+        return tensor[(None,) * self._ones]
 
     def from_timm(self, tensor: Tensor) -> Tensor:
         """timm's tensor in the lineage's shape."""
         if self is Reshape.TRANSPOSE:
             return tensor.T
-        for _ in range({Reshape.TOKEN: 2, Reshape.TABLE: 1}.get(self, 0)):
+        for _ in range(self._ones):
             tensor = tensor.squeeze(0)
         return tensor
 

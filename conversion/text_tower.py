@@ -124,7 +124,7 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     )
     model = dict(
         embed_dim=infos["text_projection"].shape[1],
-        quick_gelu=plan.spec.family == "clip_quickgelu",
+        quick_gelu=plan.spec.lineage.act == "quick_gelu",
         vision_cfg=vision,
         text_cfg=text,
     )

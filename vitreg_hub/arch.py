@@ -36,6 +36,7 @@ class Family:
         std: Channel standard deviations of the normalisation.
         crop_pct: Share of the resized image that the centre crop keeps.
         norm_eps: LayerNorm epsilon that the upstream bases have.
+        act: timm's name of the MLP's activation, where that is not SwiGLU.
         distilled: A distillation token with a head of its own follows the class token. Both have positions, and timm's
             class for it has no room for registers.
     """
@@ -47,6 +48,7 @@ class Family:
     std: tuple[float, float, float] = IMAGENET_STD
     crop_pct: float = 1.0
     norm_eps: float = 1e-6
+    act: str = "gelu"
     distilled: bool = False
 
 
@@ -57,7 +59,9 @@ FAMILIES = {
     "deit3": Family(img_size=224, init_values=1e-6),
     # open_clip/transformer.py `VisionTransformer`, open_clip/constants.py.
     "clip": Family(img_size=224, pre_norm=True, mean=CLIP_MEAN, std=CLIP_STD, norm_eps=1e-5),
-    "clip_quickgelu": Family(img_size=224, pre_norm=True, mean=CLIP_MEAN, std=CLIP_STD, norm_eps=1e-5),
+    "clip_quickgelu": Family(
+        img_size=224, pre_norm=True, mean=CLIP_MEAN, std=CLIP_STD, norm_eps=1e-5, act="quick_gelu"
+    ),
     # ViT, DeiT, DINO; deit/main.py (`--eval-crop-ratio`: 224 / 256).
     "plain": Family(img_size=224, crop_pct=0.875),
     "deit_distilled": Family(img_size=224, crop_pct=0.875, distilled=True),
