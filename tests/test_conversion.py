@@ -213,6 +213,8 @@ def test_verify_reads_half_precision_and_the_named_file(tmp_path):
     shutil.copytree(source("hf_dinov2"), tmp_path / "model")
     weights = {name: tensor.half() for name, tensor in load_file(tmp_path / "model/model.safetensors").items()}
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"dtype": "float16"}))  # as transformers saves it
     assert ConversionReport.of(convert(tmp_path / "model", verify=True)).measured["tokens"] < 1e-5
     save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "model/other.safetensors")
     measured = ConversionReport.of(convert(tmp_path / "model/other.safetensors", verify=True)).measured
