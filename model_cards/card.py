@@ -24,7 +24,7 @@ background patches; they are dropped at the output ([Darcet et al., ICLR 2024](h
 - **Origin:** {origin}
 - **Measured:** {measured}
 - **License:** {license}
-{conversion}
+{conversion}{artifacts}
 ## Use with timm
 
 ```python
@@ -83,6 +83,7 @@ def render(bundle: ModelBundle, *, repo: str | None = None) -> str:
         measured=", ".join(f"{name} {value:.4f}" for name, value in origin.metrics.items()) or "not measured",
         license=origin.license or "unknown",
         conversion=_conversion(origin.settings.get("conversion")),
+        artifacts=_artifacts(origin.settings.get("artifacts")),
     )
 
 
@@ -104,6 +105,21 @@ def _conversion(report: Mapping[str, Any] | None) -> str:
     to = f", to {report['measured']['reference']}" if measured else ""
     lines.append(f"- Largest absolute difference of outputs: {differences or 'not measured'}{to}.")
     return "\n".join([*lines, ""])
+
+
+def _artifacts(found: Mapping[str, Any] | None) -> str:
+    """What was measured of high-norm tokens as a section; empty where nothing was."""
+    if not found:
+        return ""
+    height, width = found["image_size"]
+    lines = ["", "## Artifacts", "", f"{found['verdict']}", ""]
+    lines.append(f"- Measured on {found['num_images']:,} images of {height} x {width} pixels ({found['images']}).")
+    shares = ", ".join(f"{100 * share:.3g} %" for share in found["outlier_fraction"])
+    lines.append(f"- Outliers among the patch tokens, block by block: {shares}.")
+    for mass in found["attention"]:
+        to = f"{100 * mass['to_registers']:.3g} % on registers, {100 * mass['to_outliers']:.3g} % on outliers"
+        lines.append(f"- Attention of {mass['source']} in block {found['block']}: {to}.")
+    return "\n".join([*lines, *(f"- {note}" for note in found["notes"]), ""])
 
 
 def _metadata(bundle: ModelBundle, repo: str) -> ModelCardData:

@@ -7,19 +7,28 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import transformers
+from accelerate import PartialState
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from vitreg_hub import conversion, doors, hub
+from vitreg_hub.analysis.checkpoints import analyze_all
+from vitreg_hub.analysis.report_files import REPORT_PAGE, draw_attention, write_report
+from vitreg_hub.analysis.wording import names, verdict
 from vitreg_hub.arch import ARCHS
+from vitreg_hub.bundle_form import require_absent
 from vitreg_hub.conversion.exporter import EXPORTS
 from vitreg_hub.conversion.formats import FORMATS
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.conversion.text_tower import TOWER_SUFFIX
 from vitreg_hub.errors import VitregError
+from vitreg_hub.hub_access import CONFIG_FILE
+from vitreg_hub.model_cards.artifacts import record
 from vitreg_hub.training import quickstart as quickstart_run
 
 EXAMPLES = """examples:
@@ -29,6 +38,9 @@ EXAMPLES = """examples:
   vitreg convert dinov2_vitl14_pretrain.pth vitl   a checkpoint of DINOv2, DINO, DeiT, OpenCLIP, transformers, timm
   vitreg convert hf-hub:org/name folder --registers 4 --verify
   vitreg export folder dinov2.pth --format dinov2    and back
+  vitreg analyze quickstart/model --images digits    are there high-norm artifacts? report.html, figures, numbers
+  vitreg analyze vit_small_reg0 vit_small_reg4 runs/vitl --out report   side by side, and over a run's checkpoints
+  vitreg attention quickstart/model cat.png  what the class token and each register attend to
   vitreg push quickstart/model org/name      publish it in one commit
   vitreg pull org/name folder                fetch a published bundle
 """
@@ -116,6 +128,32 @@ def export(bundle: str, out: str, format: str) -> None:
     print(conversion.export(bundle, out, format=format))
 
 
+def analyze(models: list[str], images: str, out: str, card: bool, dtype: str, **options: Any) -> None:
+    """Measure high-norm artifacts of one or more ViTs as the paper does, and write a report."""
+    require_absent(Path(out))
+    if card and (others := [model for model in models if not Path(model, CONFIG_FILE).is_file()]):
+        raise VitregError(f"--card records results in bundles' folders, but {others[0]} is none: leave --card out.")
+    options |= {"img_size": _image_size(options["img_size"]), "dtype": DTYPES[dtype], "progress": sys.stderr.isatty()}
+    reports = analyze_all(models, images, **options)
+    if not PartialState().is_main_process:
+        return
+    write_report(reports, out)
+    for name, report in zip(names(reports), reports, strict=True):
+        print(f"{name}: {verdict(report)}")
+        for note in report.notes:
+            print(f"  {note}")
+    print(f"report   {Path(out, REPORT_PAGE)}")
+    for model, report in zip(models, reports, strict=True) if card else ():
+        told = "recorded in the bundle and its card" if record(model, report) else "recorded; its card is an author's"
+        print(f"card     {model}: {told}")
+
+
+def attention(model: str, images: list[str], out: str, heads: bool, **options: Any) -> None:
+    """Draw what the class token and each register attend to in an image."""
+    options["img_size"] = _image_size(options["img_size"])
+    print(draw_attention(model, images, out, heads=heads, **options))
+
+
 def push(folder: str, repo: str, private: bool) -> None:
     """Verify a bundle and publish it in one commit."""
     print(hub.push(folder, repo, private=private))
@@ -146,6 +184,38 @@ CONVERT = [
     ("--verify", {"action": "store_true", "help": "measure the difference to a reference implementation"}),
 ]
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL_HELP = "bundle's folder, hf-hub:org/name, an architecture with or without weights, or any ViT of timm"
+BLOCK = ("--block", {"type": int, "default": -1, "help": "block whose outliers count, from 0, or from the end"})
+IMG_SIZE = ("--img-size", {"metavar": "N or H,W", "help": "size of the images, if not the model's own"})
+DEVICE = ("--device", {"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
+
+ANALYZE = [
+    (
+        "models",
+        {
+            "nargs": "+",
+            "metavar": "MODEL",
+            "help": f"{MODEL_HELP}; a run's folder of checkpoints; an earlier report.json",
+        },
+    ),
+    ("--images", {"default": "photos", "help": "folder, photos, digits, or org/name[:split] on the Hub"}),
+    ("--out", {"default": "analysis", "help": "new folder for report.html, report.json and the figures"}),
+    ("--cutoff", {"type": float, "metavar": "NORM", "help": "norm above which a patch token is an outlier"}),
+    BLOCK,
+    IMG_SIZE,
+    ("--max-images", {"type": int, "metavar": "N", "help": "use no more: a random choice of them"}),
+    ("--batch-size", {"type": int, "default": 8, "metavar": "N", "help": "images at a time, in each process"}),
+    ("--num-workers", {"type": int, "default": 0, "metavar": "N", "help": "processes that decode images"}),
+    DEVICE,
+    ("--dtype", {"choices": list(DTYPES), "default": "float32", "help": "number type of the model"}),
+    ("--seed", {"type": int, "default": 0, "help": "decides what is drawn where not all is used"}),
+    (
+        "--card",
+        {"action": "store_true", "help": "also record the result in the models, which must be bundles' folders"},
+    ),
+]
+
 COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]] = {
     "quickstart": (
         quickstart,
@@ -163,6 +233,19 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]
             ("bundle", {"help": "folder, hf-hub:org/name, or an architecture with weights"}),
             ("out", {"help": "new folder for hf-... formats, new .pth or .safetensors file for others"}),
             ("--format", {"required": True, "help": ", ".join(EXPORTS)}),
+        ],
+    ),
+    "analyze": (analyze, ANALYZE),
+    "attention": (
+        attention,
+        [
+            ("model", {"help": MODEL_HELP}),
+            ("images", {"nargs": "+", "metavar": "IMAGE", "help": "image files, one row each"}),
+            ("--out", {"default": "attention.png", "help": "new PNG file"}),
+            ("--heads", {"action": "store_true", "help": "every head, not their mean"}),
+            BLOCK,
+            IMG_SIZE,
+            DEVICE,
         ],
     ),
     "push": (

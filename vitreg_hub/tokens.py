@@ -1,22 +1,26 @@
-"""One view of what happens inside a timm ViT: its tokens by name, block by block, and its attention maps."""
+"""One view of what happens inside any ViT: its tokens by name, block by block, and its attention maps."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
 import torch
-from timm.layers import Attention
-from timm.models import VisionTransformer
 from torch import Tensor, nn
+
+from vitreg_hub.errors import DataError
+from vitreg_hub.vit_layout import VitLayout, attention_weights, evaluating
+
+# Letters: B images, N = C + R + P tokens: C class tokens, R registers, P patches; D channels, H heads.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:
-    """Tokens of one block by name: B images, R registers, P patches, D channels.
+    """Tokens by name.
 
     Attributes:
-        cls: [B, 1, D] class token; [B, 0, D] without one; [B, 2, D] with a distillation token, which comes second.
+        cls: [B, C, D] class token; [B, 0, D] without one; [B, 2, D] with a distillation token, which comes second.
         registers: [B, R, D].
         patches: [B, P, D], row by row.
     """
@@ -25,77 +29,217 @@ class Tokens:
     registers: Tensor
     patches: Tensor
 
-    @classmethod
-    def split(cls, tokens: Tensor, vit: VisionTransformer) -> Self:
-        """Name the tokens [B, N, D] of a model, whose order is class, registers, patches."""
-        first_patch = vit.num_prefix_tokens
-        first_register = first_patch - vit.num_reg_tokens
-        return cls(
-            cls=tokens[:, :first_register],
-            registers=tokens[:, first_register:first_patch],
-            patches=tokens[:, first_patch:],
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """Attention weights of one block.
+
+    Attributes:
+        weights: [B, H, N, N]; N tokens: class, registers, patches; every row sums to 1.
+        cls: [B, H, C, rows, columns] from class tokens to patches.
+        registers: [B, H, R, rows, columns] from registers to patches.
+    """
+
+    weights: Tensor
+    cls: Tensor
+    registers: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenOrder:
+    """Which token is what: class tokens, registers, patches.
+
+    Attributes:
+        num_class: Class tokens.
+        num_registers: Registers.
+        grid: Rows and columns of patches.
+    """
+
+    num_class: int
+    num_registers: int
+    grid: tuple[int, int]
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches."""
+        return self.num_class + self.num_registers
+
+    def split(self, tokens: Tensor) -> Tokens:
+        """Name tokens [B, N, D]."""
+        return Tokens(
+            cls=tokens[:, : self.num_class],
+            registers=tokens[:, self.num_class : self.num_prefix],
+            patches=tokens[:, self.num_prefix :],
+        )
+
+    def attention(self, weights: Tensor) -> Attention:
+        """Name attention weights [B, H, N, N]."""
+        to_patches = weights[:, :, : self.num_prefix, self.num_prefix :].unflatten(-1, self.grid)
+        return Attention(
+            weights=weights, cls=to_patches[:, :, : self.num_class], registers=to_patches[:, :, self.num_class :]
         )
 
 
-@torch.no_grad()
-def block_tokens(vit: VisionTransformer, images: Tensor, *, blocks: Sequence[int] = (-1,)) -> dict[int, Tokens]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What one forward pass showed of one batch; what was not asked for is None or empty.
+
+    Attributes:
+        images: [B, 3, height, width] as the network saw them.
+        order: Which token is what.
+        norms: [blocks, B, N] float32 L2 norms of all tokens after every block, before the final norm.
+        tokens: Tokens after the blocks asked for, before the final norm, under the indices that were given.
+        normed: Tokens of the last block after the final norm.
+        embedded: [B, P, D] patch embeddings, before positions are added.
+        attention: Attention of the blocks asked for, under the indices that were given.
+    """
+
+    images: Tensor
+    order: TokenOrder
+    norms: Tensor | None
+    tokens: dict[int, Tokens]
+    normed: Tokens | None
+    embedded: Tensor | None
+    attention: dict[int, Attention]
+
+
+Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+"""Takes what a hook is given, (module, arguments, keyword arguments, output), and gives what is to be kept."""
+
+
+def observe(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    norms: bool = False,
+    blocks: Sequence[int] = (),
+    normed: bool = False,
+    embedded: bool = False,
+    attention: Sequence[int] = (),
+    attention_images: int | None = None,
+) -> Observation:
+    """Run a ViT on images once and record what is asked for, and nothing else.
+
+    The network runs without gradients and in evaluation mode; whatever it was before, it is afterwards.
+
+    Args:
+        model: A ViT of timm or transformers, with or without a head, also compiled or in training.
+        images: [B, 3, height, width], preprocessed; moved to the model's device and type.
+        norms: Record the norms of all tokens after every block.
+        blocks: Blocks whose tokens are recorded; negative indices count from the end.
+        normed: Record the tokens of the last block after the final norm.
+        embedded: Record the patch embeddings.
+        attention: Blocks whose attention is recorded; negative indices count from the end.
+        attention_images: Record the attention of the first so many images only, because it costs most; of all by
+            default.
+
+    Raises:
+        DataError: The model is no ViT that can be read, or a block does not exist.
+    """
+    layout = VitLayout.of(model)
+    depth = len(layout.blocks)
+    if wrong := [i for i in (*blocks, *attention) if not -depth <= i < depth]:
+        raise DataError(f"block {wrong[0]} does not exist: the model has {depth}, 0 to {depth - 1} or -{depth} to -1.")
+    found: dict[tuple[str, int], Any] = {}
+    with evaluating(model), ExitStack() as hooks:
+
+        def record(what: str, index: int, module: nn.Module, read: Reader) -> None:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                found[what, index] = read(module, args, kwargs, output)
+
+            hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+
+        for index in range(depth) if norms else ():
+            record("norms", index, layout.blocks[index], _norms)
+        for index in {*blocks, -1} if normed else set(blocks):
+            record("tokens", index, layout.blocks[index], _output)
+        for index in set(attention):
+            record("attention", index, layout.attention(index), partial(_weights, number=attention_images))
+        if embedded:
+            record("embedded", 0, layout.embedding, _output)
+        record("order", 0, layout.blocks[0], _count)
+        layout.run(images)
+        after_norm = layout.norm(found["tokens", -1]) if normed else None
+
+    def unscaled(stream: Tensor) -> Tensor:
+        return stream if layout.residual_scale == 1 else stream / layout.residual_scale
+
+    order = _order(layout, images, num_tokens=found["order", 0])
+    return Observation(
+        images=images,
+        order=order,
+        norms=unscaled(torch.stack([found["norms", i] for i in range(depth)])) if norms else None,
+        tokens={i: order.split(unscaled(found["tokens", i])) for i in blocks},
+        normed=order.split(after_norm) if normed else None,
+        embedded=unscaled(found["embedded", 0]).flatten(2).transpose(1, 2) if embedded else None,
+        attention={i: order.attention(found["attention", i]) for i in attention},
+    )
+
+
+def block_tokens(model: nn.Module, images: Tensor, *, blocks: Sequence[int] = (-1,)) -> dict[int, Tokens]:
     """Tokens of the residual stream after chosen blocks, before the final norm.
 
     Args:
-        vit: A timm ViT; nothing of it is changed.
-        images: [B, C, H, W].
+        model: A ViT of timm or transformers; nothing of it is changed.
+        images: [B, 3, height, width], preprocessed.
         blocks: Indices of blocks, negative ones from the end.
 
     Returns:
         Tokens by block, under the indices that were given.
+
+    Raises:
+        DataError: As `observe`.
     """
-
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output
-
-    with _recorded([vit.blocks[i] for i in blocks], keep) as outputs:
-        vit.forward_features(images)
-    return {block: Tokens.split(output, vit) for block, output in zip(blocks, outputs, strict=True)}
+    return observe(model, images, blocks=blocks).tokens
 
 
-@torch.no_grad()
-def attention_maps(vit: VisionTransformer, images: Tensor, *, blocks: Sequence[int] = (-1,)) -> dict[int, Tensor]:
-    """Attention weights of chosen blocks, whichever kernel the model uses.
+def attention_maps(model: nn.Module, images: Tensor, *, blocks: Sequence[int] = (-1,)) -> dict[int, Attention]:
+    """Attention of chosen blocks, whichever kernel the model uses.
 
-    Fused kernels never form the matrix, so it is computed once more from the layer's input, for these blocks alone.
+    Fused kernels never form the weights, so they are computed once more, for these blocks alone.
 
     Args:
-        vit: A timm ViT; nothing of it is changed.
-        images: [B, C, H, W].
+        model: A ViT of timm or transformers; nothing of it is changed.
+        images: [B, 3, height, width], preprocessed.
         blocks: Indices of blocks, negative ones from the end.
 
     Returns:
-        [B, H, N, N] by block, under the indices that were given; H heads, N tokens: class, registers, patches; every
-        row sums to 1.
+        Attention by block, under the indices that were given: `weights` of all tokens, and the maps of the class token
+        (`cls`) and of each register (`registers`) over the patches.
+
+    Raises:
+        DataError: As `observe`.
     """
-
-    def weights(layer: Attention, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        batch, tokens, _ = inputs[0].shape
-        qkv = layer.qkv(inputs[0]).reshape(batch, tokens, 3, layer.num_heads, layer.head_dim).permute(2, 0, 3, 1, 4)
-        query, key = layer.q_norm(qkv[0]), layer.k_norm(qkv[1])
-        return (query * layer.scale @ key.transpose(-2, -1)).softmax(dim=-1)
-
-    with _recorded([vit.blocks[i].attn for i in blocks], weights) as maps:
-        vit.forward_features(images)
-    return dict(zip(blocks, maps, strict=True))
+    return observe(model, images, attention=blocks).attention
 
 
-@contextmanager
-def _recorded(modules: Sequence[nn.Module], what: Callable[..., Tensor]) -> Iterator[list[Tensor]]:
-    """Collect `what(module, inputs, output)` of every module, in their order; the hooks are gone afterwards."""
-    found: list[Tensor] = [torch.empty(0)] * len(modules)
+def _output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
-    def hook(index: int) -> Callable[..., None]:
-        return lambda module, inputs, output: found.__setitem__(index, what(module, inputs, output))
 
-    handles = [module.register_forward_hook(hook(i)) for i, module in enumerate(modules)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def _norms(*call: Any) -> Tensor:
+    return torch.linalg.vector_norm(_output(*call), dim=-1, dtype=torch.float32)
+
+
+def _weights(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, number: int | None
+) -> Tensor:
+    of_images = len(args[0])
+    first = [a[:number] if isinstance(a, Tensor) and len(a) == of_images else a for a in args]
+    return attention_weights(module, tuple(first), kwargs)
+
+
+def _count(*call: Any) -> int:
+    tokens = _output(*call)
+    return tokens.shape[1] if tokens.ndim == 3 else 0
+
+
+def _order(layout: VitLayout, images: Tensor, *, num_tokens: int) -> TokenOrder:
+    grid = layout.grid(images)
+    num_class = num_tokens - grid[0] * grid[1] - layout.num_registers
+    if num_class < 0:
+        raise DataError(
+            f"a {type(layout.network).__name__} does not keep one token per patch ({grid[0]} x {grid[1]} patches) "
+            "from block to block, so it cannot be read."
+        )
+    return TokenOrder(num_class=num_class, num_registers=layout.num_registers, grid=grid)

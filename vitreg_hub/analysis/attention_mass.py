@@ -1,0 +1,62 @@
+"""Where the attention of the class token and of the registers goes."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from vitreg_hub.analysis.results import AttentionMass
+from vitreg_hub.tokens import Observation, TokenOrder
+
+
+class AttentionMeter:
+    """Sums the attention of class tokens and registers over groups of tokens, mean over heads and images.
+
+    Darcet et al. show that class attention goes to outliers where there are no registers (section 1, figures 1 and 2)
+    and to registers where there are (section 3.4); these are the numbers behind such maps.
+
+    Args:
+        block: Index under which the attention was observed.
+    """
+
+    needs = ("attention",)
+
+    def __init__(self, block: int) -> None:
+        self._block = block
+        self._num_images = 0
+        self._order: TokenOrder | None = None
+        self._sums: Tensor | None = None  # [prefix, 4] float64
+
+    def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
+        """Add a batch, or those of its images whose attention was observed; outliers [B, P]."""
+        order = seen.order
+        rows = seen.attention[self._block].weights[:, :, : order.num_prefix].float().mean(1)  # [B, prefix, N]
+        to_patches = rows[:, :, order.num_prefix :]
+        marked = outliers[: len(rows), None].to(rows.device)
+        groups = [
+            rows[:, :, : order.num_class].sum(-1),
+            rows[:, :, order.num_class : order.num_prefix].sum(-1),
+            (to_patches * ~marked).sum(-1),
+            (to_patches * marked).sum(-1),
+        ]
+        self._add(len(rows), order, torch.stack(groups, dim=-1).double().sum(0).cpu())
+
+    def merge(self, other: Self) -> None:
+        """Add what another process saw."""
+        if other._num_images:
+            self._add(other._num_images, other._order, other._sums)
+
+    def _add(self, num_images: int, order: TokenOrder, sums: Tensor) -> None:
+        self._num_images += num_images
+        self._order = order
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def result(self) -> tuple[AttentionMass, ...]:
+        """One entry per class token and register; none for a model that has neither."""
+        names = ["class", *(f"class {i}" for i in range(2, self._order.num_class + 1))][: self._order.num_class]
+        names += [f"register {i}" for i in range(1, self._order.num_registers + 1)]
+        shares = (self._sums / self._num_images).tolist()
+        return tuple(
+            AttentionMass(source=name, to_class=to[0], to_registers=to[1], to_normal=to[2], to_outliers=to[3])
+            for name, to in zip(names, shares, strict=True)
+        )

@@ -1,0 +1,207 @@
+"""Runs a model over images once for norms and once for what depends on them, on any number of processes."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypedDict, Unpack
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vitreg_hub.analysis.norms import NormMeter
+from vitreg_hub.analysis.results import ImageFacts, ModelFacts
+from vitreg_hub.any_vit import open_vit
+from vitreg_hub.errors import DataError
+from vitreg_hub.image_source import Batch, open_images
+from vitreg_hub.tokens import Observation, observe
+from vitreg_hub.vit_layout import VitLayout
+
+Images = Tensor | Sequence[Image.Image] | str | Path | datasets.Dataset | datasets.IterableDataset
+"""Images in any form that `open_images` takes."""
+
+
+class Options(TypedDict, total=False):
+    """How an analysis runs; every measure takes these as keywords.
+
+    Attributes:
+        cutoff: Norm above which a patch token is an outlier; found per block from the norms by default.
+        block: Block whose outliers count, negative from the end; the last by default.
+        img_size: Side, or height and width, of the images in pixels, if not the model's own.
+        max_images: Use no more: a random choice, or the first ones of a stream.
+        batch_size: Images at a time and per process, 8 by default.
+        num_workers: Processes that decode images, 0 by default.
+        device: Where a model by name runs; a GPU if there is one.
+        dtype: Number type of a model by name, float32 by default.
+        seed: Decides which images and tokens are drawn where not all are used.
+        progress: Show a progress bar.
+    """
+
+    cutoff: float | None
+    block: int
+    img_size: int | tuple[int, int] | None
+    max_images: int | None
+    batch_size: int
+    num_workers: int
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    seed: int
+    progress: bool
+
+
+class Meter(Protocol):
+    """Something that is measured in the second pass, in memory that does not grow with the number of images.
+
+    Attributes:
+        needs: What it reads of an observation besides its order: "embedded", "normed", "attention".
+    """
+
+    needs: ClassVar[tuple[str, ...]]
+
+    def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
+        """Add a batch: indices [B] of the images in the data set, labels [B], outliers [B, P] bool."""
+
+    def merge(self, other: Self) -> None:
+        """Add what another process saw."""
+
+    def result(self) -> Any:
+        """What was measured."""
+
+
+class Study:
+    """One model and one set of images. The model is not changed.
+
+    Args:
+        model: A module, or a name as in `open_vit`.
+        images: Anything that `open_images` takes.
+        **options: See `Options`.
+
+    Raises:
+        VitregError: The model or the images cannot be opened, or there is no such block.
+    """
+
+    def __init__(self, model: nn.Module | str | Path, images: Images, **options: Unpack[Options]) -> None:
+        self.options = options
+        self.processes = PartialState(cpu=not torch.accelerator.is_available())
+        self.opened = open_vit(
+            model,
+            device=options.get("device") or self.processes.device,
+            dtype=options.get("dtype"),
+            img_size=options.get("img_size"),
+        )
+        self.layout = VitLayout.of(self.opened.model)
+        depth, block = len(self.layout.blocks), options.get("block", -1)
+        if not -depth <= block < depth:
+            raise DataError(
+                f"block {block} does not exist: {self.opened.name} has {depth}, 0 to {depth - 1} or -{depth} to -1."
+            )
+        self.block = block % depth
+        self.seed = options.get("seed", 0)
+        self.source = open_images(images, max_images=options.get("max_images"), seed=self.seed)
+
+    @cached_property
+    def norms(self) -> NormMeter:
+        """The first pass: norms of all tokens after every block, and with them the cutoffs.
+
+        Raises:
+            DataError: There are no images, or the model gives numbers that are not finite.
+        """
+        meter = NormMeter(cutoff=self.options.get("cutoff"))
+        for batch in self._batches("norms"):
+            meter.update(observe(self.opened.model, batch.images, norms=True))
+        (meter,) = _merged([meter])
+        if not meter.num_images:
+            raise DataError(f"{self.source.name} holds no images.")
+        if not meter.is_finite:
+            raise DataError(
+                f"{self.opened.name} gives tokens that are not finite, so nothing can be measured: "
+                "run it in float32 (--dtype float32), or check its weights."
+            )
+        return meter
+
+    @cached_property
+    def cutoff(self) -> float:
+        """Norm above which a patch token of the chosen block is an outlier; infinite where there are none."""
+        value = self.norms.result()[self.block].cutoff.value
+        return math.inf if value is None else value
+
+    def measure(self, meters: Mapping[str, Meter]) -> dict[str, Any]:
+        """The second pass: everything that needs to know which patches are outliers.
+
+        Returns:
+            The meters' results under their names; the same on every process.
+        """
+        cutoff = self.cutoff
+        needs = {need for meter in meters.values() for need in meter.needs}
+        for batch in self._batches("tokens"):
+            seen = observe(
+                self.opened.model,
+                batch.images,
+                norms=True,
+                embedded="embedded" in needs,
+                normed="normed" in needs,
+                attention=(self.block,) if "attention" in needs else (),
+            )
+            outliers = seen.norms[self.block, :, seen.order.num_prefix :] > cutoff
+            for meter in meters.values():
+                meter.update(seen, batch.indices, batch.labels, outliers)
+        merged = _merged(list(meters.values()))
+        return {name: meter.result() for name, meter in zip(meters, merged, strict=True)}
+
+    def model_facts(self, *, step: int | None = None) -> ModelFacts:
+        """What the model is. Known after the first pass."""
+        order, (height, width) = self.norms.order, self.norms.image_size
+        return ModelFacts(
+            name=self.opened.name,
+            num_params=sum(parameter.numel() for parameter in self.layout.network.parameters()),
+            depth=len(self.layout.blocks),
+            embed_dim=self.layout.embedding.out_channels,
+            num_class_tokens=order.num_class,
+            num_registers=order.num_registers,
+            patch_size=(height // order.grid[0], width // order.grid[1]),
+            step=step,
+        )
+
+    def image_facts(self) -> ImageFacts:
+        """What the images are. Known after the first pass."""
+        return ImageFacts(
+            name=self.source.name,
+            num_images=self.norms.num_images,
+            size=self.norms.image_size,
+            grid=self.norms.order.grid,
+            preprocessing=self.opened.preprocessing if not isinstance(self.source.rows, Tensor) else "given as tensors",
+        )
+
+    def _batches(self, what: str) -> Iterator[Batch]:
+        batch_size, processes = self.options.get("batch_size", 8), self.processes
+        batches = self.source.batches(
+            self.opened.transform,
+            batch_size=batch_size,
+            rank=processes.process_index,
+            world_size=processes.num_processes,
+            num_workers=self.options.get("num_workers", 0),
+        )
+        share = self.source.num_images and math.ceil(self.source.num_images / processes.num_processes)
+        with tqdm(
+            total=share,
+            desc=f"{self.opened.name}: {what}",
+            unit="image",
+            disable=not (self.options.get("progress") and processes.is_main_process),
+        ) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(len(batch.images))
+
+
+def _merged(meters: list[Any]) -> list[Any]:
+    """Meters with what all processes saw, in the order of the processes."""
+    first, *others = gather_object([meters])
+    for other in others:
+        for meter, part in zip(first, other, strict=True):
+            meter.merge(part)
+    return first

@@ -1,0 +1,277 @@
+"""What an analysis found: typed, frozen, and the same as JSON."""
+
+from dataclasses import dataclass, field
+
+from vitreg_hub.analysis.examples import Example
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+"""Shares below which norms are reported; the first and the last are the exact smallest and largest norm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """The model that was analysed.
+
+    Attributes:
+        name: As it was given, or the class of a module.
+        num_params: Parameters of the network, without what is wrapped around it.
+        depth: Number of blocks.
+        embed_dim: Channels of a token.
+        num_class_tokens: 0, 1, or 2 with a distillation token.
+        num_registers: Registers of the model.
+        patch_size: Height and width of a patch in pixels.
+        step: Training step of a checkpoint, where its folder's name tells it.
+    """
+
+    name: str
+    num_params: int
+    depth: int
+    embed_dim: int
+    num_class_tokens: int
+    num_registers: int
+    patch_size: tuple[int, int]
+    step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFacts:
+    """The images that the model saw.
+
+    Attributes:
+        name: As they were given.
+        num_images: How many.
+        size: Height and width in pixels, after the model's preprocessing.
+        grid: Rows and columns of patches.
+        preprocessing: In words; "given as tensors" where there was none.
+    """
+
+    name: str
+    num_images: int
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    preprocessing: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormHistogram:
+    """Counts of token norms in bins that are equally wide in log2 and the same for every model (`histogram.py`).
+
+    Attributes:
+        first_bin: Index of the first bin that holds anything.
+        counts: Tokens per bin from there on.
+    """
+
+    first_bin: int
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cutoff:
+    """Above which norm a patch token is an outlier, in one block.
+
+    Attributes:
+        value: The norm; None if there are no outliers.
+        source: "given", "found" (a mixture of two modes), or "none": the norms have one mode.
+        why: The reason in words.
+        separation: Ashman's D of the two modes on log norms, where a mixture was fitted.
+        outlier_weight: Share of the upper mode in the mixture.
+        normal_norm: Norm at the centre of the lower mode.
+        outlier_norm: Norm at the centre of the upper mode.
+    """
+
+    value: float | None
+    source: str
+    why: str
+    separation: float | None = None
+    outlier_weight: float | None = None
+    normal_norm: float | None = None
+    outlier_norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockNorms:
+    """Norms of the tokens after one block, before the final norm.
+
+    Attributes:
+        histogram: Of all patch tokens.
+        quantiles: Norms of patch tokens at `QUANTILES`.
+        mean: Mean norm of patch tokens.
+        cutoff: How outliers were told apart.
+        outlier_fraction: Share of patch tokens above the cutoff.
+        class_norms: Mean norm of each class token.
+        register_norms: Mean norm of each register.
+    """
+
+    histogram: NormHistogram
+    quantiles: tuple[float, ...]
+    mean: float
+    cutoff: Cutoff
+    outlier_fraction: float
+    class_norms: tuple[float, ...]
+    register_norms: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutlierPlaces:
+    """Where outliers of one block are.
+
+    Attributes:
+        per_position: [rows][columns] share of the images in which the patch at that place is an outlier.
+        per_image: How many images have 0, 1, 2, ... outliers.
+    """
+
+    per_position: tuple[tuple[float, ...], ...]
+    per_image: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Similarities:
+    """Cosine similarities of patches to their neighbours.
+
+    Attributes:
+        num_patches: Patches in this group.
+        mean: Mean similarity.
+        counts: Patches per bin; the bins divide [-1, 1] equally.
+    """
+
+    num_patches: int
+    mean: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Redundancy:
+    """How much patches are like their neighbours; `outlier` is None where there are no outliers."""
+
+    normal: Similarities | None
+    outlier: Similarities | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalProbe:
+    """What linear probes read from the tokens of one group about their own place and pixels.
+
+    Attributes:
+        num_train: Tokens that the probes were fitted to.
+        num_test: Tokens, of other images, that they were scored on.
+        position_accuracy: Share of tokens whose place is found exactly.
+        position_distance: Mean Euclidean distance between the place found and the true one, in patches.
+        pixel_error: Mean L2 norm of the difference between a patch and its reconstruction, in normalised pixel values.
+        chance_accuracy: `position_accuracy` of the best constant answer.
+        chance_distance: `position_distance` of the best constant answer.
+        chance_error: `pixel_error` of the mean patch.
+    """
+
+    num_train: int
+    num_test: int
+    position_accuracy: float
+    position_distance: float
+    pixel_error: float
+    chance_accuracy: float
+    chance_distance: float
+    chance_error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalInformation:
+    """Both groups by probes fitted to equally many tokens; None where a group has too few tokens, and then why."""
+
+    normal: LocalProbe | None
+    outlier: LocalProbe | None
+    why_not: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenAccuracy:
+    """How well images are classified from one kind of token alone, by logistic regression."""
+
+    token: str
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GlobalInformation:
+    """Image classification from one token.
+
+    Attributes:
+        tokens: Accuracy by token: "class", "normal patch", "outlier patch", "register 1", ...
+        num_classes: Classes in the test images.
+        num_train: Images that each regression was fitted to.
+        num_test: Images that it was scored on.
+        chance: Accuracy of always answering the most frequent training class.
+        why_not: Why there is no result, or why a token is missing.
+    """
+
+    tokens: tuple[TokenAccuracy, ...]
+    num_classes: int
+    num_train: int
+    num_test: int
+    chance: float | None
+    why_not: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionMass:
+    """Where the attention of one token goes, mean over heads and images; the four shares sum to 1.
+
+    Attributes:
+        source: "class", "class 2", "register 1", ...
+        to_class: Share on class tokens.
+        to_registers: Share on registers.
+        to_normal: Share on normal patches.
+        to_outliers: Share on outlier patches.
+    """
+
+    source: str
+    to_class: float
+    to_registers: float
+    to_normal: float
+    to_outliers: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArtifactReport:
+    """Everything the analysis measured of one model on one set of images. Per-block tuples have one entry per block.
+
+    Attributes:
+        model: The model.
+        images: The images.
+        block: Block (from 0) whose outliers are located, probed and attended to.
+        blocks: Norms after each block.
+        places: Where the outliers of `block` are.
+        redundancy: Likeness to neighbours right after the patch embedding, outliers of `block` against others.
+        local_information: Probes for position and pixels, on tokens of the last block after the final norm.
+        global_information: Classification from one token, on tokens of the last block after the final norm.
+        attention: Attention mass in `block`, per class token and register.
+        notes: What a reader should know, in sentences.
+        versions: Libraries that made it.
+        examples: Maps of some images, for figures; they are in no JSON.
+    """
+
+    model: ModelFacts
+    images: ImageFacts
+    block: int
+    blocks: tuple[BlockNorms, ...]
+    places: OutlierPlaces
+    redundancy: Redundancy
+    local_information: LocalInformation
+    global_information: GlobalInformation
+    attention: tuple[AttentionMass, ...]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def outlier_fraction(self) -> tuple[float, ...]:
+        """Share of patch tokens that are outliers, per block."""
+        return tuple(block.outlier_fraction for block in self.blocks)
+
+    @property
+    def cutoff(self) -> tuple[float | None, ...]:
+        """Norm above which a patch token is an outlier, per block; None where there are none."""
+        return tuple(block.cutoff.value for block in self.blocks)
+
+    @property
+    def first_outlier_block(self) -> int | None:
+        """First block (from 0) that has outliers."""
+        return next((i for i, share in enumerate(self.outlier_fraction) if share), None)

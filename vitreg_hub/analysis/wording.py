@@ -1,0 +1,77 @@
+"""Names, numbers and verdicts in words: the same in figures, tables and on the command line."""
+
+import math
+from collections.abc import Sequence
+
+from vitreg_hub.analysis.results import QUANTILES, ArtifactReport
+
+LONGEST_NAME = 34
+
+
+def number(value: float | None) -> str:
+    """Three digits; a dash for what was not measured."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] with three digits; what is not zero never reads as zero."""
+    if share is None or not math.isfinite(share):
+        return "-"
+    return "under 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.3g} %"
+
+
+def amount(count: int) -> str:
+    """Millions and billions with three digits."""
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,}"
+
+
+def names(reports: Sequence[ArtifactReport]) -> tuple[str, ...]:
+    """Short and different names of the models, in one line each; long ones lose their middle."""
+    found: list[str] = []
+    for report in reports:
+        name = "".join(c if c.isprintable() else " " for c in report.model.name).strip() or "unnamed"
+        if len(name) > LONGEST_NAME:
+            name = f"{name[:11]}…{name[12 - LONGEST_NAME :]}"
+        copies = 1
+        while (unique := name if copies == 1 else f"{name} ({copies})") in found:
+            copies += 1
+        found.append(unique)
+    return tuple(found)
+
+
+def verdict(report: ArtifactReport) -> str:
+    """What the norms say about outliers, in one or two sentences."""
+    block = report.blocks[report.block]
+    cutoff, first = block.cutoff, report.first_outlier_block
+    if first is None:
+        if cutoff.source == "given":
+            sentence = f"No outliers: no patch token has a norm above the given cutoff of {number(cutoff.value)}."
+        else:
+            sentence = "No outliers: in no block do the norms of the patch tokens fall into two modes."
+    elif not block.outlier_fraction:
+        sentence = (
+            f"No outliers in block {report.block}, but {percent(report.outlier_fraction[first])} of the patch tokens "
+            f"in block {first}, where they first appear."
+        )
+    else:
+        since = "not in any block before" if first == report.block else f"they first appear in block {first}"
+        sentence = (
+            f"{percent(block.outlier_fraction)} of the patch tokens in block {report.block} are outliers "
+            f"(norm above {number(cutoff.value)}); {since}."
+        )
+    if norms := block.register_norms:
+        low, high = number(min(norms)), number(max(norms))
+        many = f"Its {len(norms)} registers have mean norms" if len(norms) > 1 else "Its register has a mean norm"
+        span = f"of {low}" if low == high else f"from {low} to {high}"
+        sentence += f" {many} {span} there; the median patch has {number(median_norm(report))}."
+    return sentence
+
+
+def median_norm(report: ArtifactReport) -> float:
+    """Median norm of the patch tokens in the block that is looked at."""
+    return report.blocks[report.block].quantiles[QUANTILES.index(0.5)]

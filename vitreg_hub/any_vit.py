@@ -1,0 +1,278 @@
+"""Any ViT by name, folder, Hub id or module, with the preprocessing that its weights expect."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub as hf
+import timm
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
+
+from vitreg_hub.arch import ARCHS, require_divisible
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.errors import BundleError, DataError, UnknownArchError, VitregError
+from vitreg_hub.hub_access import CONFIG_FILE, HUB_PREFIX, hub_errors, parse_repo
+
+UNKNOWN = "unknown"
+"""Preprocessing of a module that tells nothing about it."""
+
+FITTED = {"center": "to cover", "border": "to fit into", "squash": "to"}
+"""How timm's crop modes resize before they crop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnyVit:
+    """A network that was opened, and what it needs to see an image.
+
+    Attributes:
+        name: As it was given, or the class of a module; says if the weights are untrained.
+        model: The network: of a name, in evaluation mode; a module as it was given.
+        transform: Makes a tensor [3, H, W] of an RGB image; None where it is unknown.
+        preprocessing: The transform in words.
+        untrained: Whether the weights are random because the name asks for none.
+    """
+
+    name: str
+    model: nn.Module
+    transform: Callable[[Image.Image], Tensor] | None
+    preprocessing: str
+    untrained: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessorTransform:
+    """An image processor of transformers as a transform of one image.
+
+    Attributes:
+        processor: The image processor.
+        overrides: Settings that it is called with.
+    """
+
+    processor: BaseImageProcessor
+    overrides: dict[str, Any]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """[3, H, W] of an RGB image."""
+        return self.processor(image, return_tensors="pt", **self.overrides).pixel_values[0]
+
+
+def open_vit(
+    model: nn.Module | str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> AnyVit:
+    """Open a ViT. Weights are downloaded only where the name asks for them: by a tag, or by ``hf-hub:``.
+
+    Args:
+        model: A module of timm or transformers; a folder (a bundle, or a model saved by timm or transformers);
+            ``hf-hub:org/name[@revision]`` of the same three kinds; an architecture of ours or of timm, with a tag
+            (``vit_nano_reg4.digits``) for its weights. Without a tag, the weights are those that ship with this
+            package, or else random and the same every time.
+        device: Where a model by name is put, the CPU by default. A module stays where it is.
+        dtype: Of a model by name, float32 by default.
+        img_size: Side, or height and width, of the images in pixels, where it is not the native one. Positions are
+            resampled; models of transformers do so when they are called.
+
+    Raises:
+        UnknownArchError: No such architecture or tag.
+        BundleError: The folder or repository holds no model that can be loaded.
+        HubError: The Hub refused or cannot be reached.
+        DataError: The model cannot take images of this size.
+    """
+    size = None if img_size is None else to_2tuple(img_size)
+    untrained = False
+    if isinstance(model, nn.Module):
+        name, network, processor = type(_inner(model)).__name__, model, _processor_of(_inner(model))
+    else:
+        name, processor = str(model), None
+        if name.startswith(HUB_PREFIX) or Path(name).is_dir():
+            network, processor = _stored(name, size)
+        else:
+            untrained = not _has_weights(name)
+            network = _named(name, size, untrained=untrained)
+        network = network.to(device=device, dtype=dtype or torch.float32).eval()
+    transform, words = _preprocessing(_inner(network), processor, size)
+    return AnyVit(
+        name=f"{name} (untrained)" if untrained else name,
+        model=network,
+        transform=transform,
+        preprocessing=words,
+        untrained=untrained,
+    )
+
+
+def _has_weights(name: str) -> bool:
+    """Whether a name asks for weights, or has some that ship with this package.
+
+    Raises:
+        UnknownArchError: Neither we nor timm have the architecture, or it has no such tag.
+    """
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(name, {*timm.list_models(), *ARCHS}, n=3)
+        raise UnknownArchError(
+            f"there is no folder and no architecture {name!r}; closest: {', '.join(near) or 'none'}. `vitreg list` "
+            f"and timm.list_models() print all; a Hub repository needs the prefix '{HUB_PREFIX}'."
+        )
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{arch}.*")]
+    if tag and tag not in tags:
+        raise UnknownArchError(f"{arch} has no weights {tag!r}; it has {', '.join(tags) or 'none'}.")
+    return bool(tag) or bool(arch in ARCHS and timm.get_pretrained_cfg(arch).file)
+
+
+def _named(name: str, size: tuple[int, int] | None, *, untrained: bool) -> nn.Module:
+    if name.partition(".")[0] in ARCHS and not untrained:
+        return ModelBundle.load(name).build(**_timm_args(size))
+    with torch.random.fork_rng(devices=[]), hub_errors(name):
+        torch.default_generator.manual_seed(0)  # timm draws all weights, also those that it replaces
+        return _create(name, size, pretrained=not untrained)
+
+
+def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **_timm_args(size))
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        raise DataError(f"{name} takes no other image size than its own: leave img_size out.") from error
+
+
+def _timm_args(size: tuple[int, int] | None) -> dict[str, Any]:
+    return {} if size is None else {"img_size": size}
+
+
+def _stored(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, BaseImageProcessor | None]:
+    """Load a folder or a repository: the network and, if it is transformers', its image processor."""
+    repo_id, revision = parse_repo(name) if name.startswith(HUB_PREFIX) else (name, None)
+    with _load_errors(name), hub_errors(repo_id):
+        if name.startswith(HUB_PREFIX):
+            config_file = Path(hf.hf_hub_download(repo_id, CONFIG_FILE, revision=revision))
+        else:
+            config_file = Path(name, CONFIG_FILE)
+        config = json.loads(config_file.read_text())
+        if "vitreg" in config:
+            return ModelBundle.load(name).build(**_timm_args(size)), None
+        if "model_type" not in config and "architecture" in config:
+            return _create(name if name.startswith(HUB_PREFIX) else f"local-dir:{name}", size, pretrained=True), None
+        config = AutoConfig.from_pretrained(repo_id, revision=revision)
+        config = getattr(config, "vision_config", config)  # of CLIP and its like, the images' side only
+        model = AutoModel.from_pretrained(repo_id, revision=revision, config=config)
+        return model, AutoImageProcessor.from_pretrained(repo_id, revision=revision)
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """Turn what the libraries raise for a folder that holds no model of theirs into one sentence."""
+    try:
+        yield
+    except VitregError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BundleError(
+            f"{name} holds no model that can be loaded ({reason}): give a bundle, or a folder saved by timm or "
+            "transformers."
+        ) from error
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The network of timm or transformers inside what compiles it or distributes it."""
+    networks = (m for m in model.modules() if isinstance(m, PreTrainedModel) or "pretrained_cfg" in vars(m))
+    return next(networks, model)
+
+
+def _processor_of(model: nn.Module) -> BaseImageProcessor | None:
+    """The image processor beside the weights of a module of transformers; None for one built from a configuration."""
+    source = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
+    if not source or hasattr(model, "timm_model"):
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+
+
+def _preprocessing(
+    model: nn.Module, processor: BaseImageProcessor | None, size: tuple[int, int] | None
+) -> tuple[Callable[[Image.Image], Tensor] | None, str]:
+    """The transform for a network, and the same in words."""
+    network = getattr(model, "timm_model", model)  # inside transformers' wrapper of timm, and ours
+    patches = getattr(network, "patch_embed", None)
+    native = getattr(patches, "img_size", None)
+    if size and native and size != tuple(native) and getattr(patches, "strict_img_size", False):
+        raise DataError(
+            f"the model takes images of {native[0]}x{native[1]} pixels only, not {size[0]}x{size[1]}: "
+            "build it with that img_size, or with dynamic_img_size=True."
+        )
+    config = getattr(model, "config", None)
+    patch_size = getattr(patches or getattr(config, "vision_config", config), "patch_size", None)
+    if size and patch_size:
+        require_divisible(size, patch_size)
+    if cfg := getattr(config, "pretrained_cfg", None) or getattr(network, "pretrained_cfg", None):
+        args = {"input_size": (3, *(size or native))} if size or native else {}
+        config = timm.data.resolve_data_config(args, pretrained_cfg=cfg)
+        return timm.data.create_transform(**config), _timm_words(config)
+    if processor is None:
+        return None, UNKNOWN
+    transform = ProcessorTransform(processor=processor, overrides=_overrides(processor, size) if size else {})
+    return transform, _processor_words(vars(processor) | transform.overrides)
+
+
+def _overrides(processor: BaseImageProcessor, size: tuple[int, int]) -> dict[str, Any]:
+    """Settings for another size of the images; what is cut off is the same share."""
+    exact = dict(zip(("height", "width"), size, strict=True))
+    if not processor.do_center_crop:
+        return {"do_resize": True, "size": exact}
+    crop, resized = processor.crop_size, dict(processor.size)
+    if "shortest_edge" in resized:
+        share = resized["shortest_edge"] / min(crop["height"], crop["width"])
+        return {"size": {"shortest_edge": round(share * max(size))}, "crop_size": exact}
+    return {"size": {side: round(resized[side] / crop[side] * exact[side]) for side in exact}, "crop_size": exact}
+
+
+def _timm_words(config: dict[str, Any]) -> str:
+    height, width = (math.floor(side / config["crop_pct"]) for side in config["input_size"][1:])
+    resize = f"{FITTED[config['crop_mode']]} {height}x{width}"
+    if config["crop_mode"] == "center" and height == width:
+        resize = f"shorter side to {height}"
+    return _words(resize, config["interpolation"], config["input_size"][1:], config["mean"], config["std"])
+
+
+def _processor_words(settings: dict[str, Any]) -> str:
+    size, crop = dict(settings["size"]), settings["crop_size"]
+    resize = (
+        f"shorter side to {size['shortest_edge']}" if "shortest_edge" in size else "to {height}x{width}".format(**size)
+    )
+    return _words(
+        resize if settings["do_resize"] else None,
+        Image.Resampling(settings["resample"]).name.lower(),
+        (crop["height"], crop["width"]) if settings["do_center_crop"] else None,
+        *((settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else (None, None)),
+    )
+
+
+def _words(
+    resize: str | None,
+    interpolation: str,
+    crop: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> str:
+    steps = [f"resize {resize} ({interpolation})"] if resize else []
+    steps += [f"crop {crop[0]}x{crop[1]} from the centre"] if crop else []
+    if mean and std:
+        mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (mean, std))
+        steps.append(f"mean ({mean}), std ({std})")
+    return ", ".join(steps)

@@ -1,0 +1,185 @@
+"""Where timm and transformers keep the parts of a ViT that the token view reads."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from vitreg_hub.errors import DataError
+
+FINAL_NORMS = ("norm", "fc_norm", "layernorm", "post_layernorm")
+"""The norm after the last block: timm and DINOv3, timm after pooling, transformers' ViT and Dinov2, CLIP and SigLIP."""
+HF_ATTENTIONS = ("attention", "self_attn")
+SUPPORTED = (
+    "timm's VisionTransformer, Eva and Beit and transformers' Dinov2, Dinov2WithRegisters, DINOv3ViT, ViT, DeiT, CLIP "
+    "and SigLIP can be"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VitLayout:
+    """Parts of a ViT under names of ours. The modules are the model's own.
+
+    Attributes:
+        network: timm's or transformers' network, without heads or what training wraps around it.
+        blocks: Transformer blocks, in order. Each gives tokens [B, N, D]: class, registers, patches.
+        norm: The norm after the last block. CLIP and SigLIP apply theirs after pooling; here it is for all tokens.
+        embedding: The convolution that makes patches into tokens, before positions are added.
+        num_registers: Registers, which stand between class tokens and patches.
+        residual_scale: How many times larger the network's residual stream is than its model's (`residual_scale.py`).
+    """
+
+    network: nn.Module
+    blocks: tuple[nn.Module, ...]
+    norm: nn.Module
+    embedding: nn.Conv2d
+    num_registers: int
+    residual_scale: float = 1.0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Find the parts of a model of timm or transformers, also where it is compiled, or wrapped by DDP or FSDP.
+
+        Raises:
+            DataError: It is no ViT that keeps all its tokens from block to block.
+        """
+        network, scale = _unwrapped(model), 1.0
+        if hasattr(network, "timm_model"):
+            scale = getattr(network.config, "residual_scale", 1.0)
+            network = network.timm_model
+        if isinstance(network, PreTrainedModel):
+            network = next((m for m in network.modules() if _embeds_patches(m)), network)
+            depth = getattr(network.config, "num_hidden_layers", 0)
+            stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+            num_registers = getattr(network.config, "num_register_tokens", 0)
+        else:
+            stacks = [m for m in [getattr(network, "blocks", None)] if isinstance(m, nn.Sequential | nn.ModuleList)]
+            registers = getattr(network, "reg_token", None)
+            num_registers = 0 if registers is None else registers.shape[1]
+        norms = [m for m in (getattr(network, name, None) for name in FINAL_NORMS) if isinstance(m, nn.Module)]
+        embeddings = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+        if not (stacks and norms and embeddings):
+            raise DataError(f"{type(model).__name__} cannot be read: {SUPPORTED}.")
+        return cls(
+            network=network,
+            blocks=tuple(stacks[0]),
+            norm=next((norm for norm in norms if not isinstance(norm, nn.Identity)), norms[0]),
+            embedding=embeddings[0],
+            num_registers=num_registers,
+            residual_scale=scale,
+        )
+
+    def run(self, images: Tensor) -> None:
+        """Run the network on images [B, 3, height, width], without a head, on its own device and in its own type.
+
+        Raises:
+            DataError: It takes images of another size only.
+        """
+        images = images.to(self.embedding.weight.device, self.embedding.weight.dtype)
+        if not isinstance(self.network, PreTrainedModel):
+            patches = self.network.patch_embed
+            if getattr(patches, "strict_img_size", False) and tuple(images.shape[-2:]) != tuple(patches.img_size):
+                raise DataError(
+                    f"the images have {images.shape[-2]} x {images.shape[-1]} pixels, but the model was built for "
+                    f"{patches.img_size[0]} x {patches.img_size[1]}: give img_size or dynamic_img_size=True."
+                )
+            self.network.forward_features(images)
+            return
+        resizes = "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters
+        size = self.network.config.image_size
+        native = (size, size) if isinstance(size, int) else tuple(size)
+        options = {"interpolate_pos_encoding": True} if resizes and tuple(images.shape[-2:]) != native else {}
+        self.network(pixel_values=images, **options)
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches that images [B, 3, height, width] are cut into."""
+        if hasattr(patch_embed := getattr(self.network, "patch_embed", None), "dynamic_feat_size"):
+            return tuple(patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
+        return tuple(side // stride for side, stride in zip(images.shape[-2:], self.embedding.stride, strict=True))
+
+    def attention(self, block: int) -> nn.Module:
+        """The attention layer of a block, whose calls `attention_weights` understands.
+
+        Raises:
+            DataError: The block keeps its attention in a way of its own.
+        """
+        for name in ("attn", *HF_ATTENTIONS, None):
+            layer = self.blocks[block] if name is None else getattr(self.blocks[block], name, None)
+            layer = getattr(layer, "kernel", layer)  # of our transformers models, where users choose it
+            if hasattr(layer, "attn_drop") or hasattr(layer, "config"):
+                return layer
+        raise DataError(f"the attention of a {type(self.blocks[block]).__name__} cannot be read: {SUPPORTED}.")
+
+
+def attention_weights(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Attention weights [B, H, N, N] of a call, by the library's own code that forms them.
+
+    Fused kernels never form the weights, so the layer is run once more, unfused and without dropout. It is afterwards
+    as it was before.
+    """
+    if hasattr(layer, "attn_drop"):  # timm
+        found: list[Tensor] = []
+        handle = layer.attn_drop.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+        try:
+            with _replaced(layer, fused_attn=False):
+                layer.forward(*args, **kwargs)
+        finally:
+            handle.remove()
+        return found[0]
+    config = copy.copy(layer.config)
+    config._attn_implementation = "eager"
+    # the flexible kernel has masks of its own, which mask nothing here: images have no padding
+    args = tuple(value if isinstance(value, Tensor) else None for value in args)
+    kwargs = kwargs | ({"attention_mask": None} if "attention_mask" in kwargs else {})
+    with _replaced(layer, config=config):
+        return layer.forward(*args, **kwargs)[1]
+
+
+@contextmanager
+def _replaced(module: nn.Module, **values: Any) -> Iterator[None]:
+    old = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(module, name, value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients, and every module back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _embeds_patches(module: nn.Module) -> bool:
+    """Whether this is a vision network of transformers, not the head around it or the text tower beside it."""
+    embeddings = getattr(module, "embeddings", None)
+    return isinstance(embeddings, nn.Module) and any(isinstance(m, nn.Conv2d) for m in embeddings.modules())
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module below torch.compile and data-parallel training, in whichever order they were applied."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # OptimizedModule, whose import takes a second
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        else:
+            return model
