@@ -14,9 +14,9 @@ from planted import GRID, planted
 from torch.nn.functional import cosine_similarity
 
 from vitreg_hub.analysis import measures
+from vitreg_hub.analysis.live import telemetry
 from vitreg_hub.analysis.measures import analyze
 from vitreg_hub.analysis.report_json import load_reports, to_json
-from vitreg_hub.analysis.telemetry import telemetry
 from vitreg_hub.datasets import digits
 from vitreg_hub.errors import DataError
 from vitreg_hub.tokens import attention_maps

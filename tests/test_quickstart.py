@@ -41,10 +41,11 @@ def test_trained_bundle_has_the_accuracy_that_it_claims():
     assert accuracy(result.bundle.build(), test_set) == pytest.approx(result.accuracy, abs=1e-6)
 
 
-def test_shipped_weights_have_the_accuracy_that_they_claim():
-    claimed = ModelBundle.load("vit_nano_reg4.digits").provenance.metrics["accuracy"]
+@pytest.mark.parametrize("arch", ["vit_nano_reg0", "vit_nano_reg4"])
+def test_shipped_weights_have_the_accuracy_that_they_claim(arch):
+    claimed = ModelBundle.load(f"{arch}.digits").provenance.metrics["accuracy"]
     assert claimed >= 0.97
-    model = timm.create_model("vit_nano_reg4", pretrained=True).eval()
+    model = timm.create_model(arch, pretrained=True).eval()
     assert accuracy(model, digits("test")) == pytest.approx(claimed, abs=0.003)  # one image more or less
 
 

@@ -150,8 +150,12 @@ class Study:
             outliers = seen.norms[self.block, :, seen.order.num_prefix :] > cutoff
             for meter in meters.values():
                 meter.update(seen, batch.indices, batch.labels, outliers)
-        merged = _merged(list(meters.values()))
-        return {name: meter.result() for name, meter in zip(meters, merged, strict=True)}
+        merged = dict(zip(meters, _merged(list(meters.values())), strict=True))
+        results = {}
+        for name, meter in (bar := self._bar(merged.items(), unit="measure")):
+            bar.set_description(f"{self.opened.name}: {name.replace('_', ' ')}")
+            results[name] = meter.result()
+        return results
 
     def model_facts(self, *, step: int | None = None) -> ModelFacts:
         """What the model is. Known after the first pass."""
@@ -187,15 +191,14 @@ class Study:
             num_workers=self.options.get("num_workers", 0),
         )
         share = self.source.num_images and math.ceil(self.source.num_images / processes.num_processes)
-        with tqdm(
-            total=share,
-            desc=f"{self.opened.name}: {what}",
-            unit="image",
-            disable=not (self.options.get("progress") and processes.is_main_process),
-        ) as bar:
+        with self._bar(total=share, desc=f"{self.opened.name}: {what}", unit="image") as bar:
             for batch in batches:
                 yield batch
                 bar.update(len(batch.images))
+
+    def _bar(self, *args: Any, **settings: Any) -> tqdm:
+        shown = self.options.get("progress", False) and self.processes.is_main_process
+        return tqdm(*args, disable=not shown, leave=False, **settings)
 
 
 def _merged(meters: list[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import numpy as np
 from torch import nn
 
-from vitreg_hub.analysis.attention_mass import AttentionMeter
+from vitreg_hub.analysis.attention_meter import AttentionMeter
 from vitreg_hub.analysis.engine import Images, Meter, Options, Study
 from vitreg_hub.analysis.example_meter import ExampleMeter
 from vitreg_hub.analysis.examples import Example

@@ -87,8 +87,8 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             title="Norms and outliers",
             meaning="Outliers are patch tokens whose vectors are several times longer than those around them.",
             definition="L2 norm over channels of each patch token after a block, before the final norm. The cutoff is "
-            "given, or found: a mixture of two Gaussians on the logarithm of the norms is accepted only if the norms "
-            "really fall into two modes; otherwise there are no outliers. Blocks are counted from 0.",
+            "given, or found: the bottom of the valley between two modes of the logarithms of the norms, if there are "
+            "two that are well apart; otherwise there are no outliers. Blocks are counted from 0.",
             tables=(_cutoffs(named), *(_norms_by_block(name, report) for name, report in named)),
         ),
         Section(
@@ -115,7 +115,8 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             meaning="In the paper, outliers have forgotten which patch they were: its place and pixels are lost.",
             definition="Linear probes on tokens of the last block after the final norm, fitted and scored on "
             "different images, on equally many tokens of both groups: a classifier of the place, and a regression of "
-            "the patch's normalised pixels (L2 norm of the error). Chance is the best constant answer.",
+            "the patch's normalised pixels (L2 norm of the error). Chance is the best constant answer; a classifier "
+            "that knows nothing does not lose to it in accuracy, but in distance.",
             tables=_some(_local(named)),
             remarks=_remarks((name, report.local_information.why_not) for name, report in named),
         ),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitreg_hub.analysis.attention_mass import AttentionMeter
+from vitreg_hub.analysis.attention_meter import AttentionMeter
 from vitreg_hub.analysis.norms import NormMeter
 from vitreg_hub.analysis.results import QUANTILES, AttentionMass, BlockNorms
 from vitreg_hub.tokens import observe
