@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from models import ONE_OF_EACH_KIND, TINY, random_bundle, randomised
 from planted import GRID, planted
 from torch.nn.functional import cosine_similarity
 
 from vitreg_hub.analysis import measures
+from vitreg_hub.analysis.example_meter import ExampleMeter
 from vitreg_hub.analysis.live import telemetry
 from vitreg_hub.analysis.measures import analyze
+from vitreg_hub.analysis.pca import pca_maps
 from vitreg_hub.analysis.report_json import load_reports, to_json
 from vitreg_hub.datasets import digits
 from vitreg_hub.errors import DataError
-from vitreg_hub.tokens import attention_maps
+from vitreg_hub.tokens import attention_maps, observe
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,61 @@ def test_examples_show_the_planted_outliers(truth, report):
     expected = attention_maps(truth.model, truth.pixels[133:134])[-1]
     assert np.allclose(report.examples[1].class_attention, expected.cls[0, :, 0], atol=1e-6)
     assert np.allclose(report.examples[1].register_attention, expected.registers[0].transpose(0, 1), atol=1e-6)
+    chosen = truth.pixels[[0, 133, 266, 399]]
+    with torch.no_grad():
+        components = pca_maps(truth.model.forward_features(chosen)[:, 3:], (GRID, GRID))
+    for pixels, colours, example in zip(chosen.numpy(), components, report.examples, strict=True):
+        bright = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+        assert np.allclose(example.image, np.moveaxis(bright, 0, 2), atol=1e-6)
+        assert np.allclose(example.components, colours, atol=1e-3)
+
+
+def test_examples_are_in_the_order_of_the_images(truth):
+    seen = observe(truth.model, truth.pixels[:4], norms=True, normed=True, attention=(2,))
+    meter = ExampleMeter(block=2, chosen=(3, 5, 7))
+    meter.update(seen, torch.tensor([7, 3, 6, 5]), None, truth.outliers[:4])
+    for place, example in zip((1, 3, 0), meter.result(), strict=True):
+        assert np.array_equal(example.norms.flatten(), seen.norms[2, place, 3:])
+
+
+def test_outliers_are_those_of_the_chosen_block_by_its_own_cutoff():
+    truth = planted(num_images=100)
+    truth.model.blocks[2].register_forward_hook(lambda block, args, output: 10 * output)
+    found = analyze(truth.model, truth.data, block=1)
+    assert found.block == 1
+    assert 10 * found.cutoff[1] == pytest.approx(found.cutoff[2], rel=0.2)
+    assert found.places.per_image == tuple(torch.bincount(truth.outliers.sum(1)).tolist())
+    for index, example in zip((0, 33, 66, 99), found.examples, strict=True):
+        assert np.array_equal(example.outliers.flatten(), truth.outliers[index].numpy())
+        assert example.norms.max() == pytest.approx(400, rel=1e-3)
+    assert not [note for note in found.notes if "choose another one" in note]
+    elsewhere = analyze(truth.model, truth.data, block=0)
+    assert elsewhere.places.per_image == (100,)
+    assert any(note.startswith("Blocks 1, 2 have outliers, but block 0") for note in elsewhere.notes)
+
+
+def test_a_norm_that_equals_a_given_cutoff_is_no_outlier(truth):
+    norms = observe(truth.model, truth.pixels[:8], norms=True).norms[2, :, 3:]
+    cutoff = norms.flatten().sort().values[-20].item()
+    found = measures.outlier_places(truth.model, truth.pixels[:8], cutoff=cutoff)
+    assert found.per_image == tuple(torch.bincount((norms > cutoff).sum(1)).tolist())
+
+
+def test_each_measure_alone_is_what_all_measure_together(truth):
+    some = truth.data.select(range(100))
+    whole = analyze(truth.model, some)
+    assert measures.patch_norms(truth.model, some) == whole.blocks
+    assert measures.outlier_places(truth.model, some) == whole.places
+    assert measures.neighbor_redundancy(truth.model, some) == whole.redundancy
+    assert measures.local_information(truth.model, some) == whole.local_information
+    assert measures.global_information(truth.model, some) == whole.global_information
+    assert measures.attention_mass(truth.model, some) == whole.attention
+
+
+def test_the_seed_decides_which_images_are_seen(truth):
+    first, again, other = (measures.patch_norms(truth.model, truth.data, max_images=9, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(measures.token_examples(truth.model, truth.data, max_images=9, number=3, seed=1)) == 3
 
 
 def same(first, second, *, rel: float) -> None:
@@ -174,16 +232,19 @@ def test_number_of_processes_does_not_matter(truth, tmp_path, request, number):
 
 
 def test_reports_survive_json(report, tmp_path):
-    (tmp_path / "report.json").write_text(to_json([report, report]))
-    assert load_reports(tmp_path / "report.json") == (report, report)
+    checkpoint = dataclasses.replace(report, model=dataclasses.replace(report.model, step=7))
+    (tmp_path / "report.json").write_text(to_json([report, checkpoint]))
+    assert load_reports(tmp_path / "report.json") == (report, checkpoint)
     content = json.loads((tmp_path / "report.json").read_text())["reports"][0]
     assert content["outlier_fraction"] == list(report.outlier_fraction)
+    assert content["first_outlier_block"] == 1
     for text in (
         "",
         "[]",
         "{}",
         '{"form": 1, "reports": [{}]}',
         '{"form": 2, "reports": []}',
+        '{"form": 0, "reports": []}',
         '{"form": 1, "reports": 3}',
     ):
         (tmp_path / "other.json").write_text(text)
@@ -209,6 +270,37 @@ def test_every_kind_of_model_gives_a_whole_report(name):
         assert mass.to_class + mass.to_registers + mass.to_normal + mass.to_outliers == pytest.approx(1, abs=1e-5)
     assert found.images.size == tuple(vit.patch_embed.img_size)
     assert found.model.num_params == sum(p.numel() for p in vit.parameters())
+    assert (found.model.embed_dim, found.model.depth) == (vit.embed_dim, len(vit.blocks))
+    assert found.model.patch_size == vit.patch_embed.patch_size
+    assert found.images.grid == vit.patch_embed.grid_size
+    counted = sum(number * images for number, images in enumerate(found.places.per_image))
+    assert counted == pytest.approx(found.outlier_fraction[-1] * 60 * vit.patch_embed.num_patches)
+
+
+def test_a_distillation_token_is_the_second_class_token():
+    vit = randomised(timm.create_model("vit_tiny_reg0_deit_distilled", **KINDS["vit_tiny_reg0_deit_distilled"]))
+    images = torch.randn(3, 3, 48, 64)
+    weights = attention_maps(vit, images)[-1].weights
+    for found in (analyze(vit, images, num_examples=1), telemetry(vit, images)):
+        assert [mass.source for mass in found.attention] == ["class", "class 2"]
+    (example,) = measures.token_examples(vit, images, number=1)
+    assert np.allclose(example.class_attention.reshape(2, 12), weights[0, :, 0, 2:], atol=1e-6)
+
+
+def test_parameters_of_a_head_are_not_the_networks():
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, num_labels=9
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    found = analyze(model, torch.randn(4, 3, 32, 32))
+    assert found.model.num_params == sum(p.numel() for p in model.vit.parameters())
+
+
+def test_it_is_said_what_the_model_and_the_images_are(report):
+    untrained = analyze("vit_nano_reg1", torch.randn(4, 3, 32, 32))
+    assert untrained.images.preprocessing == "given as tensors" != report.images.preprocessing
+    assert any("weights are random" in note for note in untrained.notes)
+    assert not any("weights are random" in note for note in report.notes)
 
 
 def test_a_bundle_by_folder_and_by_transformers_and_as_a_module(folder):
@@ -236,6 +328,21 @@ def test_telemetry_is_the_analysis_of_a_batch(truth):
     assert scalars["artifacts/class_attention_on_outliers"] == found.attention[0].to_outliers
     assert scalars["artifacts/block_2/norm_q100"] == whole.blocks[2].quantiles[-1]
     assert len(scalars) == 3 * (4 + 2) + 3 * 2
+    norms = observe(truth.model, truth.pixels, norms=True).norms[1]
+    for share, name in ((0.5, "q50"), (0.99, "q99")):
+        expected = np.quantile(norms[:, 3:], share)
+        assert scalars[f"artifacts/block_1/norm_{name}"] == pytest.approx(expected, rel=0.012)
+    assert scalars["artifacts/block_1/register_1_norm"] == pytest.approx(norms[:, 1].mean().item(), rel=1e-5)
+    assert scalars["artifacts/register_2_attention_on_registers"] == found.attention[2].to_registers
+
+
+def test_telemetry_of_few_images_with_a_given_cutoff(truth):
+    found = telemetry(truth.model, truth.pixels[:3], cutoff=30.0)
+    norms = observe(truth.model, truth.pixels[:3], norms=True).norms[:, :, 3:]
+    assert [block.outlier_fraction for block in found.blocks] == (norms > 30).double().mean((1, 2)).tolist()
+    weights = attention_maps(truth.model, truth.pixels[:1])[-1].weights.mean(1)[0]
+    on_outliers = (weights[:3, 3:] * (norms[-1, 0] > 30)).sum(1)
+    assert [mass.to_outliers for mass in found.attention] == pytest.approx(on_outliers.tolist(), abs=1e-6)
 
 
 def test_telemetry_leaves_a_training_run_as_it_is():

@@ -1,21 +1,26 @@
 """`vitreg analyze` and `vitreg attention`: what they write, what they print, what they refuse."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 import timm
+import torch
 from models import TINY, random_bundle
 from PIL import Image
+from reports import report as synthetic_report
 from skimage import data
 
 from vitreg_hub.analysis.checkpoints import analyze_all, expand
+from vitreg_hub.analysis.measures import patch_norms
 from vitreg_hub.analysis.report_files import REPORT_JSON, REPORT_PAGE, draw_attention
 from vitreg_hub.analysis.report_json import load_reports
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.cli import main
 from vitreg_hub.datasets import digits
 from vitreg_hub.errors import DataError
+from vitreg_hub.model_cards.artifacts import record
 from vitreg_hub.model_cards.card import render
 
 
@@ -78,6 +83,9 @@ def test_options_reach_the_analysis(tmp_path):
     assert report.block == 2
     assert (report.images.size, report.images.grid) == ((48, 32), (12, 8))
     assert report.cutoff == (0.001,) * 4
+    same = {"max_images": 12, "cutoff": 0.001, "img_size": (48, 32), "batch_size": 5}
+    assert patch_norms("vit_nano_reg4", "digits", dtype=torch.bfloat16, **same) == report.blocks
+    assert patch_norms("vit_nano_reg4", "digits", dtype=torch.float32, **same) != report.blocks
 
 
 def test_checkpoints_of_a_run_are_ordered_by_step(tmp_path):
@@ -92,6 +100,14 @@ def test_checkpoints_of_a_run_are_ordered_by_step(tmp_path):
         list(expand(tmp_path / "empty"))
 
 
+def test_the_step_of_a_checkpoint_is_the_last_number_below_the_run(tmp_path):
+    run = tmp_path / "run_7"
+    for folder in ("try_3/step_50", "step_200/model", "last"):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "config.json").write_text("{}")
+    assert list(expand(run)) == [(run / "try_3/step_50", 50), (run / "step_200/model", 200)]
+
+
 def test_earlier_reports_stand_beside_new_ones(bundles, tmp_path, capsys):
     first, both = tmp_path / "first", tmp_path / "both"
     main(["analyze", str(bundles[0]), "--images", "digits", "--max-images", "12", "--out", str(first)])
@@ -104,13 +120,15 @@ def test_earlier_reports_stand_beside_new_ones(bundles, tmp_path, capsys):
 
 
 def test_the_result_goes_into_bundle_and_card(bundles, tmp_path, capsys):
-    folder = bundles[2]
+    folder, other = bundles[2], bundles[1]
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "README.md").write_text(render(ModelBundle.load(folder)))
     arguments = ["--images", "digits", "--max-images", "20", "--card"]
-    main(["analyze", str(folder), *arguments, "--out", str(tmp_path / "report")])
-    assert "recorded in the bundle and its card" in capsys.readouterr().out
-    (report,) = load_reports(tmp_path / "report" / REPORT_JSON)
+    main(["analyze", str(folder), str(other), *arguments, "--out", str(tmp_path / "report")])
+    assert capsys.readouterr().out.count("recorded in the bundle and its card") == 2
+    report, _ = load_reports(tmp_path / "report" / REPORT_JSON)
+    attention = ModelBundle.load(other).provenance.settings["artifacts"]["attention"]
+    assert [mass["source"] for mass in attention] == ["class", "register 1"]
     card = (folder / "README.md").read_text()
     assert "## Artifacts" in card
     assert "20 images of 32 x 32 pixels (digits)" in card
@@ -128,14 +146,40 @@ def test_the_result_goes_into_bundle_and_card(bundles, tmp_path, capsys):
     assert (folder / "README.md").read_text() == "# mine"
 
 
+def test_a_card_tells_what_was_measured(bundles, tmp_path):
+    folder, images = bundles[2], tmp_path / "my photos"
+    images.mkdir()
+    bundle = ModelBundle.load(folder)
+    origin = dataclasses.replace(bundle.provenance, settings={"epochs": 3})
+    folder = dataclasses.replace(bundle, provenance=origin).save(tmp_path / "trained")
+    found = synthetic_report(registers=4, grid=(16, 12))
+    found = dataclasses.replace(found, block=8, images=dataclasses.replace(found.images, name=str(images)))
+    assert record(folder, found)
+    assert record(folder, found)  # its own card is still not an author's
+    settings = ModelBundle.load(folder).provenance.settings
+    assert settings["epochs"] == 3
+    assert settings["artifacts"]["cutoff"] == found.blocks[8].cutoff.value != found.blocks[-1].cutoff.value
+    card = (folder / "README.md").read_text()
+    assert "Measured on 64 images of 224 x 168 pixels (my photos)." in card
+    assert str(tmp_path) not in card
+    assert f"block by block: {', '.join(f'{100 * share:.3g} %' for share in found.outlier_fraction)}." in card
+    assert "- Attention of register 4 in block 8: 25 % on registers, 30 % on outliers." in card
+    assert "- Numbers are random.\n- Images of one size only." in card
+
+
 def test_attention_of_pictures(picture, bundles, tmp_path, capsys):
-    out = tmp_path / "maps.png"
-    main(["attention", str(bundles[2]), str(picture), str(picture), "--out", str(out)])
-    assert capsys.readouterr().out.strip() == str(out)
-    main(["attention", str(bundles[2]), str(picture), "--heads", "--block", "0", "--out", str(tmp_path / "heads.png")])
-    with Image.open(out) as mean, Image.open(tmp_path / "heads.png") as heads:
-        assert mean.width > 600
-        assert len(heads.convert("RGB").getcolors(heads.width * heads.height)) > 300  # pictures, not blank paper
+    def drawn(*arguments: str) -> Image.Image:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
+        main(["attention", str(bundles[2]), str(picture), *arguments, "--out", str(out)])
+        assert capsys.readouterr().out.strip() == str(out)
+        return Image.open(out).convert("RGB")
+
+    one, two, heads, first = drawn(), drawn(str(picture)), drawn("--heads"), drawn("--block", "0")
+    assert one.width > 600
+    assert len(one.getcolors(one.width * one.height)) > 300  # pictures, not blank paper
+    assert two.height > 1.5 * one.height
+    assert heads.height > 1.5 * one.height
+    assert first.tobytes() != one.tobytes() == drawn("--block", "-1").tobytes()
 
 
 def test_attention_needs_a_class_token_or_registers(picture, tmp_path):

@@ -106,6 +106,9 @@ def test_attention_maps_are_what_unfused_timm_computes(vit):
     for index, seen in ours.items():
         assert (seen.weights - unfused[index]).abs().max() < 1e-6
         assert torch.allclose(seen.weights.sum(-1), torch.ones(()))
+        prefix = vit.num_prefix_tokens
+        maps = torch.cat([seen.cls, seen.registers], dim=2).flatten(3)
+        assert torch.equal(maps, seen.weights[:, :, :prefix, prefix:])
 
 
 def test_attention_is_cut_by_name():
@@ -115,6 +118,21 @@ def test_attention_is_cut_by_name():
     assert seen.registers.shape == (2, 2, 8, 3, 4)
     assert torch.equal(seen.cls[1, 0, 0, 2, 1], seen.weights[1, 0, 0, 9 + 2 * 4 + 1])
     assert torch.equal(seen.registers[0, 1, 5, 0, 3], seen.weights[0, 1, 6, 9 + 3])
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_reg8_clip", "vit_small_patch16_dinov3", "beit_base_patch16_224", "clip", "vit"]
+)
+def test_attention_of_some_images_is_that_of_all(name):
+    if name in HF_MODELS:
+        model, *_ = hf_model(name, "sdpa")
+        images = torch.randn(5, 3, 64, 64)
+    else:
+        model = randomised(timm.create_model(name, num_classes=0, **ALL_OF_TIMM[name]))
+        images = torch.randn(5, 3, *model.patch_embed.img_size)
+    some, whole = (observe(model, images, attention=(1,), attention_images=n).attention[1].weights for n in (2, None))
+    assert (len(some), len(whole)) == (2, 5)
+    assert (some - whole[:2]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -127,6 +145,7 @@ def test_transformers_models_show_their_own_outputs(name, kernel):
 
     model.set_attn_implementation("eager")
     theirs = model(pixel_values=images, output_hidden_states=True, output_attentions=True)
+    assert (seen.input_norms - theirs.hidden_states[0].norm(dim=-1)).abs().max() < 1e-5
     for block, index in ((0, 1), (-1, 3)):
         tokens = torch.cat([getattr(seen.tokens[block], part) for part in ("cls", "registers", "patches")], dim=1)
         assert (tokens - theirs.hidden_states[index]).abs().max() < 1e-5
@@ -183,11 +202,14 @@ def test_a_scaled_bundle_shows_the_stream_of_the_model_that_it_stands_for(folder
     assert bundle.residual_scale > 1
     bundle.save(folder)
     images = torch.randn(2, 3, 64, 64)
-    expected = observe(vit, images, norms=True, blocks=(-1,), embedded=True)
-    seen = observe(AutoModel.from_pretrained(folder), images, norms=True, blocks=(-1,), embedded=True)
+    expected, seen = (
+        observe(model, images, norms=True, blocks=(-1,), embedded=True, normed=True)
+        for model in (vit, AutoModel.from_pretrained(folder))
+    )
     assert torch.allclose(seen.norms, expected.norms, rtol=1e-5)
     assert torch.allclose(seen.tokens[-1].patches, expected.tokens[-1].patches, atol=1e-5)
     assert torch.allclose(seen.embedded, expected.embedded, atol=1e-6)
+    assert torch.allclose(seen.normed.patches, expected.normed.patches, atol=1e-5)
 
 
 def test_nothing_is_left_on_the_model(vit):

@@ -88,6 +88,7 @@ class Observation:
         images: [B, 3, height, width] as the network saw them.
         order: Which token is what.
         norms: [blocks, B, N] float32 L2 norms of all tokens after every block, before the final norm.
+        input_norms: [B, N] float32 L2 norms of the tokens that enter the first block.
         tokens: Tokens after the blocks asked for, before the final norm, under the indices that were given.
         normed: Tokens of the last block after the final norm.
         embedded: [B, P, D] patch embeddings, before positions are added.
@@ -97,6 +98,7 @@ class Observation:
     images: Tensor
     order: TokenOrder
     norms: Tensor | None
+    input_norms: Tensor | None
     tokens: dict[int, Tokens]
     normed: Tokens | None
     embedded: Tensor | None
@@ -125,7 +127,7 @@ def observe(
     Args:
         model: A ViT of timm or transformers, with or without a head, also compiled or in training.
         images: [B, 3, height, width], preprocessed; moved to the model's device and type.
-        norms: Record the norms of all tokens after every block.
+        norms: Record the norms of all tokens after every block, and before the first.
         blocks: Blocks whose tokens are recorded; negative indices count from the end.
         normed: Record the tokens of the last block after the final norm.
         embedded: Record the patch embeddings.
@@ -151,6 +153,8 @@ def observe(
 
         for index in range(depth) if norms else ():
             record("norms", index, layout.blocks[index], _norms)
+        if norms:
+            record("norms", -1, layout.blocks[0], _input_norms)
         for index in {*blocks, -1} if normed else set(blocks):
             record("tokens", index, layout.blocks[index], _output)
         for index in set(attention):
@@ -169,6 +173,7 @@ def observe(
         images=images,
         order=order,
         norms=unscaled(torch.stack([found["norms", i] for i in range(depth)])) if norms else None,
+        input_norms=unscaled(found["norms", -1]) if norms else None,
         tokens={i: order.split(unscaled(found["tokens", i])) for i in blocks},
         normed=order.split(after_norm) if normed else None,
         embedded=unscaled(found["embedded", 0]).flatten(2).transpose(1, 2) if embedded else None,
@@ -221,12 +226,18 @@ def _norms(*call: Any) -> Tensor:
     return torch.linalg.vector_norm(_output(*call), dim=-1, dtype=torch.float32)
 
 
+def _input_norms(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    tokens = args[0] if args else kwargs["hidden_states"]
+    return torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
+
+
 def _weights(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, number: int | None
 ) -> Tensor:
-    of_images = len(args[0])
-    first = [a[:number] if isinstance(a, Tensor) and len(a) == of_images else a for a in args]
-    return attention_weights(module, tuple(first), kwargs)
+    args = tuple(value[:number] if isinstance(value, Tensor) else value for value in args)
+    if "hidden_states" in kwargs:
+        kwargs = kwargs | {"hidden_states": kwargs["hidden_states"][:number]}
+    return attention_weights(module, args, kwargs)
 
 
 def _count(*call: Any) -> int:

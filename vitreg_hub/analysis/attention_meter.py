@@ -39,7 +39,7 @@ class AttentionMeter:
             (to_patches * ~marked).sum(-1),
             (to_patches * marked).sum(-1),
         ]
-        self._add(len(rows), order, torch.stack(groups, dim=-1).double().sum(0).cpu())
+        self._add(len(rows), order, torch.stack(groups, dim=-1).cpu().double().sum(0))
 
     def merge(self, other: Self) -> None:
         """Add what another process saw."""

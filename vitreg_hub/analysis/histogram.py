@@ -1,8 +1,6 @@
 """Histograms of norms that add up: the same memory for any number of images, the same bins for every model."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vitreg_hub.analysis.results import NormHistogram
 
@@ -18,13 +16,21 @@ CENTERS = np.log2(EDGES[:-1]) + 0.5 / BINS_PER_OCTAVE
 """Middles of the bins, as log2 of the norm."""
 
 
-def bin_counts(norms: Tensor) -> np.ndarray:
-    """Count norms [..., n] per bin, [..., NUM_BINS]. A norm that equals an edge is in the bin below it."""
-    inner = torch.from_numpy(EDGES[1:-1]).to(norms.device)
-    rows = torch.bucketize(norms.float().contiguous(), inner).flatten(0, -2)
-    offsets = torch.arange(len(rows), device=rows.device).unsqueeze(1) * NUM_BINS
-    counts = torch.bincount((rows + offsets).flatten(), minlength=len(rows) * NUM_BINS)
-    return counts.reshape(*norms.shape[:-1], NUM_BINS).cpu().numpy()
+def bins_of(norms: np.ndarray) -> np.ndarray:
+    """Index of each norm's bin; a norm that equals an edge is in the bin below it."""
+    norms = np.nan_to_num(norms.astype(np.float32, copy=False))
+    # the logarithm is rounded, so it may be off by one bin at an edge; much faster than a binary search
+    guess = np.log2(np.maximum(norms, EDGES[0])) * BINS_PER_OCTAVE - SMALLEST * BINS_PER_OCTAVE
+    bins = np.clip(guess.astype(np.int64), 0, NUM_BINS - 1)
+    bins += (norms > EDGES[bins + 1]) & (bins < NUM_BINS - 1)
+    return bins - ((norms <= EDGES[bins]) & (bins > 0))
+
+
+def bin_sums(bins: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Count, or sum the weights of, what is in each bin: [rows, n] -> [rows, NUM_BINS]."""
+    places = bins + np.arange(len(bins))[:, None] * NUM_BINS
+    flat = None if weights is None else np.broadcast_to(weights, bins.shape).ravel()
+    return np.bincount(places.ravel(), weights=flat, minlength=len(bins) * NUM_BINS).reshape(len(bins), NUM_BINS)
 
 
 def count_above(counts: np.ndarray, edge: float) -> int:

@@ -88,7 +88,9 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             meaning="Outliers are patch tokens whose vectors are several times longer than those around them.",
             definition="L2 norm over channels of each patch token after a block, before the final norm. The cutoff is "
             "given, or found: the bottom of the valley between two modes of the logarithms of the norms, if there are "
-            "two that are well apart; otherwise there are no outliers. Blocks are counted from 0.",
+            "two that are well apart; otherwise there are no outliers. Nor are there where the upper mode fills large "
+            "parts of images or is there before the first block: then it comes from the images. Blocks are counted "
+            "from 0.",
             tables=(_cutoffs(named), *(_norms_by_block(name, report) for name, report in named)),
         ),
         Section(

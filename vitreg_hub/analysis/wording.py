@@ -52,7 +52,9 @@ def verdict(report: ArtifactReport) -> str:
         if cutoff.source == "given":
             sentence = f"No outliers: no patch token has a norm above the given cutoff of {number(cutoff.value)}."
         else:
-            sentence = "No outliers: in no block do the norms of the patch tokens fall into two modes."
+            sentence = (
+                f"No outliers: in no block do a few patch tokens stand out; in block {report.block}, {cutoff.why}."
+            )
     elif not block.outlier_fraction:
         sentence = (
             f"No outliers in block {report.block}, but {percent(report.outlier_fraction[first])} of the patch tokens "
