@@ -319,7 +319,7 @@ def test_telemetry_is_the_analysis_of_a_batch(truth):
     found = telemetry(truth.model, truth.pixels)
     whole = analyze(truth.model, truth.pixels, batch_size=400)
     assert found.blocks == whole.blocks
-    some = analyze(truth.model, truth.pixels[:50], batch_size=50, cutoff=whole.cutoff[-1])
+    some = analyze(truth.model, truth.pixels[:25], batch_size=25, cutoff=whole.cutoff[-1])
     for ours, theirs in zip(found.attention, some.attention, strict=True):
         assert dataclasses.astuple(ours)[1:] == pytest.approx(dataclasses.astuple(theirs)[1:], abs=1e-6)
     scalars = found.scalars()
@@ -375,6 +375,12 @@ def test_telemetry_leaves_a_training_run_as_it_is():
         ({"model": torch.nn.Linear(2, 2)}, "Linear cannot be read"),
         ({"model": timm.create_model("resnet18")}, "ResNet cannot be read"),
         ({"max_images": 0}, "max_images is 0"),
+        ({"cutof": 3.0}, "there is no option cutof; there are cutoff, block"),
+        ({"cutoff": -1.0}, "cutoff is -1.0: give a norm above 0"),
+        ({"cutoff": float("nan")}, "cutoff is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"device": "tpu9"}, "device 'tpu9' cannot be used here"),
+        ({"num_examples": -1}, "there cannot be -1 examples"),
     ],
 )
 def test_what_cannot_be_analyzed_is_said_in_a_sentence(truth, change, message):

@@ -19,7 +19,7 @@ from vitreg_hub.analysis.report_json import load_reports
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.cli import main
 from vitreg_hub.datasets import digits
-from vitreg_hub.errors import DataError
+from vitreg_hub.errors import DataError, VitregError
 from vitreg_hub.model_cards.artifacts import record
 from vitreg_hub.model_cards.card import render
 
@@ -108,6 +108,22 @@ def test_the_step_of_a_checkpoint_is_the_last_number_below_the_run(tmp_path):
     assert list(expand(run)) == [(run / "try_3/step_50", 50), (run / "step_200/model", 200)]
 
 
+def test_models_of_a_run_without_a_step_are_left_out_and_named(tmp_path, caplog):
+    for folder in ("checkpoint-20", "best", "vit_nano_reg4", "000300"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+    with caplog.at_level("INFO", logger="vitreg_hub"):
+        assert [step for _, step in expand(tmp_path)] == [20, 300]
+    assert f"{tmp_path / 'best'}, {tmp_path / 'vit_nano_reg4'}" in caplog.text
+
+
+@pytest.mark.parametrize("last", ["vit_nano_reg5", "vit_nano_reg4.tag", "report.json"])
+def test_a_mistake_in_the_last_model_shows_before_the_first_is_analyzed(last, monkeypatch):
+    monkeypatch.setattr("vitreg_hub.analysis.checkpoints.analyze", lambda *a, **k: pytest.fail("work was done in vain"))
+    with pytest.raises(VitregError, match=last.partition(".")[0]):
+        analyze_all(["vit_nano_reg4", last])
+
+
 def test_earlier_reports_stand_beside_new_ones(bundles, tmp_path, capsys):
     first, both = tmp_path / "first", tmp_path / "both"
     main(["analyze", str(bundles[0]), "--images", "digits", "--max-images", "12", "--out", str(first)])
@@ -132,7 +148,7 @@ def test_the_result_goes_into_bundle_and_card(bundles, tmp_path, capsys):
     card = (folder / "README.md").read_text()
     assert "## Artifacts" in card
     assert "20 images of 32 x 32 pixels (digits)" in card
-    shares = re.search(r"on registers|Attention of class in block 3: (\S+) % on registers", card)[1]
+    shares = re.search(r"Attention of class in block 3: (\S+) % on registers", card)[1]
     assert float(shares) == pytest.approx(100 * report.attention[0].to_registers, rel=0.01)
     kept = ModelBundle.load(folder)
     assert kept.provenance.settings["artifacts"]["outlier_fraction"] == [0, 0, 0, 0]
@@ -200,6 +216,7 @@ MISTAKES = {
     "max_images is -1": ["analyze", "vit_nano_reg4", "--max-images", "-1"],
     "{tmp}/report.json is no report of `vitreg analyze`": ["analyze", "{tmp}/report.json"],
     "{tmp}/cat.png cannot be read as an image": ["attention", "vit_nano_reg4", "{tmp}/cat.png"],
+    "maps.jpg is to be a PNG": ["attention", "vit_nano_reg4", "{tmp}/cat.png", "--out", "maps.jpg"],
     "batch_size is 0": ["analyze", "vit_nano_reg4", "--batch-size", "0"],
 }
 

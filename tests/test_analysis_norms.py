@@ -202,7 +202,7 @@ def contrasts(bright: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("bright", "why"),
     [
-        (torch.arange(24)[:, None, None] < torch.ones(1, 8, 8) * 3, "fills whole parts of few images"),
+        (torch.arange(24)[:, None, None] < torch.ones(1, 8, 8) * 3, "fills large parts of few images"),
         (torch.rand(24, 8, 8) < 0.1, "before the first block already"),
     ],
     ids=["bright images", "bright patches"],

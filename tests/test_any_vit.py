@@ -128,6 +128,13 @@ def test_other_size_of_transformers(kind, tmp_path, picture):
         open_vit(tmp_path, img_size=60)
 
 
+def test_model_of_transformers_without_an_image_processor_takes_tensors_only(tmp_path):
+    transformers.ViTModel(transformers.ViTConfig(**VISION)).save_pretrained(tmp_path)
+    opened = open_vit(tmp_path)
+    assert (opened.transform, opened.preprocessing) == (None, "unknown")
+    assert opened.model(torch.randn(1, 3, 32, 32)).last_hidden_state.shape[0] == 1
+
+
 def test_classifier_of_transformers_is_opened_without_its_head(tmp_path):
     source = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION)).eval()
     source.save_pretrained(tmp_path)

@@ -305,6 +305,21 @@ def test_sixteen_bit_file_is_read(tmp_path):
     assert numbers(read(open_images(tmp_path))[1]) == [0x80]
 
 
+def test_pictures_are_upright_as_their_camera_says(tmp_path):
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:, :8] = 255  # bright on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    with Image.open(tmp_path / "turned.jpg") as picture:
+        from_list = next(open_images([picture]).batches(to_tensor, batch_size=1)).images[0]
+    from_folder = next(open_images(tmp_path).batches(to_tensor, batch_size=1)).images[0]
+    for image in (from_list, from_folder):
+        assert image.shape == (3, 16, 8)
+        assert image[:, :7].min() > 0.9  # bright above
+        assert image[:, 9:].max() < 0.1
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
 def test_transparent_pixels_show_white(mode):
     image = Image.new("RGBA", (6, 4))

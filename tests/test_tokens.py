@@ -16,6 +16,7 @@ from vitreg_hub.tokens import attention_maps, block_tokens, observe
 OTHERS_OF_TIMM = {
     "vit_base_patch16_siglip_224": TINY | {"img_size": 64},  # no class token
     "vit_small_patch16_dinov3": TINY | {"img_size": 64},  # Eva, rotary, registers
+    "vit_tiny_r_s16_p8_224": TINY | {"img_size": 64},  # a convolutional network before the patches
     "beit_base_patch16_224": TINY | {"img_size": 64},  # relative positions
     "vit_base_patch16_224": TINY | {"img_size": 64, "global_pool": "avg"},  # normed after pooling
 }
@@ -109,6 +110,9 @@ def test_attention_maps_are_what_unfused_timm_computes(vit):
         prefix = vit.num_prefix_tokens
         maps = torch.cat([seen.cls, seen.registers], dim=2).flatten(3)
         assert torch.equal(maps, seen.weights[:, :, :prefix, prefix:])
+    first = observe(vit, images, attention=(1,), attention_images=1).attention[1].weights
+    assert len(first) == 1
+    assert (first - unfused[1][:1]).abs().max() < 1e-6
 
 
 def test_attention_is_cut_by_name():
@@ -151,6 +155,10 @@ def test_transformers_models_show_their_own_outputs(name, kernel):
         assert (tokens - theirs.hidden_states[index]).abs().max() < 1e-5
         assert (seen.attention[block].weights - theirs.attentions[block]).abs().max() < 1e-6
         assert (seen.norms[block] - theirs.hidden_states[index].norm(dim=-1)).abs().max() < 1e-4
+    model.set_attn_implementation(kernel)
+    first = observe(model, images, attention=(1,), attention_images=1).attention[1].weights
+    assert len(first) == 1
+    assert (first - theirs.attentions[1][:1]).abs().max() < 1e-6
 
 
 def test_final_norm_of_transformers_models():
@@ -250,6 +258,19 @@ def test_compiled_and_parallel_models_are_seen_through(tmp_path):
         assert torch.equal(observe(wrapped, images, norms=True).norms, expected)
 
 
+def test_compiled_blocks_are_seen_through():
+    vit = randomised(timm.create_model("vit_nano_reg4"))
+    images = torch.randn(2, 3, 32, 32)
+    expected = observe(vit, images, norms=True, attention=(-1,))
+    vit.blocks[0] = torch.compile(vit.blocks[0], backend="eager")
+    vit.blocks[-1].compile(backend="eager")
+    with torch.no_grad():
+        vit(images)  # compiles
+    seen = observe(vit, images, norms=True, attention=(-1,))
+    assert torch.equal(seen.norms, expected.norms)
+    assert torch.equal(seen.attention[-1].weights, expected.attention[-1].weights)
+
+
 def test_half_precision_norms_are_computed_in_single_precision():
     vit = randomised(timm.create_model("vit_nano_reg4")).bfloat16()
     seen = observe(vit, torch.randn(2, 3, 32, 32), norms=True, blocks=(-1,))
@@ -263,6 +284,7 @@ def test_half_precision_norms_are_computed_in_single_precision():
         ("resnet18", {}),
         ("swin_tiny_patch4_window7_224", {}),
         ("samvit_base_patch16", {"img_size": 64, "depth": 2, "embed_dim": 32, "num_heads": 2}),
+        ("vitamin_small_224", {"img_size": 64}),  # a convolutional stem that keeps no projection
         ("vit_base_patch16_18x2_224", TINY | {"img_size": 64}),  # two attentions beside each other
     ],
 )

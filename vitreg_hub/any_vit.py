@@ -113,6 +113,16 @@ def open_vit(
     )
 
 
+def require_known(model: str | Path) -> None:
+    """Refuse a name that means nothing, without opening the model.
+
+    Raises:
+        UnknownArchError: It is no folder, no repository, no architecture, or has no such tag.
+    """
+    if not str(model).startswith(HUB_PREFIX) and not Path(model).is_dir():
+        _has_weights(str(model))
+
+
 def _has_weights(name: str) -> bool:
     """Whether a name asks for weights, or has some that ship with this package.
 
@@ -169,7 +179,7 @@ def _stored(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, BaseIma
         config = AutoConfig.from_pretrained(repo_id, revision=revision)
         config = getattr(config, "vision_config", config)  # of CLIP and its like, the images' side only
         model = AutoModel.from_pretrained(repo_id, revision=revision, config=config)
-        return model, AutoImageProcessor.from_pretrained(repo_id, revision=revision)
+        return model, _processor(repo_id, revision=revision)
 
 
 @contextmanager
@@ -198,8 +208,13 @@ def _processor_of(model: nn.Module) -> BaseImageProcessor | None:
     source = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
     if not source or hasattr(model, "timm_model"):
         return None
+    return _processor(source)
+
+
+def _processor(source: str, *, revision: str | None = None) -> BaseImageProcessor | None:
+    """The image processor that is stored beside weights, if there is one."""
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(source, revision=revision)
     except (OSError, ValueError):
         return None
 

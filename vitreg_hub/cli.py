@@ -21,7 +21,7 @@ from vitreg_hub.analysis.checkpoints import analyze_all
 from vitreg_hub.analysis.report_files import REPORT_PAGE, draw_attention, write_report
 from vitreg_hub.analysis.wording import names, verdict
 from vitreg_hub.arch import ARCHS
-from vitreg_hub.bundle_form import require_absent
+from vitreg_hub.bundle_form import read_config, require_absent
 from vitreg_hub.conversion.exporter import EXPORTS
 from vitreg_hub.conversion.formats import FORMATS
 from vitreg_hub.conversion.report import ConversionReport
@@ -131,8 +131,10 @@ def export(bundle: str, out: str, format: str) -> None:
 def analyze(models: list[str], images: str, out: str, card: bool, dtype: str, **options: Any) -> None:
     """Measure high-norm artifacts of one or more ViTs as the paper does, and write a report."""
     require_absent(Path(out))
-    if card and (others := [model for model in models if not Path(model, CONFIG_FILE).is_file()]):
-        raise VitregError(f"--card records results in bundles' folders, but {others[0]} is none: leave --card out.")
+    for model in models if card else ():
+        if not Path(model, CONFIG_FILE).is_file():
+            raise VitregError(f"--card records results in bundles' folders, but {model} is none: leave --card out.")
+        read_config(Path(model), called=model)
     options |= {"img_size": _image_size(options["img_size"]), "dtype": DTYPES[dtype], "progress": sys.stderr.isatty()}
     reports = analyze_all(models, images, **options)
     if not PartialState().is_main_process:
@@ -148,9 +150,9 @@ def analyze(models: list[str], images: str, out: str, card: bool, dtype: str, **
         print(f"card     {model}: {told}")
 
 
-def attention(model: str, images: list[str], out: str, heads: bool, **options: Any) -> None:
+def attention(model: str, images: list[str], out: str, heads: bool, dtype: str, **options: Any) -> None:
     """Draw what the class token and each register attend to in an image."""
-    options["img_size"] = _image_size(options["img_size"])
+    options |= {"img_size": _image_size(options["img_size"]), "dtype": DTYPES[dtype], "progress": sys.stderr.isatty()}
     print(draw_attention(model, images, out, heads=heads, **options))
 
 
@@ -188,6 +190,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MODEL_HELP = "bundle's folder, hf-hub:org/name, an architecture with or without weights, or any ViT of timm"
 BLOCK = ("--block", {"type": int, "default": -1, "help": "block whose outliers count, from 0, or from the end"})
 IMG_SIZE = ("--img-size", {"metavar": "N or H,W", "help": "size of the images, if not the model's own"})
+DTYPE = ("--dtype", {"choices": list(DTYPES), "default": "float32", "help": "number type of the model"})
 DEVICE = ("--device", {"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
 
 ANALYZE = [
@@ -208,7 +211,7 @@ ANALYZE = [
     ("--batch-size", {"type": int, "default": 8, "metavar": "N", "help": "images at a time, in each process"}),
     ("--num-workers", {"type": int, "default": 0, "metavar": "N", "help": "processes that decode images"}),
     DEVICE,
-    ("--dtype", {"choices": list(DTYPES), "default": "float32", "help": "number type of the model"}),
+    DTYPE,
     ("--seed", {"type": int, "default": 0, "help": "decides what is drawn where not all is used"}),
     (
         "--card",
@@ -246,6 +249,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]
             BLOCK,
             IMG_SIZE,
             DEVICE,
+            DTYPE,
         ],
     ),
     "push": (

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -187,13 +187,14 @@ def _unchanged(batch: Batch | DataError) -> Batch | DataError:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image: transparent pixels show white, of 16 bits the upper 8 are kept.
+    """Convert any image: upright as its camera says, transparent pixels show white, of 16 bits the upper 8 are kept.
 
     Raises:
         ValueError: It is no image, or its pixels have no known range.
     """
     if not isinstance(image, Image.Image):
         raise ValueError(f"it is {type(image).__name__}, no picture")
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of kind {image.mode} have no known range, save it with 8 bits")
     if image.mode.startswith("I;16"):

@@ -64,6 +64,16 @@ class TokenOrder:
         """Tokens before the patches."""
         return self.num_class + self.num_registers
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What class tokens are called: "class", and "class 2" for a distillation token."""
+        return ("class", "class 2")[: self.num_class]
+
+    @property
+    def register_names(self) -> tuple[str, ...]:
+        """What registers are called: "register 1", ..."""
+        return tuple(f"register {i}" for i in range(1, self.num_registers + 1))
+
     def split(self, tokens: Tensor) -> Tokens:
         """Name tokens [B, N, D]."""
         return Tokens(
@@ -248,7 +258,7 @@ def _count(*call: Any) -> int:
 def _order(layout: VitLayout, images: Tensor, *, num_tokens: int) -> TokenOrder:
     grid = layout.grid(images)
     num_class = num_tokens - grid[0] * grid[1] - layout.num_registers
-    if num_class < 0:
+    if not 0 <= num_class <= 2:
         raise DataError(
             f"a {type(layout.network).__name__} does not keep one token per patch ({grid[0]} x {grid[1]} patches) "
             "from block to block, so it cannot be read."

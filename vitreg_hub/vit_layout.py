@@ -2,8 +2,9 @@
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -45,7 +46,7 @@ class VitLayout:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """Find the parts of a model of timm or transformers, also where it is compiled, or wrapped by DDP or FSDP.
+        """Find the parts of a model of timm or transformers, also where it is compiled, or wrapped by DDP.
 
         Raises:
             DataError: It is no ViT that keeps all its tokens from block to block.
@@ -59,12 +60,14 @@ class VitLayout:
             depth = getattr(network.config, "num_hidden_layers", 0)
             stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
             num_registers = getattr(network.config, "num_register_tokens", 0)
+            embeddings = [m for m in network.modules() if isinstance(m, nn.Conv2d)][:1]
         else:
             stacks = [m for m in [getattr(network, "blocks", None)] if isinstance(m, nn.Sequential | nn.ModuleList)]
             registers = getattr(network, "reg_token", None)
             num_registers = 0 if registers is None else registers.shape[1]
+            projection = getattr(getattr(network, "patch_embed", None), "proj", None)
+            embeddings = [projection] if isinstance(projection, nn.Conv2d) else []
         norms = [m for m in (getattr(network, name, None) for name in FINAL_NORMS) if isinstance(m, nn.Module)]
-        embeddings = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
         if not (stacks and norms and embeddings):
             raise DataError(f"{type(model).__name__} cannot be read: {SUPPORTED}.")
         return cls(
@@ -79,6 +82,8 @@ class VitLayout:
     def run(self, images: Tensor) -> None:
         """Run the network on images [B, 3, height, width], without a head, on its own device and in its own type.
 
+        Parts that are compiled run as they were written, for compiled code has no hooks.
+
         Raises:
             DataError: It takes images of another size only.
         """
@@ -90,13 +95,15 @@ class VitLayout:
                     f"the images have {images.shape[-2]} x {images.shape[-1]} pixels, but the model was built for "
                     f"{patches.img_size[0]} x {patches.img_size[1]}: give img_size or dynamic_img_size=True."
                 )
-            self.network.forward_features(images)
+            with _uncompiled():
+                self.network.forward_features(images)
             return
         resizes = "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters
         size = self.network.config.image_size
         native = (size, size) if isinstance(size, int) else tuple(size)
         options = {"interpolate_pos_encoding": True} if resizes and tuple(images.shape[-2:]) != native else {}
-        self.network(pixel_values=images, **options)
+        with _uncompiled():
+            self.network(pixel_values=images, **options)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches that images [B, 3, height, width] are cut into."""
@@ -121,6 +128,9 @@ class VitLayout:
 def attention_weights(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Attention weights [B, H, N, N] of a call, by the library's own code that forms them.
 
+    Raises:
+        DataError: The layer never forms them.
+
     Fused kernels never form the weights, so the layer is run once more, unfused and without dropout. It is afterwards
     as it was before.
     """
@@ -128,10 +138,12 @@ def attention_weights(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         found: list[Tensor] = []
         handle = layer.attn_drop.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
         try:
-            with _replaced(layer, fused_attn=False):
+            with _replaced(layer, **({"fused_attn": False} if hasattr(layer, "fused_attn") else {})):
                 layer.forward(*args, **kwargs)
         finally:
             handle.remove()
+        if not found or found[0].ndim != 4:
+            raise DataError(f"the attention of a {type(layer).__name__} cannot be read: {SUPPORTED}.")
         return found[0]
     config = copy.copy(layer.config)
     config._attn_implementation = "eager"
@@ -140,6 +152,11 @@ def attention_weights(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     kwargs = kwargs | ({"attention_mask": None} if "attention_mask" in kwargs else {})
     with _replaced(layer, config=config):
         return layer.forward(*args, **kwargs)[1]
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Run what torch.compile compiled as it was written. Its import takes a second, and was made if there is any."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from vitreg_hub.analysis.live import telemetry
 from vitreg_hub.analysis.norms import NormMeter
 from vitreg_hub.tokens import observe
 
+MODELS = (("vit_nano_reg4", 32, 64), ("vit_small_reg4", 224, 8), ("vit_large_reg4", 224, 8))
+"""Architecture, side of the images, images."""
 MANY_IMAGES = """
 import resource, sys, datasets, numpy as np, timm
 import vitreg_hub
@@ -44,10 +46,10 @@ def norms(model: nn.Module, images: Tensor) -> None:
     NormMeter().update(observe(model, images, norms=True))
 
 
-def speed(name: str, *, num_images: int, rounds: int, device: str, dtype: torch.dtype) -> str:
-    """One model at 224 pixels."""
-    model = timm.create_model(name, img_size=224).eval().to(device, dtype)
-    images = torch.randn(num_images, 3, 224, 224, device=device, dtype=dtype)
+def speed(name: str, *, side: int, num_images: int, rounds: int, device: str, dtype: torch.dtype) -> str:
+    """One model, images of so many pixels a side."""
+    model = timm.create_model(name, img_size=side).eval().to(device, dtype)
+    images = torch.randn(num_images, 3, side, side, device=device, dtype=dtype)
 
     def finished(call):
         def run() -> None:
@@ -59,7 +61,7 @@ def speed(name: str, *, num_images: int, rounds: int, device: str, dtype: torch.
 
     calls = {"bare forward": forward, "norms": norms, "telemetry": telemetry}
     seconds = medians({name: finished(call) for name, call in calls.items()}, rounds=rounds, warmup=2)
-    rows = [f"| {name}, {num_images} images, {device} | seconds | / bare forward |", "|---|---|---|"]
+    rows = [f"| {name}, {num_images} images of {side} pixels, {device} | seconds | / bare forward |", "|---|---|---|"]
     rows += [f"| {what} | {value:.4f} | {value / seconds['bare forward']:.3f} |" for what, value in seconds.items()]
     return "\n".join(rows)
 
@@ -77,21 +79,18 @@ def memory(numbers: tuple[int, ...]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["vit_nano_reg4", "vit_small_reg4", "vit_large_reg4"])
-    parser.add_argument("--num-images", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", nargs="*", type=int, default=[1_000, 10_000])
     given = parser.parse_args()
     on_gpu = torch.cuda.is_available()
-    for model_name in given.models:
-        print(
-            speed(
-                model_name,
-                num_images=given.num_images,
-                rounds=given.rounds,
-                device="cuda" if on_gpu else "cpu",
-                dtype=torch.bfloat16 if on_gpu else torch.float32,
-            ),
-            end="\n\n",
+    for name, side, num_images in MODELS:
+        table = speed(
+            name,
+            side=side,
+            num_images=num_images,
+            rounds=given.rounds,
+            device="cuda" if on_gpu else "cpu",
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
         )
+        print(table, end="\n\n")
     print(memory(tuple(given.memory)))

@@ -53,8 +53,7 @@ class AttentionMeter:
 
     def result(self) -> tuple[AttentionMass, ...]:
         """One entry per class token and register; none for a model that has neither."""
-        names = ["class", *(f"class {i}" for i in range(2, self._order.num_class + 1))][: self._order.num_class]
-        names += [f"register {i}" for i in range(1, self._order.num_registers + 1)]
+        names = (*self._order.class_names, *self._order.register_names)
         shares = (self._sums / self._num_images).tolist()
         return tuple(
             AttentionMass(source=name, to_class=to[0], to_registers=to[1], to_normal=to[2], to_outliers=to[3])

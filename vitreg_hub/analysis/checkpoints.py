@@ -1,6 +1,6 @@
 """Several models at once: of different sizes, or the checkpoints of a training run."""
 
-import itertools
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +10,14 @@ from vitreg_hub.analysis.engine import Images, Options
 from vitreg_hub.analysis.measures import Model, analyze
 from vitreg_hub.analysis.report_json import load_reports
 from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.any_vit import require_known
 from vitreg_hub.errors import DataError
 from vitreg_hub.hub_access import CONFIG_FILE
 
-NUMBER = re.compile(r"\d+")
+logger = logging.getLogger(__name__)
+
+STEP = re.compile(r"(?:^|/)(?:(?:step|checkpoint|iter|iteration|epoch)[-_]?)?(\d+)(?:/|$)")
+"""How a folder of a run tells its step, alone or in a path."""
 MAX_DEPTH = 3
 """How many folders below a run's folder its checkpoints may be."""
 
@@ -34,25 +38,26 @@ def analyze_all(
     Raises:
         VitregError: A model or the images cannot be used; the message says why.
     """
-    reports: list[ArtifactReport] = []
-    for model, step in itertools.chain.from_iterable(map(expand, models)):
-        if is_report(model):
-            reports += load_reports(model)
+    planned: list[tuple[Model | ArtifactReport, int | None]] = []  # all of it first, so that mistakes show at once
+    for model in models:
+        if isinstance(model, str | Path) and Path(model).suffix == ".json":
+            planned += [(report, None) for report in load_reports(model)]
         else:
-            reports.append(analyze(model, images, step=step, **options))
-    return tuple(reports)
-
-
-def is_report(model: Model) -> bool:
-    """Whether this names the report of an earlier analysis."""
-    return isinstance(model, str | Path) and Path(model).suffix == ".json"
+            planned += expand(model)
+    for model, _ in planned:
+        if isinstance(model, str | Path):
+            require_known(model)
+    return tuple(
+        model if isinstance(model, ArtifactReport) else analyze(model, images, step=step, **options)
+        for model, step in planned
+    )
 
 
 def expand(model: Model) -> Iterator[tuple[Model, int | None]]:
     """Yield a model, or the checkpoints of a training run's folder, each with its step as far as it is known.
 
-    A run's folder holds no model itself but folders of models with their step as the last number in their paths
-    (``run/step_2000``, ``run/checkpoint-2000/model``).
+    A run's folder holds no model itself but folders of models with their step in their paths (``run/step_2000``,
+    ``run/checkpoint-2000/model``). Models without one, such as ``run/best``, are left out, which is said.
 
     Raises:
         DataError: A folder holds neither a model nor checkpoints.
@@ -62,8 +67,10 @@ def expand(model: Model) -> Iterator[tuple[Model, int | None]]:
         yield model, None
         return
     configs = [path for depth in range(1, MAX_DEPTH + 1) for path in run.glob("*/" * depth + CONFIG_FILE)]
-    numbers = {path.parent: NUMBER.findall(str(path.parent.relative_to(run))) for path in configs}
-    steps = {folder: int(found[-1]) for folder, found in numbers.items() if found}
+    found = {path.parent: STEP.search(path.parent.relative_to(run).as_posix()) for path in configs}
+    steps = {folder: int(match[1]) for folder, match in found.items() if match}
+    if left_out := sorted(str(folder) for folder, match in found.items() if not match and steps):
+        logger.info("left out, for their names tell no step: %s", ", ".join(left_out))
     if not steps:
         raise DataError(
             f"{run} holds neither a model ({CONFIG_FILE}) nor checkpoints in folders with their step in the name "

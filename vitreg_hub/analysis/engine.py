@@ -82,10 +82,11 @@ class Study:
         **options: See `Options`.
 
     Raises:
-        VitregError: The model or the images cannot be opened, or there is no such block.
+        VitregError: The model or the images cannot be opened, or an option makes no sense.
     """
 
     def __init__(self, model: nn.Module | str | Path, images: Images, **options: Unpack[Options]) -> None:
+        _require_sensible(options)
         self.options = options
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
         self.opened = open_vit(
@@ -199,6 +200,27 @@ class Study:
     def _bar(self, *args: Any, **settings: Any) -> tqdm:
         shown = self.options.get("progress", False) and self.processes.is_main_process
         return tqdm(*args, disable=not shown, leave=False, **settings)
+
+
+def _require_sensible(options: Options) -> None:
+    """Refuse what would be ignored, or fail after hours.
+
+    Raises:
+        DataError: An option does not exist, or has a value that makes no sense.
+    """
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise DataError(
+            f"there is no option {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}."
+        )
+    cutoff, seed = options.get("cutoff"), options.get("seed", 0)
+    if cutoff is not None and not 0 < cutoff < math.inf:
+        raise DataError(f"cutoff is {cutoff}: give a norm above 0, or leave it out to have it found.")
+    if not 0 <= seed < 2**63:
+        raise DataError(f"seed is {seed}: give a whole number from 0 on.")
+    try:
+        torch.empty(0, device=options.get("device"))
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device {options['device']!r} cannot be used here: give cpu, or cuda with a GPU.") from error
 
 
 def _merged(meters: list[Any]) -> list[Any]:

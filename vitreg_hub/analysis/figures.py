@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from vitreg_hub.analysis.attention_figures import attention_mass_figure
 from vitreg_hub.analysis.base_figures import png
 from vitreg_hub.analysis.comparison_figures import comparison_figure, in_training
 from vitreg_hub.analysis.example_figures import examples_figure
+from vitreg_hub.analysis.example_meter import displayable
 from vitreg_hub.analysis.examples import Example
 from vitreg_hub.analysis.map_figures import Map, draw_maps
 from vitreg_hub.analysis.norm_figures import norm_distribution_figure, norms_by_block_figure, outlier_share_figure
@@ -104,19 +104,12 @@ def token_figure(vit: nn.Module, images: Tensor, *, file: str | Path) -> Path:
     }
     lines = []
     for index, (image, norms) in enumerate(zip(images, patch_norms, strict=True)):
-        maps = [Map(title="input", values=_displayable(image)), Map(title="patch norms", values=norms)]
+        maps = [Map(title="input", values=displayable(image).cpu().numpy()), Map(title="patch norms", values=norms)]
         for token, values in attention.items():
             maps += [Map(title=f"{token} {n}", values=v) for n, v in enumerate(values[index], start=1)]
         lines.append([maps])
     Path(file).write_bytes(png(draw_maps(lines, title="Norms and attention of the last block")))
     return Path(file)
-
-
-def _displayable(image: Tensor) -> np.ndarray:
-    """[C, H, W] of any range -> [H, W, C] in [0, 1]."""
-    values = image.detach().float().cpu().permute(1, 2, 0).numpy()
-    low, high = values.min(), values.max()
-    return (values - low) / max(high - low, 1e-12)
 
 
 COMPARISON = (

@@ -113,8 +113,7 @@ class TokenClassification:
 
     def _names(self) -> list[str]:
         """Names of the tokens, in the order in which they are kept."""
-        classes = ["class", *(f"class {i}" for i in range(2, self._order.num_class + 1))][: self._order.num_class]
-        return [*classes, NORMAL, OUTLIER, *(f"register {i}" for i in range(1, self._order.num_registers + 1))]
+        return [*self._order.class_names, NORMAL, OUTLIER, *self._order.register_names]
 
 
 def _nothing(why_not: str) -> GlobalInformation:

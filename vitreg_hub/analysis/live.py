@@ -11,7 +11,7 @@ from vitreg_hub.analysis.norms import NormMeter
 from vitreg_hub.analysis.results import QUANTILES, AttentionMass, BlockNorms
 from vitreg_hub.tokens import observe
 
-ATTENTION_EVERY = 8
+ATTENTION_EVERY = 16
 """Attention costs as much as everything else, so it is measured on one image of so many, the first ones of a batch."""
 
 
@@ -21,7 +21,7 @@ class Telemetry:
 
     Attributes:
         blocks: Norms after each block, with outliers.
-        attention: Where class token and registers attend to in the last block, in one eighth of the images.
+        attention: Where class token and registers attend to in the last block, in one image of sixteen.
     """
 
     blocks: tuple[BlockNorms, ...]

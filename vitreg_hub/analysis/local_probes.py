@@ -1,5 +1,6 @@
 """Local information: what linear probes read from a patch token about its own place and pixels."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Self
 
@@ -160,7 +161,9 @@ def _found_cells(features: np.ndarray, cells: np.ndarray, test_features: np.ndar
     places, labels = np.unique(cells, axis=0, return_inverse=True)
     if len(places) == 1:
         return places.repeat(len(test_features), axis=0)
-    regression = LogisticRegression(C=POSITION_C, max_iter=1000).fit(features, labels.reshape(-1))
+    with warnings.catch_warnings():  # few tokens per cell look to it like a mistake
+        warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)
+        regression = LogisticRegression(C=POSITION_C, max_iter=1000).fit(features, labels.reshape(-1))
     return places[regression.predict(test_features)]
 
 

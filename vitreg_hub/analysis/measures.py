@@ -24,15 +24,18 @@ from vitreg_hub.analysis.results import (
     OutlierPlaces,
     Redundancy,
 )
+from vitreg_hub.errors import DataError
 
 Model = nn.Module | str | Path
 """A module of timm or transformers, or a name as in `open_vit`."""
 FEW_PATCHES = 50_000
 """Below this, shares of outliers are rough."""
+PHOTOS = "photos"
+"""Name of the images that are used if none are given."""
 LIBRARIES = ("vitreg_hub", "torch", "timm", "transformers", "scikit-learn")
 
 
-def patch_norms(model: Model, images: Images = "photos", **options: Unpack[Options]) -> tuple[BlockNorms, ...]:
+def patch_norms(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> tuple[BlockNorms, ...]:
     """Norms of patch tokens, class token and registers after every block, and which of the patches are outliers.
 
     A token's norm is the L2 norm over its channels, before the final norm; the outliers of DINOv2 ViT-g have about ten
@@ -49,7 +52,7 @@ def patch_norms(model: Model, images: Images = "photos", **options: Unpack[Optio
     return Study(model, images, **options).norms.result()
 
 
-def outlier_places(model: Model, images: Images = "photos", **options: Unpack[Options]) -> OutlierPlaces:
+def outlier_places(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> OutlierPlaces:
     """At which positions outliers are, and how many an image has.
 
     Positions that are interpolated without antialiasing give outliers fixed places (Darcet et al., appendix A).
@@ -58,7 +61,7 @@ def outlier_places(model: Model, images: Images = "photos", **options: Unpack[Op
     return _measured(model, images, options, lambda study: PlaceMeter())
 
 
-def neighbor_redundancy(model: Model, images: Images = "photos", **options: Unpack[Options]) -> Redundancy:
+def neighbor_redundancy(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> Redundancy:
     """Cosine similarity of patches to their 4 neighbours right after the patch embedding, outliers against others.
 
     Outliers are found in patches that are like their neighbours (Darcet et al., section 2.1 and figure 5a).
@@ -67,7 +70,7 @@ def neighbor_redundancy(model: Model, images: Images = "photos", **options: Unpa
     return _measured(model, images, options, lambda study: NeighborSimilarity())
 
 
-def local_information(model: Model, images: Images = "photos", **options: Unpack[Options]) -> LocalInformation:
+def local_information(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> LocalInformation:
     """What linear probes read from a patch token about its position and its pixels, outliers against others.
 
     Outliers have lost much of both (Darcet et al., section 2.1 and figure 5b). Tokens are those of the last block
@@ -76,7 +79,7 @@ def local_information(model: Model, images: Images = "photos", **options: Unpack
     return _measured(model, images, options, lambda study: LocalProbes(seed=study.seed))
 
 
-def global_information(model: Model, images: Images = "photos", **options: Unpack[Options]) -> GlobalInformation:
+def global_information(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> GlobalInformation:
     """How well one token alone tells the class of an image: class token, a normal patch, an outlier, each register.
 
     Outliers tell nearly as much as the class token (Darcet et al., section 2.1 and table 1). Tokens are those of the
@@ -85,7 +88,7 @@ def global_information(model: Model, images: Images = "photos", **options: Unpac
     return _measured(model, images, options, lambda study: TokenClassification(seed=study.seed))
 
 
-def attention_mass(model: Model, images: Images = "photos", **options: Unpack[Options]) -> tuple[AttentionMass, ...]:
+def attention_mass(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> tuple[AttentionMass, ...]:
     """Shares of the attention of class token and registers that go to outliers, other patches, registers, class token.
 
     Mean over heads and images (Darcet et al., figures 1, 2 and 9, in numbers). Arguments and errors as in
@@ -95,7 +98,7 @@ def attention_mass(model: Model, images: Images = "photos", **options: Unpack[Op
 
 
 def token_examples(
-    model: Model, images: Images = "photos", *, number: int = 4, **options: Unpack[Options]
+    model: Model, images: Images = PHOTOS, *, number: int = 4, **options: Unpack[Options]
 ) -> tuple[Example, ...]:
     """Maps of some images: norms and outliers, attention of class token and registers, principal components.
 
@@ -107,7 +110,7 @@ def token_examples(
 
 def analyze(
     model: Model,
-    images: Images = "photos",
+    images: Images = PHOTOS,
     *,
     num_examples: int = 4,
     step: int | None = None,
@@ -159,6 +162,8 @@ def _measured(model: Model, images: Images, options: Options, make: Any) -> Any:
 
 def _example_meter(study: Study, number: int) -> ExampleMeter:
     picked = study.source.picked
+    if number < 0:
+        raise DataError(f"there cannot be {number} examples: give 0 or more.")
     if picked is None:
         chosen = range(number)
     else:
@@ -170,9 +175,17 @@ def _notes(study: Study, blocks: tuple[BlockNorms, ...]) -> list[str]:
     notes = []
     if study.opened.untrained:
         notes.append("The weights are random: the network was not trained.")
+    if study.source.name == PHOTOS:
+        notes.append("The images are tiles of 15 pictures; a tile's class is its picture, so accuracies are high.")
+    if study.block != len(blocks) - 1:
+        notes.append(
+            f"Outliers and attention are those of block {study.block}; probes and components read the last block."
+        )
     patches = sum(blocks[study.block].histogram.counts)
     if patches < FEW_PATCHES:
-        notes.append(f"{patches:,} patches were seen; below {FEW_PATCHES:,} the share of outliers is rough.")
+        notes.append(
+            f"{patches:,} patches were seen; below {FEW_PATCHES:,} shares are rough and rare outliers are missed."
+        )
     elsewhere = [i for i, block in enumerate(blocks) if block.outlier_fraction]
     if elsewhere and not blocks[study.block].outlier_fraction:
         notes.append(

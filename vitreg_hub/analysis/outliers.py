@@ -64,16 +64,20 @@ def find_cutoff(
         return Cutoff(value=None, source="none", why="the norms have one mode")
     if image_peaks is not None:
         patches = np.cumsum(image_peaks[::-1])[::-1][1:] * patches_per_image  # of the images with any norm above
-        fits &= number_up <= SHARES[1] * patches
+        rejected, fits = fits, fits & (number_up <= SHARES[1] * patches)
         if not fits.any():
-            return Cutoff(value=None, source="none", why="the upper mode of the norms fills whole parts of few images")
+            above = EDGES[_middle_of_lowest(valley, rejected) + 1]
+            why = f"the norms have a second mode above {above:.3g}, but it fills large parts of few images"
+            return Cutoff(value=None, source="none", why=why)
     if input_logs is not None:
         before_low = np.cumsum(input_logs)[:-1] / np.maximum(number_low, 1)
         before_up = np.cumsum(input_logs[::-1])[::-1][1:] / np.maximum(number_up, 1)
-        fits &= before_up - before_low < MAX_INPUT_SHARE * distance
+        rejected, fits = fits, fits & (before_up - before_low < MAX_INPUT_SHARE * distance)
         if not fits.any():
-            return Cutoff(value=None, source="none", why="the norms have two modes before the first block already")
-    at = _middle_of_lowest(np.where(fits, valley, np.iinfo(np.int64).max))
+            above = EDGES[_middle_of_lowest(valley, rejected) + 1]
+            why = f"the norms have a second mode above {above:.3g}, but it is there before the first block already"
+            return Cutoff(value=None, source="none", why=why)
+    at = _middle_of_lowest(valley, fits)
     return Cutoff(
         value=float(EDGES[at + 1]),
         source="found",
@@ -99,9 +103,9 @@ def _moments(counts: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.nd
     return number, mean, np.maximum(variance, 0) + BINS_PER_OCTAVE**-2 / 12
 
 
-def _middle_of_lowest(values: np.ndarray) -> int:
-    """Index in the middle of the longest stretch of the smallest value."""
-    low = np.flatnonzero(values == values.min())
+def _middle_of_lowest(values: np.ndarray, among: np.ndarray) -> int:
+    """Index in the middle of the longest stretch of the smallest value among those that are marked."""
+    low = np.flatnonzero(among & (values == values[among].min()))
     stretches = np.split(low, np.flatnonzero(np.diff(low) > 1) + 1)
     longest = max(stretches, key=len)
     return int(longest[len(longest) // 2])

@@ -15,8 +15,9 @@ from vitreg_hub.analysis.html_report import render
 from vitreg_hub.analysis.measures import token_examples
 from vitreg_hub.analysis.report_json import to_json
 from vitreg_hub.analysis.results import ArtifactReport
-from vitreg_hub.bundle_form import write_file, write_folder
+from vitreg_hub.bundle_form import require_absent, write_file, write_folder
 from vitreg_hub.errors import DataError
+from vitreg_hub.image_source import BROKEN
 
 REPORT_JSON = "report.json"
 REPORT_PAGE = "report.html"
@@ -61,9 +62,12 @@ def draw_attention(
         **options: See `Options`; `block` is the block whose attention is drawn, the last by default.
 
     Raises:
-        DataError: A file is no image, or the model has neither class token nor registers.
+        DataError: A file is no image, `out` is no PNG, or the model has neither class token nor registers.
         BundleError: `out` exists or cannot be written.
     """
+    if Path(out).suffix.lower() != ".png":
+        raise DataError(f"{out} is to be a PNG: give a name that ends in .png.")
+    require_absent(Path(out))
     pictures = [_opened(file) for file in images]
     examples = token_examples(model, pictures, number=len(pictures), **options)
     figure = attention_figure(examples, heads=heads)
@@ -75,5 +79,5 @@ def _opened(file: str | Path) -> Image.Image:
         with Image.open(file) as picture:
             picture.load()
             return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise DataError(f"{file} cannot be read as an image: {error}.") from error

@@ -71,10 +71,10 @@ class Cutoff:
 
     Attributes:
         value: The norm; None if there are no outliers.
-        source: "given", "found" (a mixture of two modes), or "none": the norms have one mode.
+        source: "given", "found" (between two modes), or "none": there are no outliers.
         why: The reason in words.
-        separation: Ashman's D of the two modes on log norms, where a mixture was fitted.
-        outlier_weight: Share of the upper mode in the mixture.
+        separation: Ashman's D of the two modes on log norms, where the cutoff was found.
+        outlier_weight: Share of the tokens in the upper mode.
         normal_norm: Norm at the centre of the lower mode.
         outlier_norm: Norm at the centre of the upper mode.
     """
