@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -107,12 +107,12 @@ class Observation:
 
     images: Tensor
     order: TokenOrder
-    norms: Tensor | None
-    input_norms: Tensor | None
-    tokens: dict[int, Tokens]
-    normed: Tokens | None
-    embedded: Tensor | None
-    attention: dict[int, Attention]
+    norms: Tensor | None = None
+    input_norms: Tensor | None = None
+    tokens: dict[int, Tokens] = field(default_factory=dict)
+    normed: Tokens | None = None
+    embedded: Tensor | None = None
+    attention: dict[int, Attention] = field(default_factory=dict)
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
