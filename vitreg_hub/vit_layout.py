@@ -128,11 +128,11 @@ class VitLayout:
 def attention_weights(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Attention weights [B, H, N, N] of a call, by the library's own code that forms them.
 
-    Raises:
-        DataError: The layer never forms them.
-
     Fused kernels never form the weights, so the layer is run once more, unfused and without dropout. It is afterwards
     as it was before.
+
+    Raises:
+        DataError: The layer never forms them.
     """
     if hasattr(layer, "attn_drop"):  # timm
         found: list[Tensor] = []
