@@ -176,7 +176,7 @@ def test_verdicts_in_words():
         f"{share} % of the patch tokens in block 11 are outliers (norm above {cutoff}); they first appear in block 8."
     )
     assert verdict(clean).startswith(
-        "No outliers: in no block do the norms of the patch tokens fall into two modes. Its 4"
+        "No outliers: in no block do a few patch tokens stand out; in block 11, the norms have one mode. Its 4"
     )
     assert verdict(replace(plain, block=3)).startswith(
         f"No outliers in block 3, but {share} % of the patch tokens in block 8"
