@@ -1,17 +1,13 @@
 """The measured artifacts of a bundle's model: kept in the bundle, told by its card."""
 
-import copy
 import dataclasses
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import verdict
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import config_text, read_config
-from vitreg_hub.errors import BundleError
+from vitreg_hub.bundle_form import config_text, read_config, write_file
 from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE
 from vitreg_hub.model_cards.card import render
 
@@ -39,12 +35,13 @@ def record(folder: str | Path, report: ArtifactReport) -> bool:
     config, bundle = read_config(folder, called=str(folder)), ModelBundle.load(folder)
     own = folder / CARD_FILE
     ours = not own.exists() or own.read_text() == render(bundle)
-    config = copy.deepcopy(config)
     settings = config["vitreg"]["provenance"].setdefault("settings", {})
     settings[ENTRY] = summary(report)
-    _replace(folder / CONFIG_FILE, config_text(config))
+    text = config_text(config)
+    write_file(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"), replace=True)
     if ours:
-        _replace(own, render(ModelBundle.load(folder)))
+        card = render(ModelBundle.load(folder))
+        write_file(own, lambda file: file.write_text(card, encoding="utf-8"), replace=True)
     return ours
 
 
@@ -62,14 +59,3 @@ def summary(report: ArtifactReport) -> dict[str, Any]:
         "attention": [dataclasses.asdict(mass) for mass in report.attention],
         "notes": list(report.notes),
     }
-
-
-def _replace(file: Path, text: str) -> None:
-    """Put a new text in the place of a file's old one, whole or not at all."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as staging:
-            new = Path(staging, file.name)
-            new.write_text(text, encoding="utf-8")
-            os.replace(new, file)
-    except OSError as error:
-        raise BundleError(f"cannot write {file}: {error.strerror}.") from error

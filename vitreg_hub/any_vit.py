@@ -22,6 +22,7 @@ from vitreg_hub.arch import ARCHS, require_divisible
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.errors import BundleError, DataError, UnknownArchError, VitregError
 from vitreg_hub.hub_access import CONFIG_FILE, HUB_PREFIX, hub_errors, parse_repo
+from vitreg_hub.vit_layout import unwrapped
 
 UNKNOWN = "unknown"
 """Preprocessing of a module that tells nothing about it."""
@@ -94,7 +95,7 @@ def open_vit(
     size = None if img_size is None else to_2tuple(img_size)
     untrained = False
     if isinstance(model, nn.Module):
-        name, network, processor = type(_inner(model)).__name__, model, _processor_of(_inner(model))
+        name, network, processor = type(unwrapped(model)).__name__, model, _processor_of(unwrapped(model))
     else:
         name, processor = str(model), None
         if name.startswith(HUB_PREFIX) or Path(name).is_dir():
@@ -103,7 +104,7 @@ def open_vit(
             untrained = not _has_weights(name)
             network = _named(name, size, untrained=untrained)
         network = network.to(device=device, dtype=dtype or torch.float32).eval()
-    transform, words = _preprocessing(_inner(network), processor, size)
+    transform, words = _preprocessing(unwrapped(network), processor, size)
     return AnyVit(
         name=f"{name} (untrained)" if untrained else name,
         model=network,
@@ -195,12 +196,6 @@ def _load_errors(name: str) -> Iterator[None]:
             f"{name} holds no model that can be loaded ({reason}): give a bundle, or a folder saved by timm or "
             "transformers."
         ) from error
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The network of timm or transformers inside what compiles it or distributes it."""
-    networks = (m for m in model.modules() if isinstance(m, PreTrainedModel) or "pretrained_cfg" in vars(m))
-    return next(networks, model)
 
 
 def _processor_of(model: nn.Module) -> BaseImageProcessor | None:

@@ -167,18 +167,24 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def write_file(target: Path, write: Callable[[Path], None]) -> Path:
+def write_file(target: Path, write: Callable[[Path], None], *, replace: bool = False) -> Path:
     """Run `write` on a file in a temporary folder beside the target and rename it into place.
 
+    Args:
+        target: The file; must not exist unless `replace`.
+        write: Takes the path to write to.
+        replace: Put it in the place of an old one.
+
     Raises:
-        BundleError: `target` exists, or cannot be written; nothing is left of it.
+        BundleError: `target` exists, or cannot be written; it is as it was before.
     """
-    require_absent(target)
+    if not replace:
+        require_absent(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as staging:
             write(Path(staging, target.name))
-            Path(staging, target.name).rename(target)
+            Path(staging, target.name).replace(target)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
         raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
     return target

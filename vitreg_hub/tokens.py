@@ -164,7 +164,7 @@ def observe(
         for index in range(depth) if norms else ():
             record("norms", index, layout.blocks[index], _norms)
         if norms:
-            record("norms", -1, layout.blocks[0], _input_norms)
+            record("input_norms", 0, layout.blocks[0], _input_norms)
         for index in {*blocks, -1} if normed else set(blocks):
             record("tokens", index, layout.blocks[index], _output)
         for index in set(attention):
@@ -183,7 +183,7 @@ def observe(
         images=images,
         order=order,
         norms=unscaled(torch.stack([found["norms", i] for i in range(depth)])) if norms else None,
-        input_norms=unscaled(found["norms", -1]) if norms else None,
+        input_norms=unscaled(found["input_norms", 0]) if norms else None,
         tokens={i: order.split(unscaled(found["tokens", i])) for i in blocks},
         normed=order.split(after_norm) if normed else None,
         embedded=unscaled(found["embedded", 0]).flatten(2).transpose(1, 2) if embedded else None,

@@ -51,7 +51,7 @@ class VitLayout:
         Raises:
             DataError: It is no ViT that keeps all its tokens from block to block.
         """
-        network, scale = _unwrapped(model), 1.0
+        network, scale = unwrapped(model), 1.0
         if hasattr(network, "timm_model"):
             scale = getattr(network.config, "residual_scale", 1.0)
             network = network.timm_model
@@ -191,7 +191,7 @@ def _embeds_patches(module: nn.Module) -> bool:
     return isinstance(embeddings, nn.Module) and any(isinstance(m, nn.Conv2d) for m in embeddings.modules())
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module below torch.compile and data-parallel training, in whichever order they were applied."""
     while True:
         if hasattr(model, "_orig_mod"):  # OptimizedModule, whose import takes a second

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from vitreg_hub.analysis.engine import Images, Options
-from vitreg_hub.analysis.measures import Model, analyze
+from vitreg_hub.analysis.measures import PHOTOS, Model, analyze
 from vitreg_hub.analysis.report_json import load_reports
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.any_vit import require_known
@@ -23,7 +23,7 @@ MAX_DEPTH = 3
 
 
 def analyze_all(
-    models: Sequence[Model], images: Images = "photos", **options: Unpack[Options]
+    models: Sequence[Model], images: Images = PHOTOS, **options: Unpack[Options]
 ) -> tuple[ArtifactReport, ...]:
     """Analyze several models on the same images: when, where and from which size on artifacts appear.
 
@@ -69,11 +69,11 @@ def expand(model: Model) -> Iterator[tuple[Model, int | None]]:
     configs = [path for depth in range(1, MAX_DEPTH + 1) for path in run.glob("*/" * depth + CONFIG_FILE)]
     found = {path.parent: STEP.search(path.parent.relative_to(run).as_posix()) for path in configs}
     steps = {folder: int(match[1]) for folder, match in found.items() if match}
-    if left_out := sorted(str(folder) for folder, match in found.items() if not match and steps):
-        logger.info("left out, for their names tell no step: %s", ", ".join(left_out))
     if not steps:
         raise DataError(
             f"{run} holds neither a model ({CONFIG_FILE}) nor checkpoints in folders with their step in the name "
             "(step_1000): give a model's folder, or a run's."
         )
+    if left_out := sorted(str(folder) for folder in found.keys() - steps.keys()):
+        logger.info("left out, for their names tell no step: %s", ", ".join(left_out))
     yield from sorted(steps.items(), key=lambda checkpoint: (checkpoint[1], str(checkpoint[0])))

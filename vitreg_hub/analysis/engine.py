@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitreg_hub.analysis.norms import NormMeter
-from vitreg_hub.analysis.results import ImageFacts, ModelFacts
+from vitreg_hub.analysis.results import BlockNorms, ImageFacts, ModelFacts
 from vitreg_hub.any_vit import open_vit
 from vitreg_hub.errors import DataError
 from vitreg_hub.image_source import Batch, open_images
@@ -126,9 +126,14 @@ class Study:
         return meter
 
     @cached_property
+    def blocks(self) -> tuple[BlockNorms, ...]:
+        """Norms after each block, and which of them are outliers."""
+        return self.norms.result()
+
+    @cached_property
     def cutoff(self) -> float:
         """Norm above which a patch token of the chosen block is an outlier; infinite where there are none."""
-        value = self.norms.result()[self.block].cutoff.value
+        value = self.blocks[self.block].cutoff.value
         return math.inf if value is None else value
 
     def measure(self, meters: Mapping[str, Meter]) -> dict[str, Any]:

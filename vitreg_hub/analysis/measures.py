@@ -1,5 +1,6 @@
 """One function per thing that the paper measures, and `analyze`, which measures all of them together."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
@@ -49,7 +50,7 @@ def patch_norms(model: Model, images: Images = PHOTOS, **options: Unpack[Options
     Raises:
         VitregError: The model or the images cannot be used; the message says why.
     """
-    return Study(model, images, **options).norms.result()
+    return Study(model, images, **options).blocks
 
 
 def outlier_places(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> OutlierPlaces:
@@ -135,7 +136,6 @@ def analyze(
         VitregError: The model or the images cannot be used; the message says why.
     """
     study = Study(model, images, **options)
-    blocks = study.norms.result()
     meters: dict[str, Meter] = {
         "places": PlaceMeter(),
         "redundancy": NeighborSimilarity(),
@@ -148,14 +148,14 @@ def analyze(
         model=study.model_facts(step=step),
         images=study.image_facts(),
         block=study.block,
-        blocks=blocks,
-        notes=tuple(_notes(study, blocks)),
+        blocks=study.blocks,
+        notes=tuple(_notes(study)),
         versions={name: version(name) for name in LIBRARIES},
         **study.measure(meters),
     )
 
 
-def _measured(model: Model, images: Images, options: Options, make: Any) -> Any:
+def _measured(model: Model, images: Images, options: Options, make: Callable[[Study], Meter]) -> Any:
     study = Study(model, images, **options)
     return study.measure({"it": make(study)})["it"]
 
@@ -171,8 +171,8 @@ def _example_meter(study: Study, number: int) -> ExampleMeter:
     return ExampleMeter(block=study.block, chosen=chosen)
 
 
-def _notes(study: Study, blocks: tuple[BlockNorms, ...]) -> list[str]:
-    notes = []
+def _notes(study: Study) -> list[str]:
+    blocks, notes = study.blocks, []
     if study.opened.untrained:
         notes.append("The weights are random: the network was not trained.")
     if study.source.name == PHOTOS:
