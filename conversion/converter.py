@@ -15,9 +15,9 @@ from vitreg_hub.conversion.reference import measure
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.conversion.source import Checkpoint, checksums, open_checkpoint
 from vitreg_hub.conversion.stream import write_safetensors
-from vitreg_hub.conversion.text_tower import TOWER_SUFFIX, TextTower
+from vitreg_hub.conversion.text_tower import TextTower
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE
+from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, TOWER_SUFFIX, WEIGHTS_FILE
 from vitreg_hub.model_cards.card import render
 
 

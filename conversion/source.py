@@ -19,14 +19,19 @@ from torch import Tensor
 from vitreg_hub.conversion.readers import PickleReader, Reader, SafetensorsReader, TensorInfo, require_whole_archive
 from vitreg_hub.conversion.torchscript import TorchScriptReader
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.hub_access import CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, download_checkpoint
-
-OPENCLIP_CONFIG = "open_clip_config.json"
+from vitreg_hub.hub_access import (
+    CONFIG_FILE,
+    HUB_PREFIX,
+    OPENCLIP_CONFIG,
+    OPENCLIP_WEIGHTS,
+    WEIGHTS_FILE,
+    download_checkpoint,
+)
 
 WEIGHT_NAMES = (
     WEIGHTS_FILE,
     "model.safetensors.index.json",
-    "open_clip_model.safetensors",
+    OPENCLIP_WEIGHTS,
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",

@@ -12,13 +12,10 @@ import torch
 from vitreg_hub.bundle_form import write_folder
 from vitreg_hub.conversion.formats import ARCHIVE_NUMBERS
 from vitreg_hub.conversion.plan import Plan
-from vitreg_hub.conversion.source import OPENCLIP_CONFIG, Checkpoint
+from vitreg_hub.conversion.source import Checkpoint
 from vitreg_hub.conversion.stream import write_safetensors
 from vitreg_hub.errors import ConversionError
-
-WEIGHTS = "open_clip_model.safetensors"
-TOWER_SUFFIX = "-open_clip"
-"""What the folder's name has after that of the bundle."""
+from vitreg_hub.hub_access import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +80,7 @@ class TextTower:
         def fill(staging: Path) -> None:
             (staging / OPENCLIP_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
             shapes = {name: self.checkpoint.infos[name].shape for name in self.names}
-            write_safetensors(staging / WEIGHTS, shapes, lambda name: self.checkpoint.read(name).contiguous())
+            write_safetensors(staging / OPENCLIP_WEIGHTS, shapes, lambda name: self.checkpoint.read(name).contiguous())
 
         return write_folder(folder, fill)
 

@@ -213,15 +213,23 @@ class ModelBundle:
         Raises:
             BundleError: The folder exists, or the weights are not those of the architecture.
         """
+        return write_folder(Path(folder), lambda staging: self.write_into(staging, card=card))
+
+    def write_into(self, folder: Path, *, card: str | None = None) -> None:
+        """Write the bundle's files into a folder that someone else makes appear complete or not at all.
+
+        Args:
+            folder: Exists.
+            card: Text of README.md.
+
+        Raises:
+            BundleError: The weights are not those of the architecture.
+        """
         self.require_consistent()
-
-        def fill(staging: Path) -> None:
-            (staging / CONFIG_FILE).write_text(config_text(self.config()))
-            save_file(dict(self.state_dict), staging / WEIGHTS_FILE, metadata={"format": "pt"})
-            if card is not None:
-                (staging / CARD_FILE).write_text(card)
-
-        return write_folder(Path(folder), fill)
+        (folder / CONFIG_FILE).write_text(config_text(self.config()))
+        save_file(dict(self.state_dict), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if card is not None:
+            (folder / CARD_FILE).write_text(card)
 
     def build(self, **timm_kwargs: Any) -> nn.Module:
         """Build the timm model, without initialising what the weights replace anyway.

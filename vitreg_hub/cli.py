@@ -1,9 +1,6 @@
 """Train, convert, check and publish Vision Transformers with registers."""
 
-import argparse
 import fnmatch
-import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -12,9 +9,8 @@ from typing import Any
 
 import timm
 import torch
-import transformers
 from accelerate import PartialState
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 
 from vitreg_hub import conversion, doors, hub
 from vitreg_hub.analysis.checkpoints import analyze_all
@@ -25,15 +21,20 @@ from vitreg_hub.bundle_form import read_config, require_absent
 from vitreg_hub.conversion.exporter import EXPORTS
 from vitreg_hub.conversion.formats import FORMATS
 from vitreg_hub.conversion.report import ConversionReport
-from vitreg_hub.conversion.text_tower import TOWER_SUFFIX
 from vitreg_hub.errors import VitregError
-from vitreg_hub.hub_access import CONFIG_FILE
+from vitreg_hub.hub_access import CONFIG_FILE, TOWER_SUFFIX
 from vitreg_hub.model_cards.artifacts import record
+from vitreg_hub.training import command as train_command
 from vitreg_hub.training import quickstart as quickstart_run
+
+TRAIN = "train"
 
 EXAMPLES = """examples:
   vitreg quickstart                          train a register ViT on real digits, bundle, verify, draw (about 2 minutes)
   vitreg list 'vit_*_reg4*'                  architectures with four registers
+  vitreg train supervised_digits --registers 0 --out plain   any recipe; run it again and it goes on where it stopped
+  vitreg train dinov2_vitl14 --help          its settings; `vitreg train --help` lists the recipes
+  vitreg train deit3_base --config mine.yaml --optim.lr 2e-3 --out runs/base --push org/name
   vitreg verify quickstart/model             open a bundle through timm and transformers, with and without vitreg_hub
   vitreg convert dinov2_vitl14_pretrain.pth vitl   a checkpoint of DINOv2, DINO, DeiT, OpenCLIP, transformers, timm
   vitreg convert hf-hub:org/name folder --registers 4 --verify
@@ -264,33 +265,28 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]
 }
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's help, with the examples as they are written."""
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    A user's mistake ends in one sentence on stderr and exit status 1; wrong arguments in usage and status 2.
+    A user's mistake ends in one sentence on stderr and exit status 1; wrong arguments in usage and status 2. What
+    `train` takes depends on the recipe, so it reads its own arguments.
     """
-    parser = ArgumentParser(prog="vitreg", description=__doc__, epilog=EXAMPLES, formatter_class=HelpFormatter)
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == [TRAIN]:
+        with train_command.console():
+            train_command.run_command(args[1:])
+        return
+    parser = ArgumentParser(
+        prog="vitreg", description=__doc__, epilog=EXAMPLES, formatter_class=train_command.HelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"vitreg_hub {version('vitreg_hub')}")
     subcommands = parser.add_subcommands(required=True, dest="command")
+    subcommands.add_subcommand(TRAIN, ArgumentParser(), help=train_command.SUMMARY)  # to be seen in the help
     for name, (function, arguments) in COMMANDS.items():
         command = ArgumentParser(description=function.__doc__)
         for argument, settings in arguments:
             command.add_argument(argument, **settings)
         subcommands.add_subcommand(name, command, help=function.__doc__)
     given = parser.parse_args(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("vitreg_hub").setLevel(logging.INFO)
-    transformers.logging.disable_progress_bar()
-    try:
+    with train_command.console():
         COMMANDS[given.command][0](**given[given.command].as_dict())
-        sys.stdout.flush()
-    except VitregError as error:
-        sys.exit(f"vitreg: {error}")
-    except BrokenPipeError:  # `vitreg list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit("vitreg: interrupted")

@@ -1,4 +1,4 @@
-"""Data sets that ship with the package's dependencies, as ordinary `datasets.Dataset`s."""
+"""Data sets that need no download, as ordinary `datasets.Dataset`s: of the package's dependencies, or drawn."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -9,11 +9,14 @@ from typing import Literal
 
 import datasets
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
+Split = Literal["train", "test"]
+
 HELD_OUT_EVERY = 5
-"""Every fifth digit is held out, so that each of the writers, who follow one another, is on both sides."""
+"""Every fifth image is held out, so that writers of digits, and pictures, which follow one another, are on both sides.
+"""
 
 PICTURES = {
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
@@ -27,8 +30,53 @@ PICTURES = {
 TILE = 128
 """Side of a tile in pixels: the smallest pictures, chelsea and coins, still give six."""
 
+SCENE = 64
+"""Side of a scene in pixels."""
 
-def digits(split: Literal["train", "test"]) -> datasets.Dataset:
+PER_CLASS = {"train": 84, "test": 10}
+"""Scenes of each class."""
+
+COLORS = {
+    "red": (220, 30, 35),
+    "orange": (245, 135, 20),
+    "yellow": (245, 225, 40),
+    "green": (35, 165, 55),
+    "cyan": (40, 205, 215),
+    "blue": (40, 70, 220),
+    "purple": (130, 40, 175),
+    "pink": (250, 125, 185),
+}
+"""RGB of the colours in scenes."""
+
+
+def _around(corners: int, *radii: float) -> np.ndarray:
+    """Corners at equal angles, as complex numbers; the radii take turns."""
+    return np.exp(2j * np.pi * np.arange(corners) / corners) * np.resize(radii, corners)
+
+
+SHAPES = {
+    "circle": _around(48, 1),
+    "square": _around(4, 1),
+    "triangle": _around(3, 1),
+    "star": _around(10, 1, 0.4),
+    "cross": np.concatenate([turn * np.array([1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j]) for turn in (1, 1j, -1, -1j)]),
+    "ring": np.concatenate([_around(48, 1), [1], [0.55], _around(48, 0.55)[::-1]]),
+}
+"""Outlines of the shapes in scenes: corners as complex numbers, at most 1 (cross: 1.04) from the middle."""
+
+CAPTIONS = (
+    "{a} {thing} {place}",
+    "{place}, {a} {thing}",
+    "there is {a} {thing} {place}",
+    "{a} {thing} among small grey shapes",
+    "a picture of {a} {thing}",
+    "a drawing with {a} {thing} {place}",
+    "{a} {thing}",
+)
+"""Sentences about a scene."""
+
+
+def digits(split: Split) -> datasets.Dataset:
     """scikit-learn's 1,797 handwritten digits: 8 x 8 pixels, 10 classes, from 43 writers.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
@@ -52,13 +100,16 @@ def digits(split: Literal["train", "test"]) -> datasets.Dataset:
     )
 
 
-def photos() -> datasets.Dataset:
+def photos(split: Split | None = None) -> datasets.Dataset:
     """238 tiles of 128 x 128 pixels, cut side by side from 15 pictures, mostly photographs; each picture is a class.
 
     The pictures are part of scikit-learn (china, flower: CC BY 2.0 by danielbuechele and vultilion) and of
     scikit-image (CC0 or without known restrictions, except for motorcycle_left, Middlebury stereo data set of 2014).
 
     Source: sklearn/datasets/images/README.txt, and the docstrings of `skimage.data`.
+
+    Args:
+        split: None is all tiles, "test" every fifth (47), "train" the other 191. Both show the same pictures.
 
     Returns:
         Columns `image` (RGB) and `label`, picture by picture, tiles row by row.
@@ -74,6 +125,10 @@ def photos() -> datasets.Dataset:
                 picture.crop((left, top, left + TILE, top + TILE)).save(tile, "BMP")
                 tiles.append({"bytes": tile.getvalue(), "path": None})
                 labels.append(label)
+    if split is not None:
+        rest = HELD_OUT_EVERY - 1
+        chosen = [i for i in range(len(tiles)) if (i % HELD_OUT_EVERY == rest) == (split == "test")]
+        tiles, labels = [tiles[i] for i in chosen], [labels[i] for i in chosen]
     names = [file.name.partition(".")[0] for file in pictures]
     return datasets.Dataset.from_dict(
         {"image": tiles, "label": labels},
@@ -81,7 +136,70 @@ def photos() -> datasets.Dataset:
     )
 
 
+def scenes(split: Split) -> datasets.Dataset:
+    """Drawn scenes of 64 x 64 pixels with captions: one object of 8 colours and 6 shapes before small grey shapes.
+
+    Place, size, rotation and background are random, the same in every call.
+
+    Args:
+        split: "train" is 84 scenes of each of the 48 classes (4,032), "test" 10 others of each (480).
+
+    Returns:
+        Columns `image` (RGB), `label` (such as "red circle"; the classes take turns) and `text`, a caption with the
+        class's name in it, and often size and place.
+    """
+    names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    rng = np.random.default_rng(list(PER_CLASS).index(split))
+    labels = list(range(len(names))) * PER_CLASS[split]
+    pictures, texts = zip(*(_scene(rng, *names[label].split()) for label in labels), strict=True)
+    return datasets.Dataset.from_dict(
+        {"image": pictures, "label": labels, "text": texts},
+        features=datasets.Features(
+            image=datasets.Image(), label=datasets.ClassLabel(names=names), text=datasets.Value("string")
+        ),
+    )
+
+
+def _scene(rng: np.random.Generator, color: str, shape: str) -> tuple[dict[str, bytes | None], str]:
+    """A picture, as a file, and its caption."""
+    fine = 2  # drawn larger, for smooth edges
+    tints = rng.integers(70, 190, (*rng.integers(2, 7, 2), 1)) + rng.integers(-15, 16, 3)
+    canvas = Image.fromarray(tints.astype(np.uint8)).resize((SCENE * fine, SCENE * fine), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(canvas)
+
+    def paint(outline: np.ndarray, center: complex, radius: float, rgb: np.ndarray) -> None:
+        corners = fine * (center + radius * np.exp(2j * np.pi * rng.random()) * outline)
+        draw.polygon(corners.view(float).tolist(), fill=tuple(rgb.tolist()))
+
+    outlines = list(SHAPES.values())
+    for _ in range(rng.integers(2, 5)):
+        x, y = rng.uniform(0, SCENE, 2)
+        paint(outlines[rng.integers(len(outlines))], x + 1j * y, rng.uniform(3, 5), np.repeat(rng.integers(40, 220), 3))
+    radius = rng.uniform(8, 20)
+    x, y = rng.uniform(radius, SCENE - radius, 2)
+    paint(SHAPES[shape], x + 1j * y, radius, np.clip(COLORS[color] + rng.integers(-12, 13, 3), 0, 255))
+
+    file = io.BytesIO()
+    canvas.reduce(fine).save(file, "BMP")
+    return {"bytes": file.getvalue(), "path": None}, _caption(rng, f"{color} {shape}", radius, x, y)
+
+
+def _caption(rng: np.random.Generator, name: str, radius: float, x: float, y: float) -> str:
+    column, row = (int(3 * at / SCENE) for at in (x, y))
+    across, down = ("left", "", "right")[column], ("top", "", "bottom")[row]
+    place = f"at the {down} {across}".strip() if down else f"on the {across}" if across else "in the middle"
+    size = "small" if radius < 12 else "large" if radius > 16 else ""
+    thing = f"{size} {name}".strip() if rng.random() < 0.5 else name
+    sentence = CAPTIONS[rng.integers(len(CAPTIONS))]
+    return sentence.format(a="an" if thing[0] in "aeiou" else "a", thing=thing, place=place)
+
+
 EMBEDDED: Mapping[str, Callable[[], datasets.Dataset]] = MappingProxyType(
-    {"photos": photos, "digits": partial(digits, "test")}
+    {"photos": photos, "digits": partial(digits, "test"), "scenes": partial(scenes, "test")}
 )
-"""Images that need no network, by name."""
+"""Images to look at that need no network, by name."""
+
+TRAINING_SETS: Mapping[str, Callable[[Split], datasets.Dataset]] = MappingProxyType(
+    {"digits": digits, "photos": photos, "scenes": scenes}
+)
+"""The same to train on and to hold out, by name."""

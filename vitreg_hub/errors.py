@@ -23,3 +23,11 @@ class DataError(VitregError):
 
 class HubError(VitregError):
     """A Hub that refused, or could not be reached."""
+
+
+class RecipeError(VitregError):
+    """A training setting that is wrong, or that contradicts another."""
+
+
+class TrainingError(VitregError):
+    """A run that cannot go on."""

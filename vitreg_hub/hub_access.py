@@ -12,6 +12,9 @@ from vitreg_hub.errors import HubError
 
 HUB_PREFIX = "hf-hub:"
 BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE) = ("config.json", "model.safetensors", "README.md")
+OPENCLIP_CONFIG, OPENCLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+TOWER_SUFFIX = "-open_clip"
+"""Ends the name of a folder with both towers of a CLIP model, beside its bundle."""
 
 
 def parse_repo(name: str) -> tuple[str, str | None]:

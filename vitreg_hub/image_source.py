@@ -31,6 +31,9 @@ FORMS = (
     "a datasets.Dataset or IterableDataset, PIL images, or a tensor [N, 3, H, W]"
 )
 
+ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
+"""``org/name[:split]``."""
+
 # What Pillow raises for a file that is no image or a broken one.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -174,9 +177,9 @@ class _Reader(torch.utils.data.Dataset):
         if isinstance(value, Tensor):
             return value
         try:
-            image = to_rgb(datasets.Image().decode_example(value))
+            image = read_rgb(value)
         except BROKEN as error:
-            path = value.get("path") if isinstance(value, dict) else getattr(value, "filename", None)
+            path = file_of(value)
             file = f" ({path})" if path else ""
             raise DataError(f"image {index} of {self.source.name}{file} cannot be read: {error}.") from error
         return self.transform(image)
@@ -184,6 +187,16 @@ class _Reader(torch.utils.data.Dataset):
 
 def _unchanged(batch: Batch | DataError) -> Batch | DataError:
     return batch
+
+
+def read_rgb(value: Any) -> Image.Image:
+    """The picture in a column of images that `datasets` does not decode, or an opened one; raises `BROKEN`."""
+    return to_rgb(datasets.Image().decode_example(value))
+
+
+def file_of(value: Any) -> str | None:
+    """File of such a picture, if it has one."""
+    return value.get("path") if isinstance(value, dict) else getattr(value, "filename", None)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -260,14 +273,14 @@ def _limited(source: ImageSource, max_images: int | None, seed: int) -> ImageSou
 def _of_data_set(data: datasets.Dataset | datasets.IterableDataset) -> ImageSource:
     """Find the columns, and leave decoding to the reader."""
     data = data.with_format(None)
-    features = data.features or _features_seen(next(iter(data), {}))
-    image = _column(features, "image", lambda feature: isinstance(feature, datasets.Image))
+    features = features_of(data)
+    image = find_column(features, ["image"], lambda feature: isinstance(feature, datasets.Image))
     if image is None:
         raise DataError(
             f"the data set needs one column of images, or one called 'image', but its columns are {dict(features)}."
         )
-    label = _column(features, "label", lambda feature: isinstance(feature, datasets.ClassLabel))
-    if label is None and _is_integer(features.get("label")):
+    label = find_column(features, ["label"], lambda feature: isinstance(feature, datasets.ClassLabel))
+    if label is None and is_integer(features.get("label")):
         label = "label"
     if data.features:
         data = data.select_columns([column for column in (image, label) if column])
@@ -283,19 +296,23 @@ def _of_data_set(data: datasets.Dataset | datasets.IterableDataset) -> ImageSour
     )
 
 
-def _column(features: Mapping[str, Any], usual: str, wanted: Callable[[Any], bool]) -> str | None:
-    """The only column of a kind, or of several the one with the usual name."""
+def find_column(features: Mapping[str, Any], usual: Sequence[str], wanted: Callable[[Any], bool]) -> str | None:
+    """The only column of a kind, or of several the first with a usual name."""
     columns = [column for column, feature in features.items() if wanted(feature)]
-    return columns[0] if len(columns) == 1 else usual if usual in columns else None
+    return columns[0] if len(columns) == 1 else next((name for name in usual if name in columns), None)
 
 
-def _is_integer(feature: Any) -> bool:
+def is_integer(feature: Any) -> bool:
+    """Whether a column holds whole numbers that are no class labels."""
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
 
 
-def _features_seen(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Features of a stream that does not tell them, from its first row."""
-    kinds = {Image.Image: datasets.Image(), int: datasets.Value("int64")}
+def features_of(data: datasets.Dataset | datasets.IterableDataset) -> Mapping[str, Any]:
+    """Columns and their kinds; of a stream that does not tell them, those in its first row that are known here."""
+    if data.features:
+        return data.features
+    row = next(iter(data), {})
+    kinds = {Image.Image: datasets.Image(), int: datasets.Value("int64"), str: datasets.Value("string")}
     return {column: kinds[kind] for column, value in row.items() for kind in kinds if isinstance(value, kind)}
 
 
@@ -304,18 +321,18 @@ def _by_name(name: str | Path) -> tuple[str, datasets.Dataset | datasets.Iterabl
     if name in EMBEDDED:
         return name, EMBEDDED[name]()
     if Path(name).is_dir():
-        return str(name), _folder(Path(name))
+        return str(name), image_folder(Path(name))
     if Path(name).exists():
         raise DataError(f"{name} is a file: give its folder, or the opened image in a list.")
-    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", str(name).removeprefix(HUB_PREFIX))
+    on_hub = ON_HUB.fullmatch(str(name).removeprefix(HUB_PREFIX))
     if on_hub and isinstance(name, str):
-        return _stream(*on_hub.groups())
+        return hub_stream(*on_hub.groups())
     near = difflib.get_close_matches(str(name), EMBEDDED, n=1)
     hint = f", did you mean {near[0]!r}" if near else ""
     raise DataError(f"there are no images {str(name)!r}{hint}: give {FORMS}.")
 
 
-def _folder(root: Path) -> datasets.Dataset:
+def image_folder(root: Path) -> datasets.Dataset:
     """All images below a folder, in the order of their names. Only the names are held, and no cache is written."""
     paths = []
     for parent, folders, files in os.walk(root, followlinks=True):
@@ -337,7 +354,10 @@ def _folder(root: Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=datasets.Features(features))
 
 
-def _stream(repo_id: str, split: str | None) -> tuple[str, datasets.IterableDataset]:
+def hub_stream(
+    repo_id: str, split: str | None, usual_splits: Sequence[str] = DEFAULT_SPLITS
+) -> tuple[str, datasets.IterableDataset]:
+    """The name of a data set on the Hub with its split, and its rows; without a split, the first usual one there is."""
     try:
         splits = datasets.load_dataset(repo_id, streaming=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -345,7 +365,7 @@ def _stream(repo_id: str, split: str | None) -> tuple[str, datasets.IterableData
         raise DataError(
             f"there is no folder {repo_id}, and the Hub does not give such a data set ({reason}): give {FORMS}."
         ) from error
-    split = split or next((usual for usual in DEFAULT_SPLITS if usual in splits), None)
+    split = split or next((usual for usual in usual_splits if usual in splits), None)
     if split not in splits:
         raise DataError(f"{repo_id} has the splits {', '.join(splits)}: name one, as {repo_id}:{next(iter(splits))}.")
     return f"{repo_id}:{split}", splits[split]

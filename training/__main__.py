@@ -1,0 +1,8 @@
+"""`accelerate launch -m vitreg_hub.training RECIPE ...` is `vitreg train` in many processes."""
+
+import sys
+
+from vitreg_hub.training.command import console, run_command
+
+with console():
+    run_command(sys.argv[1:])

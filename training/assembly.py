@@ -1,0 +1,204 @@
+"""From a recipe to the parts of a run: processes, data, network, task, optimiser."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from vitreg_hub.bundle import ModelBundle, Provenance
+from vitreg_hub.errors import RecipeError
+from vitreg_hub.image_source import ImageSource
+from vitreg_hub.training.augment import build_augment
+from vitreg_hub.training.backbone import build_backbone
+from vitreg_hub.training.data import TrainingData, as_image_source, open_held_out, open_training_data
+from vitreg_hub.training.loader import TrainLoader
+from vitreg_hub.training.parallel import blocks_of
+from vitreg_hub.training.recipe import Contrastive, DinoV2, Distill, Recipe, Supervised
+from vitreg_hub.training.task import Span, Task
+
+NEEDS = {Supervised: ("labels",), Contrastive: ("texts",)}
+"""What every image must have for a task."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a run is made of, before it is spread over devices.
+
+    Attributes:
+        data: What is trained on.
+        held_out: What is evaluated on, if anything.
+        reference: Training images without augmentation, among which evaluation seeks neighbours.
+        loader: Batches of `data`.
+        transform: What an image goes through in evaluation.
+        span: How long the run is.
+        task: The objective with its modules.
+        twin: Copy of what the task publishes, in evaluation mode, whole and on the CPU.
+        start: The bundle that the run starts from, if any.
+    """
+
+    data: TrainingData
+    held_out: ImageSource | None
+    reference: ImageSource | None
+    loader: TrainLoader
+    transform: Callable[[Image.Image], Tensor]
+    span: Span
+    task: Task
+    twin: nn.Module
+    start: ModelBundle | None
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Join the processes that the launcher started.
+
+    Raises:
+        RecipeError: The device cannot do what the recipe asks for.
+    """
+    has_device = torch.accelerator.is_available()
+    if recipe.scale.precision == "fp16" and not has_device:
+        raise RecipeError("scale.precision is fp16, which needs a GPU: take bf16 or no.")
+    AcceleratorState._reset_state()  # of an earlier run of this process, whose precision may have been another
+    return Accelerator(
+        cpu=not has_device,  # else several processes without a GPU would not know of each other
+        mixed_precision=recipe.scale.precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
+    """Open the data and build the network and the objective.
+
+    Args:
+        recipe: The run.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        RecipeError: Settings contradict each other, the data, or the number of processes.
+        DataError: There are no such images, or they lack what the task needs.
+        BundleError: The start or the teacher is no bundle.
+    """
+    data = open_training_data(recipe.data)
+    num_classes = _num_classes(data) if isinstance(recipe.task, Supervised) else 0
+    backbone, start = build_backbone(recipe.model, num_classes=num_classes, seed=recipe.seed)
+    config = resolve_model_data_config(backbone)
+    config["input_size"] = (3, *backbone.patch_embed.img_size)
+    augment = build_augment(
+        recipe.augment,
+        img_size=config["input_size"][1],
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+    )
+    loader = TrainLoader(
+        data=data,
+        transform=augment,
+        batch_size=recipe.batch_size,
+        rank=rank,
+        world_size=world_size,
+        accumulate=recipe.scale.accumulate,
+        seed=recipe.seed,
+        repeats=getattr(recipe.augment, "repeats", 1),
+        num_workers=recipe.data.num_workers,
+        max_corrupt=recipe.data.max_corrupt,
+        needs=NEEDS.get(type(recipe.task), ()),
+    )
+    epoch_steps = recipe.epoch_steps or loader.steps_per_epoch
+    span = Span(epoch_steps=epoch_steps, total_steps=max(round(recipe.epochs * epoch_steps), 1))
+    task = make_task(recipe, backbone, data=data, span=span)
+    twin = deepcopy(task.published).eval().requires_grad_(False)
+    if recipe.scale.checkpointing:
+        backbone.set_grad_checkpointing()
+    if recipe.scale.compile:
+        for module in (task.network, *task.frozen.values()):
+            for block in blocks_of(module):
+                block.compile()
+    return Parts(
+        data=data,
+        held_out=open_held_out(recipe.data, data),
+        reference=as_image_source(data) if data.has_labels else None,
+        loader=loader,
+        transform=create_transform(**config),
+        span=span,
+        task=task,
+        twin=twin,
+        start=start,
+    )
+
+
+def make_task(recipe: Recipe, backbone: VisionTransformer, *, data: TrainingData, span: Span) -> Task:
+    """Build the objective of a recipe. open_clip is imported for the contrastive one only."""
+    settings = recipe.task
+    with torch.random.fork_rng(devices=[]):  # heads are drawn
+        torch.default_generator.manual_seed(recipe.seed)
+        match settings:
+            case Supervised():
+                from vitreg_hub.training.tasks.supervised import SupervisedTask
+
+                return SupervisedTask(settings=settings, backbone=backbone, seed=recipe.seed)
+            case DinoV2():
+                from vitreg_hub.training.tasks.dinov2 import DinoV2Task
+
+                return DinoV2Task(
+                    settings=settings, backbone=backbone, span=span, batch_size=recipe.batch_size, seed=recipe.seed
+                )
+            case Contrastive():
+                from vitreg_hub.training.tasks.contrastive import ContrastiveTask
+
+                return ContrastiveTask(settings=settings, backbone=backbone, label_names=data.label_names)
+            case Distill():
+                from vitreg_hub.training.tasks.distill import DistillTask
+
+                return DistillTask(settings=settings, backbone=backbone)
+
+
+def _num_classes(data: TrainingData) -> int:
+    """
+    Raises:
+        RecipeError: It is not known.
+    """
+    if data.num_classes is None:
+        raise RecipeError(
+            f"{data.name} does not tell how many classes it has: take a column of class labels (data.label_column), or "
+            "class folders."
+        )
+    return data.num_classes
+
+
+def vit_of(published: nn.Module) -> VisionTransformer:
+    """The ViT in what a task publishes."""
+    return getattr(published, "backbone", published)
+
+
+def make_bundle(recipe: Recipe, parts: Parts, *, step: int, metrics: dict[str, float]) -> ModelBundle:
+    """Bundle the twin, with how it came about.
+
+    Args:
+        recipe: The run.
+        parts: Its twin holds the weights of `step`.
+        step: Steps that are done.
+        metrics: What was measured of these weights.
+    """
+    start = parts.start
+    how = (
+        "trained from scratch" if start is None else f"trained on from {recipe.model.start} ({start.provenance.origin})"
+    )
+    settings = asdict(recipe) | {"step": step, "total_steps": parts.span.total_steps}
+    provenance = Provenance(
+        origin=f"{how} on {parts.data.name} with vitreg_hub's recipe {recipe.name}, {step} steps",
+        license=recipe.license or (start.provenance.license if start else None),
+        dataset=parts.data.name,
+        metrics=metrics,
+        settings=settings,
+        versions={name: version(name) for name in ("vitreg_hub", "torch", "timm", "accelerate", "datasets")},
+    )
+    vit = vit_of(parts.twin)
+    labels = parts.data.label_names if vit.num_classes else None
+    return ModelBundle.from_timm(vit, arch=recipe.model.arch, provenance=provenance, label_names=labels)

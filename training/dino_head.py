@@ -1,0 +1,71 @@
+"""The head of DINO and iBOT: what a token says about each of K prototypes."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DinoHead(nn.Module):
+    """An MLP to a bottleneck of unit length, and its products with prototypes of length `weight_g`.
+
+    The MLP's batch norm, which upstream offers and no published run uses, is left out. Names of parameters are
+    upstream's, so that official heads load strictly.
+
+    Source: dinov2/layers/dino_head.py (Apache-2.0); DINO, arXiv 2104.14294, appendix C.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        bias: bool = True,
+    ) -> None:
+        """Draw the weights.
+
+        Args:
+            in_dim: Width of the tokens.
+            out_dim: Number of prototypes.
+            hidden_dim: Width of the MLP's hidden layers.
+            bottleneck_dim: Width of what is compared with the prototypes.
+            num_layers: Linear layers of the MLP, at least 1.
+            bias: Whether the MLP has biases; the last layer never has.
+        """
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        linears = [nn.Linear(*pair, bias=bias) for pair in pairwise(widths)]
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if bias:
+                nn.init.zeros_(linear.bias)
+        layers = [layer for linear in linears for layer in (linear, nn.GELU())][:-1]
+        self.mlp = nn.Sequential(*layers) if num_layers > 1 else linears[0]
+        self.last_layer = _Prototypes(bottleneck_dim, out_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [..., K] of tokens [..., D]."""
+        return self.last_layer(F.normalize(self.mlp(tokens).float(), dim=-1, eps=1e-12))
+
+
+class _Prototypes(nn.Module):
+    """A linear layer with weight norm whose parameters are plain.
+
+    torch's parametrisation would compute the same, but renames the parameters and replaces the module's class, which
+    sharding and copying then have to know of.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Linear(in_dim, out_dim, bias=False).weight  # with the start of an ordinary linear layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In float32 also where sharding hands out bfloat16 parameters; the large product then runs in theirs.
+        weight = F.normalize(self.weight_v.float(), dim=1) * self.weight_g.float()
+        dtype = self.weight_v.dtype
+        return F.linear(x.to(dtype), weight.to(dtype))

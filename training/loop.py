@@ -1,0 +1,259 @@
+"""The one loop of all tasks: steps, and what is written down, measured, saved and published between them."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import write_folder
+from vitreg_hub.errors import BundleError, HubError, TrainingError
+from vitreg_hub.training import run_state
+from vitreg_hub.training.assembly import make_accelerator
+from vitreg_hub.training.logbook import Logbook
+from vitreg_hub.training.publisher import Publisher
+from vitreg_hub.training.recipe import Recipe, to_dict
+from vitreg_hub.training.recipe_files import RECIPE_FILE, require_same_recipe, write_recipe
+from vitreg_hub.training.throughput import Throughput
+from vitreg_hub.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+MODEL, FIRST_BATCH = "model", "first_batch.png"
+DRY_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """Where a run got to.
+
+    Attributes:
+        folder: The run's folder.
+        step: Steps that are done.
+        total_steps: Steps of the whole run.
+        metrics: The last evaluation.
+        model: Folder of the bundle; None if the run is not finished.
+        commit: Address of the last commit, if it was published.
+    """
+
+    folder: Path
+    step: int
+    total_steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    model: Path | None = None
+    commit: str | None = None
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: str = "auto",
+    push: str | None = None,
+    push_every: Literal["end", "save"] = "end",
+) -> TrainResult:
+    """Train what a recipe says, or go on where an earlier process stopped.
+
+    Everything random follows from the seed, the step and the place in the global batch, so a run that was killed ends
+    with the weights of one that was not. On SIGTERM a checkpoint is written and the function returns.
+
+    Args:
+        recipe: The run.
+        out: Its folder: `recipe.yaml`, `metrics.jsonl`, `first_batch.png`, `checkpoints`, and at the end `model`.
+        resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" wants a new folder; else a
+            checkpoint's folder.
+        push: ``org/name`` that bundles are published under, in the background.
+        push_every: Whether every checkpoint is published, or the last weights only.
+
+    Raises:
+        RecipeError: Settings contradict each other, the data, the processes, or the run in `out`.
+        DataError: The images cannot be used.
+        TrainingError: The loss is no number any more; the last checkpoint stays.
+        BundleError: `out` cannot be written to; what is complete in it stays.
+        HubError: Nothing could be published; `out` is complete.
+    """
+    out = Path(out)
+    accelerator = make_accelerator(recipe)
+    checkpoint = _checkpoint_to_resume(out, recipe, resume)
+    accelerator.wait_for_everyone()  # nothing is written before all processes have looked
+    if (out / MODEL).exists():
+        return _finished(out)
+    publisher = Publisher(push) if push and accelerator.is_main_process else None  # fails now if there is no token
+    with torch.random.fork_rng():
+        trainer = Trainer(recipe, accelerator)
+        if checkpoint is not None:
+            trainer.restore(run_state.load_checkpoint(checkpoint), called=checkpoint)
+        if accelerator.is_main_process:
+            write_recipe(recipe, out)
+            run_state.clear_leftovers(out)
+        with _stop_signal() as stop:
+            _loop(trainer, out, stop, publisher if push_every == "save" else None)
+        return _finish(trainer, out, publisher)
+
+
+def _loop(trainer: Trainer, out: Path, stop: threading.Event, publisher: Publisher | None) -> None:
+    """Go on to the last step, or until `stop` is set in one of the processes."""
+    recipe, watch, total = trainer.recipe, trainer.recipe.watch, trainer.parts.span.total_steps
+    logbook = Logbook(
+        folder=out,
+        accelerator=trainer.accelerator,
+        total_steps=total,
+        start_step=trainer.step,
+        batch_size=recipe.batch_size,
+        name=recipe.name,
+        trackers=watch.trackers,
+        config=to_dict(recipe),
+    )
+    with logbook:
+        if trainer.step == 0:
+            logbook.note(0, trainer.evaluate())
+        elif trainer.evaluated == trainer.step:  # a resumed run drops the lines of its first step
+            logbook.note(trainer.step, trainer.metrics)
+        for step, batches in trainer.steps(logbook.throughput):
+            if step == 0 and trainer.accelerator.is_main_process:
+                trainer.draw(batches[0], out / FIRST_BATCH)
+            metrics, stopped = trainer.do_step(step, batches, logbook.throughput, stop, out)
+            logbook.step_done()
+            done = trainer.step == total
+            if done or trainer.step % watch.log_every == 0:
+                logbook.log(step, metrics)
+            with logbook.throughput.paused():
+                if done or (watch.eval_every and trainer.step % watch.eval_every == 0):
+                    logbook.note(trainer.step, trainer.evaluate())
+                if done or stopped or (watch.save_every and trainer.step % watch.save_every == 0):
+                    folder = trainer.save(out)
+                    if publisher and not done:
+                        publisher.submit(folder)
+            if stopped:
+                break
+
+
+def _finish(trainer: Trainer, out: Path, publisher: Publisher | None) -> TrainResult:
+    """Write the model, if the run is done, and wait for what is being published."""
+    total, commits = trainer.parts.span.total_steps, ()
+    done = trainer.step == total
+    if done:
+        trainer.refresh_twin()  # a run that was killed after its last step has not done so
+        if trainer.accelerator.is_main_process:
+            trainer.parts.task.write_beside(trainer.parts.twin, trainer.bundle(), out / MODEL)
+            write_folder(out / MODEL, trainer.write_model)
+            if publisher:
+                publisher.submit(out / MODEL)
+    if publisher:
+        commits = publisher.close()
+        if done and not commits:
+            raise HubError(f"nothing could be published ({publisher.error}): {out} is complete, push it by hand.")
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(
+        folder=out,
+        step=trainer.step,
+        total_steps=total,
+        metrics=trainer.metrics,
+        model=out / MODEL if done else None,
+        commit=commits[-1] if commits else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """What a run will take, from its first steps.
+
+    Attributes:
+        steps: Steps of the whole run.
+        images_per_second: Of the last step that was tried, over all processes.
+        eta_seconds: Of the whole run, without evaluations.
+        memory_gib: Of the device, or without one of this process.
+        parameters: Numbers that are trained, of this process's share.
+    """
+
+    steps: int
+    images_per_second: float
+    eta_seconds: float
+    memory_gib: float
+    parameters: int
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Try the first steps of a run, and write nothing.
+
+    Raises:
+        VitregError: As `train`.
+    """
+    with torch.random.fork_rng():
+        trainer = Trainer(recipe, make_accelerator(recipe))
+        total, batch_size = trainer.parts.span.total_steps, recipe.batch_size
+        throughput = Throughput(
+            batch_size=batch_size,
+            total_steps=total,
+            device=trainer.accelerator.device,
+            precision=trainer.accelerator.mixed_precision,
+        )
+        for step, batches in islice(trainer.steps(throughput), DRY_STEPS):
+            trainer.do_step(step, batches, throughput, threading.Event(), Path())
+            throughput.step_done()
+        measured = throughput.read()
+    return DryRun(
+        steps=total,
+        images_per_second=measured["images_per_second"],
+        eta_seconds=measured["eta_seconds"] / max(total - DRY_STEPS, 1) * total,
+        memory_gib=measured["memory_gib"],
+        parameters=sum(p.numel() for p in trainer.parts.task.network.parameters() if p.requires_grad),
+    )
+
+
+def _finished(out: Path) -> TrainResult:
+    """What a run came to that was finished before."""
+    logger.info("the run in %s is finished", out)
+    told = ModelBundle.load(out / MODEL).provenance
+    metrics = {f"eval/{name}": value for name, value in told.metrics.items()}
+    step, total = told.settings["step"], told.settings["total_steps"]
+    return TrainResult(folder=out, step=step, total_steps=total, metrics=metrics, model=out / MODEL)
+
+
+def _checkpoint_to_resume(out: Path, recipe: Recipe, resume: str) -> Path | None:
+    """The checkpoint that a run goes on from, after a look at whose it is.
+
+    Raises:
+        RecipeError: The folder holds a run of another recipe.
+        BundleError: The folder holds something else, or is to be new and is not.
+        TrainingError: There is no such checkpoint.
+    """
+    if resume not in ("auto", "never"):
+        if not (Path(resume) / run_state.STATE).is_dir():
+            raise TrainingError(f"--resume {resume}: that is no checkpoint; give a run's checkpoints/step_... folder.")
+        run = Path(resume).absolute().parents[1]
+        if (run / RECIPE_FILE).is_file():
+            require_same_recipe(recipe, run)
+        return Path(resume)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if resume == "never" or not (out / RECIPE_FILE).is_file():
+        raise BundleError(
+            f"{out} exists and "
+            + ("is not to be resumed" if resume == "never" else "holds no run")
+            + ": choose another folder."
+        )
+    require_same_recipe(recipe, out)
+    found = run_state.checkpoints(out)
+    return found[-1] if found else None
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, for as long as the context lasts; signals reach main threads only."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,128 @@
+"""One network in several processes: DDP through accelerate, FSDP2 through torch, and states that know of neither.
+
+accelerate's own FSDP2 takes one module and no CPU; a task has a second, frozen one that is spread in the same way.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+BLOCK = re.compile(r"(.*\.)?(blocks|resblocks)\.\d+")
+"""Names of the modules that are spread, gathered and compiled one by one, in timm and in open_clip."""
+
+
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the transformer blocks of all towers."""
+    return (child for name, child in module.named_modules() if BLOCK.fullmatch(name))
+
+
+def shard(module: nn.Module, accelerator: Accelerator) -> None:
+    """Spread a module's parameters over all processes, block by block, in place."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in blocks_of(module):
+        fully_shard(block, mesh=mesh)
+    # without gradients no backward pass would ever take the root's parameters apart again
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def wrap(module: nn.Module, accelerator: Accelerator, *, fsdp2: bool, trained: bool = True) -> nn.Module:
+    """Put a module on the device and prepare it for the processes there are; its forward pass runs under autocast."""
+    module.to(accelerator.device)
+    if next(module.parameters(), None) is None:  # buffers alone, whose owners keep them equal
+        return module
+    if fsdp2:
+        shard(module, accelerator)
+    return accelerator.prepare_model(module, evaluation_mode=fsdp2 or not trained)  # evaluation mode means no DDP
+
+
+@contextmanager
+def gradients_synced(network: nn.Module, accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
+    """Exchange gradients between processes in the backward pass, or leave it to a later part of the step."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(wanted)
+        yield
+        return
+    with nullcontext() if wanted else accelerator.no_sync(network):
+        yield
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor as if there were one process; all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's weights as if there were one process, without gradients; all processes must ask for it."""
+    return {name: full(tensor.detach()) for name, tensor in module.state_dict().items()}
+
+
+@torch.no_grad()
+def write_full(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into one that may be spread."""
+    value = value.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        # every process holds the value already, so none has to send it
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Write whole weights into a module whose own may be spread; names must be the same."""
+    own = module.state_dict()
+    if own.keys() != state.keys():
+        raise KeyError(f"weights of other names: {sorted(own.keys() ^ state.keys())[:3]}")
+    for name, tensor in own.items():
+        write_full(tensor, state[name])
+
+
+def full_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """An optimiser's tensors as if there were one process, as ``name/key``.
+
+    Args:
+        optimizer: After any number of steps.
+        names: Of the parameters.
+    """
+    return {
+        f"{names[parameter]}/{key}": full(value) if isinstance(value, Tensor) else torch.tensor(value)
+        for parameter, entry in optimizer.state.items()
+        for key, value in entry.items()
+    }
+
+
+def load_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], state: Mapping[str, Tensor]) -> None:
+    """Set an optimiser's state to what `full_optimizer_state` gave."""
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, field = key.rpartition("/")
+        entries.setdefault(name, {})[field] = value
+    for parameter, name in names.items():
+        for field, value in entries.get(name, {}).items():
+            if value.shape == parameter.shape:
+                like = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+                write_full(like, value)
+                value = like
+            optimizer.state[parameter][field] = value
+
+
+@torch.no_grad()
+def average_into(target: nn.Module, source: nn.Module, momentum: float) -> None:
+    """``target = momentum * target + (1 - momentum) * source`` for all parameters; equal ones stay as they are.
+
+    The parameters of `source` must contain those of `target`, spread alike.
+    """
+    sources = dict(source.named_parameters())
+    pairs = [(local(parameter), local(sources[name])) for name, parameter in target.named_parameters()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)

@@ -1,0 +1,72 @@
+"""What changes over a run: learning rate, weight decay, momentum of the teacher, temperature. One number per step."""
+
+import math
+from dataclasses import dataclass
+
+from vitreg_hub.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CosineSchedule:
+    """Zeros, a linear warm-up, then half a cosine: one after the other.
+
+    The warm-up takes in both ends: its last step has `base`, and so has the first one after it. The cosine stays short
+    of `final`, which all steps from `total` on have.
+
+    Attributes:
+        base: Value after the warm-up.
+        final: Value of the steps from `total` on.
+        total: Steps of all three parts.
+        warmup: Steps of the warm-up.
+        warmup_start: Value of its first step.
+        freeze: Steps of 0 before everything else, which is put off by them.
+        zero_until: Steps before this one have 0, and nothing is put off: the rate of DINO's last layers.
+
+    Source: dinov2/utils/utils.py CosineScheduler, dinov2/train/train.py build_schedulers (Apache-2.0).
+    """
+
+    base: float
+    final: float
+    total: int
+    warmup: int = 0
+    warmup_start: float = 0.0
+    freeze: int = 0
+    zero_until: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit.
+
+        Raises:
+            RecipeError: Warm-up and freezing are longer than the schedule.
+        """
+        if self.freeze + self.warmup > self.total:
+            raise RecipeError(
+                f"a schedule of {self.total} steps cannot begin with {self.freeze + self.warmup} steps of freezing and "
+                "warm-up: train longer or warm up for a shorter time."
+            )
+
+    def __call__(self, step: int) -> float:
+        """Value of the step, the first one being 0."""
+        if step >= self.total:
+            return self.final
+        if step < max(self.freeze, self.zero_until):
+            return 0.0
+        step -= self.freeze
+        if step < self.warmup:
+            return self._warming(step)
+        done = (step - self.warmup) / (self.total - self.freeze - self.warmup)
+        return self.final + 0.5 * (self.base - self.final) * (1 + math.cos(math.pi * done))
+
+    def _warming(self, step: int) -> float:
+        if step == 0:
+            return self.warmup_start
+        last = self.warmup - 1
+        return self.base if step == last else self.warmup_start + step * ((self.base - self.warmup_start) / last)
+
+
+def linear_then_constant(value: float, *, warmup: int, start: float) -> CosineSchedule:
+    """From `start` to `value` in `warmup` steps, both ends taken in, and `value` ever after: the teacher's temperature.
+
+    Source: dinov2/train/train.py build_schedulers (Apache-2.0).
+    """
+    return CosineSchedule(base=value, final=value, total=warmup, warmup=warmup, warmup_start=start)

@@ -1,0 +1,104 @@
+"""What the loop knows of an objective: a task turns batches into losses."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from vitreg_hub.bundle import ModelBundle
+
+Scorer = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+"""Takes images [B, 3, H, W] and labels [B] (-1: unknown) and gives a score of every image [B] by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One process's part of a step's images, b of B.
+
+    Attributes:
+        step: Number of the step, from 0.
+        positions: Places of the images in the global batch [b].
+        names: What the images are called, for messages.
+        crops: Views of the images, each [b, 3, H, W]; one, or of multi-crop two global ones and the local ones.
+        labels: Classes [b], if there are any.
+        texts: Captions, if there are any.
+        corrupt: Names of the images that could not be read and were replaced.
+    """
+
+    step: int
+    positions: Tensor
+    names: tuple[str, ...]
+    crops: tuple[Tensor, ...]
+    labels: Tensor | None = None
+    texts: tuple[str, ...] | None = None
+    corrupt: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """Losses of one part of a step.
+
+    Attributes:
+        loss: What is minimised, a mean over this process's images; the mean over processes is the global batch's.
+        metrics: Terms of the loss and other numbers, without gradients, by name.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """How long a run is.
+
+    Attributes:
+        epoch_steps: Steps of one epoch.
+        total_steps: Steps of the run.
+    """
+
+    epoch_steps: int
+    total_steps: int
+
+    def steps(self, epochs: float) -> int:
+        """Steps of so many epochs."""
+        return round(epochs * self.epoch_steps)
+
+
+class Task(Protocol):
+    """An objective with its modules.
+
+    Attributes:
+        network: What is trained. Its `forward` takes whatever `training_step` gives it and makes everything that
+            gradients flow through; a child called `backbone` is the ViT, all others count as heads.
+        frozen: Modules that are not trained by gradients but belong to the state (teacher, averaged weights), by name.
+            Each has the same children as `network`, where it has any.
+        hold: Steps at the start in which parameters keep their values, by kind: "backbone", or "last_layer" of heads.
+    """
+
+    network: nn.Module
+    frozen: Mapping[str, nn.Module]
+    hold: Mapping[str, int]
+
+    def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
+        """Losses of one batch. `network` is `self.network`, wrapped for several processes."""
+
+    def after_step(self, step: int) -> None:
+        """What follows the optimiser's step `step` (from 0): averaged weights, clamps."""
+
+    @property
+    def published(self) -> nn.Module:
+        """What is evaluated and exported, part of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
+
+    def write_beside(self, model: nn.Module, bundle: ModelBundle, folder: Path) -> None:
+        """Write what belongs to the model but has no place in its bundle, beside that.
+
+        Args:
+            model: A copy of `published`, whole.
+            bundle: Of its ViT.
+            folder: Where the bundle will be; it does not exist yet.
+        """
+
+    def scorer(self, model: nn.Module) -> Scorer:
+        """Scores of held-out images by a copy of `published`, on one device and in evaluation mode."""

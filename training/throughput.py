@@ -1,0 +1,156 @@
+"""How fast a run is, where its time goes, and when it will be done, without waiting for the device at every step."""
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+PEAKS: dict[str, tuple[float, float | None]] = {
+    "H100 PCIe": (756e12, 51.2e12),
+    "H100 NVL": (835e12, None),
+    "H100": (989.4e12, 66.9e12),
+    "H200 NVL": (835e12, None),
+    "H200": (989.4e12, 66.9e12),
+    "B200": (2250e12, None),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, None),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165.2e12, 82.6e12),
+}
+"""Dense floating-point operations per second in bfloat16 or float16, and in float32 without TF32, by a part of the
+card's name, special ones first. Makers' data sheets double the former for sparse matrices. Source: torchtitan,
+tools/utils.py, and Lightning, fabric/utilities/throughput.py, which cite the data sheets; of the RTX 4090, NVIDIA Ada
+GPU architecture, appendix A."""
+OTHER_CARDS = re.compile(r"\b(MIG|Laptop|D)\b")
+"""Parts and slower variants of cards under the same names."""
+
+SMOOTHING = 0.3
+"""Weight of the newest step time in the one that the remaining time is reckoned with."""
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """Most floating-point operations per second of a card; None where they are not known.
+
+    Args:
+        name: As `torch.cuda.get_device_name` tells it.
+        precision: accelerate's `mixed_precision`: "no", "bf16" or "fp16".
+    """
+    known = next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    if known is None or OTHER_CARDS.search(name):
+        return None
+    if precision in ("bf16", "fp16"):
+        return known[0]
+    return known[1] if precision == "no" and torch.get_float32_matmul_precision() == "highest" else None
+
+
+class Throughput:
+    """Measures between one reading and the next.
+
+    The device is not waited for at every step. Times are right all the same where whoever reads has just waited for
+    it, as reading a loss does. The first step is left out: it compiles, tunes and fills caches.
+
+    Args:
+        batch_size: Images of one step, over all processes.
+        total_steps: Steps of the run.
+        start_step: Step with which it starts, after a resumption.
+        device: Where this process trains.
+        precision: accelerate's `mixed_precision`.
+        peak: Floating-point operations per second that the device can do at most; None: looked up by its name.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        total_steps: int,
+        start_step: int = 0,
+        device: torch.device,
+        precision: str = "no",
+        peak: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if peak is None and device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(device), precision)
+        self._batch_size, self._left = batch_size, total_steps - start_step
+        self._device, self._peak, self._clock = device, peak, clock
+        self._flops = 0
+        self._step_seconds: float | None = None
+        self._since: float | None = None  # until the first step is done
+        self._steps, self._waited = 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        begin = self._clock()
+        yield
+        self._waited += self._clock() - begin
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around the forward and backward passes of every part of a step.
+
+        The operations of the run's first step are counted, if the device's peak is known, and nothing is done in
+        later ones. What is compiled runs as it was written in that step, for compiled code cannot be counted. Passes
+        that checkpointing makes again count as well.
+        """
+        if self._peak is None or self._since is not None:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self._flops += counter.get_total_flops()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of a step: evaluations and checkpoints."""
+        begin = self._clock()
+        yield
+        if self._since is not None:
+            self._since += self._clock() - begin
+
+    def step_done(self) -> None:
+        """After every step."""
+        self._left -= 1
+        if self._since is None:
+            self._restart()
+        else:
+            self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """What was measured since the last reading; the first step gives memory only.
+
+        Returns:
+            `images_per_second`; `data_wait`, share of the time in [0, 1]; `eta_seconds` of the steps that remain,
+            without evaluations; `memory_gib`, the most that was in use so far (of the GPU, by tensors; else of the
+            process, resident); and on a known GPU `mfu`, share of its peak in [0, 1].
+        """
+        measures = {"memory_gib": self._memory() / 2**30}
+        if self._since is None or not self._steps:
+            return measures
+        seconds = max(self._clock() - self._since, 1e-9)
+        step_seconds = seconds / self._steps
+        old = step_seconds if self._step_seconds is None else self._step_seconds
+        self._step_seconds = old + SMOOTHING * (step_seconds - old)
+        measures["images_per_second"] = self._batch_size / step_seconds
+        measures["data_wait"] = self._waited / seconds
+        measures["eta_seconds"] = self._left * self._step_seconds
+        if self._flops and self._peak:
+            measures["mfu"] = self._flops / step_seconds / self._peak
+        self._restart()
+        return measures
+
+    def _restart(self) -> None:
+        self._since, self._steps, self._waited = self._clock(), 0, 0.0
+
+    def _memory(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

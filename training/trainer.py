@@ -1,0 +1,224 @@
+"""A run in one process: its parts on their device, one step after the other, measured and saved."""
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.errors import TrainingError
+from vitreg_hub.model_cards.card import render
+from vitreg_hub.training import run_state
+from vitreg_hub.training.assembly import Parts, assemble, make_bundle, vit_of
+from vitreg_hub.training.collectives import all_reduce_sum
+from vitreg_hub.training.first_batch import draw_first_batch
+from vitreg_hub.training.optimizer import Rates, build_optimizer, clip_gradients
+from vitreg_hub.training.parallel import (
+    full_optimizer_state,
+    full_state,
+    gradients_synced,
+    load_full_state,
+    load_optimizer_state,
+    wrap,
+)
+from vitreg_hub.training.randomness import seed_of
+from vitreg_hub.training.recipe import Recipe
+from vitreg_hub.training.task import Batch
+from vitreg_hub.training.throughput import Throughput
+from vitreg_hub.training.watch import evaluate
+
+
+class Trainer:
+    """The parts of a run on their device, and the steps that are done. All processes call everything in the same order.
+
+    Attributes:
+        step: Steps that are done.
+        metrics: The last evaluation.
+        evaluated: Steps that were done when it was made.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        """Build all parts and put them on the device.
+
+        Raises:
+            VitregError: As `assemble`.
+        """
+        self.recipe, self.accelerator = recipe, accelerator
+        self.parts: Parts = assemble(recipe, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        task, fsdp2 = self.parts.task, recipe.scale.sharding == "fsdp2"
+        self.network = wrap(task.network, accelerator, fsdp2=fsdp2)
+        for module in task.frozen.values():
+            wrap(module, accelerator, fsdp2=fsdp2, trained=False)
+        optimizer = build_optimizer(task.network, recipe.optim, depth=len(vit_of(self.parts.twin).blocks))
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.rates = Rates.of(recipe.optim, self.parts.span, batch_size=recipe.batch_size, hold=task.hold)
+        self.names = {parameter: name for name, parameter in task.network.named_parameters()}
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.evaluated = -1
+
+    def steps(self, throughput: Throughput) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield each step that is left with the batches of its parts."""
+        first, total = self.step, self.parts.span.total_steps
+        batches = iter(self.parts.loader.batches(first, total))
+        for step in range(first, total):
+            with throughput.waiting():
+                parts = list(islice(batches, self.recipe.scale.accumulate))
+            yield step, parts
+
+    def do_step(
+        self, step: int, batches: list[Batch], throughput: Throughput, stop: threading.Event, out: Path
+    ) -> tuple[dict[str, float], bool]:
+        """Forward, backward, update.
+
+        Args:
+            step: Number of the step.
+            batches: Its parts of this process.
+            throughput: Counts operations.
+            stop: Whether this process was asked to stop.
+            out: The run's folder, for messages.
+
+        Returns:
+            The global batch's metrics, and whether any process was asked to stop.
+
+        Raises:
+            TrainingError: The loss is no number.
+        """
+        recipe, task, accelerator = self.recipe, self.parts.task, self.accelerator
+        self.rates.apply(self.optimizer, step)
+        terms: list[dict[str, Tensor]] = []
+        for part, batch in enumerate(batches):
+            # what the network draws depends on nothing that came before
+            torch.manual_seed(seed_of(recipe.seed, step, part, accelerator.process_index))
+            last = part == len(batches) - 1
+            with throughput.counting(), gradients_synced(self.network, accelerator, wanted=last):
+                with accelerator.autocast():  # of teachers too, which are not wrapped
+                    output = task.training_step(self.network, on_device(batch, accelerator.device))
+                accelerator.backward(output.loss / len(batches))
+            terms.append({"loss": output.loss.detach(), **output.metrics})
+        names = list(terms[0])
+        sums = [torch.stack([term[name].float() for term in terms]).mean() for name in names]
+        sums.append(torch.tensor(float(stop.is_set()), device=accelerator.device))
+        *means, stops = (all_reduce_sum(torch.stack(sums)) / accelerator.num_processes).tolist()
+        metrics = dict(zip(names, means, strict=True))
+        if not math.isfinite(metrics["loss"]):
+            self._refuse(step, batches, metrics["loss"], out)
+        accelerator.unscale_gradients(self.optimizer)
+        norm = clip_gradients(task.network, recipe.optim)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            task.after_step(step)
+        self.step = step + 1
+        metrics |= {"lr": self.rates.lr(step), "weight_decay": self.rates.weight_decay(step)}
+        return metrics | ({} if norm is None else {"grad_norm": norm.item()}), stops > 0
+
+    def _refuse(self, step: int, batches: list[Batch], loss: float, out: Path) -> None:
+        images = [name for batch in batches for name in batch.names]
+        good = run_state.checkpoints(out)
+        kept = f"the last good state is {good[-1]}" if good else "no checkpoint was written yet (watch.save_every)"
+        raise TrainingError(
+            f"the loss is {loss} in step {step}, whose batch begins with {', '.join(images[:4])}: {kept}; lower "
+            "optim.lr, set optim.clip, or look at those images."
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure what would be published now."""
+        parts, device = self.parts, self.accelerator.device
+        if parts.held_out is None:
+            return {}
+        self.refresh_twin()
+        parts.twin.to(device)
+        try:
+            self.metrics = evaluate(
+                vit_of(parts.twin),
+                parts.task.scorer(parts.twin),
+                held_out=parts.held_out,
+                train=parts.reference,
+                transform=parts.transform,
+                device=device,
+                settings=self.recipe.watch,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+                seed=self.recipe.seed,
+            )
+        finally:
+            parts.twin.to("cpu")
+        self.evaluated = self.step
+        return self.metrics
+
+    def refresh_twin(self) -> None:
+        """Copy what would be published now, whole; all processes must ask for it."""
+        load_full_state(self.parts.twin, full_state(self.parts.task.published))
+
+    def save(self, out: Path) -> Path | None:
+        """Write a checkpoint; returns its folder on the main process.
+
+        Raises:
+            BundleError: It cannot be written; earlier ones stay.
+        """
+        task = self.parts.task
+        weights = run_state.split_weights(task.network, task.frozen)
+        weights["optimizer"] = full_optimizer_state(self.optimizer.optimizer, self.names)
+        loaders = tuple(gather_object([self.parts.loader.state()]))
+        scaler = self.accelerator.scaler
+        extra = {"metrics": self.metrics, "evaluated": self.evaluated, "scaler": scaler.state_dict() if scaler else {}}
+        self.refresh_twin()
+        folder = None
+        if self.accelerator.is_main_process:
+            state = run_state.RunState(step=self.step, weights=weights, loaders=loaders, extra=extra)
+            folder = run_state.save_checkpoint(out, state, write_model=self.write_model, keep=self.recipe.watch.keep)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def bundle(self) -> ModelBundle:
+        """The twin as a bundle, with what was measured of these weights."""
+        measured = self.metrics if self.evaluated == self.step else {}
+        scores = {name.removeprefix("eval/"): x for name, x in measured.items() if name.startswith("eval/")}
+        return make_bundle(self.recipe, self.parts, step=self.step, metrics=scores)
+
+    def write_model(self, folder: Path) -> None:
+        """Write the twin's bundle and card into a folder."""
+        bundle = self.bundle()
+        bundle.write_into(folder, card=render(bundle))
+
+    def restore(self, state: run_state.RunState, *, called: Path) -> None:
+        """Go back to where a checkpoint was written.
+
+        Raises:
+            TrainingError: It is of another network or number of processes.
+        """
+        task = self.parts.task
+        try:
+            run_state.load_weights(task.network, task.frozen, state.weights)
+            load_optimizer_state(self.optimizer.optimizer, self.names, state.weights.get("optimizer", {}))
+        except (KeyError, RuntimeError) as error:
+            raise TrainingError(f"{called} is of another network ({error}): give its own run's folder.") from error
+        self.parts.loader.load_state(state.loaders)
+        if self.accelerator.scaler and state.extra["scaler"]:
+            self.accelerator.scaler.load_state_dict(state.extra["scaler"])
+        self.step, self.metrics, self.evaluated = state.step, dict(state.extra["metrics"]), state.extra["evaluated"]
+
+    def draw(self, batch: Batch, file: Path) -> None:
+        """Draw a batch as the network sees it."""
+        config = resolve_model_data_config(vit_of(self.parts.twin))
+        draw_first_batch(
+            batch, mean=config["mean"], std=config["std"], file=file, label_names=self.parts.data.label_names
+        )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its images and labels where the network is."""
+    return replace(
+        batch,
+        crops=tuple(crop.to(device, non_blocking=True) for crop in batch.crops),
+        labels=None if batch.labels is None else batch.labels.to(device, non_blocking=True),
+    )
