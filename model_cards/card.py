@@ -10,6 +10,14 @@ from vitreg_hub.bundle import ModelBundle
 PLACEHOLDER = "your-name/{name}"
 """Repository in the card of a bundle that is not published yet; `push` puts the real one in its place."""
 
+SCORES = {
+    "accuracy": ("top-1 accuracy", "image-classification", "accuracy"),
+    "knn_accuracy": ("k-NN accuracy", "image-classification", "accuracy"),
+    "zero_shot_accuracy": ("zero-shot accuracy", "zero-shot-image-classification", "accuracy"),
+    "patch_cosine": ("patch cosine to the teacher", "image-feature-extraction", "cosine_similarity"),
+}
+"""What a metric of a bundle is called in words, and the Hub's names of its task and kind."""
+
 TEMPLATE = """\
 ---
 {metadata}
@@ -24,7 +32,7 @@ background patches; they are dropped at the output ([Darcet et al., ICLR 2024](h
 - **Origin:** {origin}
 - **Measured:** {measured}
 - **License:** {license}
-{conversion}{artifacts}
+{training}{conversion}{artifacts}
 ## Use with timm
 
 ```python
@@ -80,11 +88,44 @@ def render(bundle: ModelBundle, *, repo: str | None = None) -> str:
         height=height,
         width=width,
         origin=origin.origin,
-        measured=", ".join(f"{name} {value:.4f}" for name, value in origin.metrics.items()) or "not measured",
+        measured=", ".join(f"{_spoken(name)} {value:.4f}" for name, value in _metrics(bundle)) or "not measured",
         license=origin.license or "unknown",
+        training=_training(origin.settings, measured=bool(origin.metrics)),
         conversion=_conversion(origin.settings.get("conversion")),
         artifacts=_artifacts(origin.settings.get("artifacts")),
     )
+
+
+def _metrics(bundle: ModelBundle) -> list[tuple[str, float]]:
+    """Name and value, in an order that does not depend on whether the bundle was on a disk."""
+    return sorted(bundle.provenance.metrics.items())
+
+
+def _spoken(metric: str) -> str:
+    return SCORES[metric][0] if metric in SCORES else metric
+
+
+def _training(run: Mapping[str, Any], *, measured: bool) -> str:
+    """The recipe of a training run as a section; empty for any other model."""
+    if "total_steps" not in run:
+        return ""
+    model, data, optim, step, total = (run[key] for key in ("model", "data", "optim", "step", "total_steps"))
+    steps = f"{total:,} steps" if step == total else f"**{step:,} of {total:,} steps, not finished**,"
+    rate, decay = f"{optim['lr']:g}", f"{optim['weight_decay']:g}"
+    if optim["lr_batch"]:
+        rate += f" for {optim['lr_batch']:,} images, scaled by the square root of the batch size"
+    if optim["weight_decay_end"] is not None:
+        decay += f" to {optim['weight_decay_end']:g}"
+    lines = ["", "## Training", ""]
+    lines.append(f"- Recipe `{run['name']}`: {steps} of {run['batch_size']:,} images, seed {run['seed']}.")
+    lines.append(f"- Data: {data['train']}.")
+    if model["start"]:
+        lines.append(f"- Started from {model['start']}; trained: {model['trainable'].replace('+', ' and ')}.")
+    lines.append(f"- Optimiser: {optim['opt']}, peak learning rate {rate}; weight decay {decay}.")
+    if measured:
+        test, most = data["test"] or "the held-out part of the same data", run["watch"]["eval_images"]
+        lines.append(f"- Measured on {test}, at most {most:,} images.")
+    return "\n".join([*lines, ""])
 
 
 def _conversion(report: Mapping[str, Any] | None) -> str:
@@ -125,16 +166,19 @@ def _artifacts(found: Mapping[str, Any] | None) -> str:
 def _metadata(bundle: ModelBundle, repo: str) -> ModelCardData:
     origin = bundle.provenance
     task = "image-classification" if bundle.num_classes else "image-feature-extraction"
-    results = []
-    if origin.dataset and "accuracy" in origin.metrics:
-        result = EvalResult(
-            task_type=task,
-            dataset_type=origin.dataset,
-            dataset_name=origin.dataset,
-            metric_type="accuracy",
-            metric_value=origin.metrics["accuracy"],
+    measured_on = origin.settings.get("data", {}).get("test") or origin.dataset
+    results = [
+        EvalResult(
+            task_type=SCORES[name][1],
+            dataset_type=measured_on,
+            dataset_name=measured_on,
+            metric_type=SCORES[name][2],
+            metric_name=SCORES[name][0],
+            metric_value=value,
         )
-        results.append(result)
+        for name, value in _metrics(bundle)
+        if measured_on and name in SCORES
+    ]
     return ModelCardData(
         library_name="timm",
         pipeline_tag=task,

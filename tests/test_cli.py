@@ -58,8 +58,12 @@ MISTAKES = {
     "{tmp}/nothing is no folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
     "{tmp} is no bundle: it has no config.json.": ["verify", "{tmp}"],
     "vit_nano_reg4.digits is no folder: fetch": ["verify", "vit_nano_reg4.digits"],
-    "cannot write to {tmp}/broken/config.json": ["quickstart", "--out", "{tmp}/broken/config.json/new"],
-    "{tmp} exists: choose another folder or delete it first.": ["quickstart", "--out", "{tmp}"],
+    "cannot write {tmp}/broken/config.json/new/recipe.yaml: Not a": [
+        "quickstart",
+        "--out",
+        "{tmp}/broken/config.json/new",
+    ],
+    "{tmp} exists and holds no run: choose another folder.": ["quickstart", "--out", "{tmp}"],
     "'a/b/c' is no repository id: give it as organisation/name.": ["pull", "a/b/c", "{tmp}/new"],
     "R6: there is no model.safetensors": ["verify", "{tmp}/broken"],
 }

@@ -7,11 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+
+from vitreg_hub.cli import main
+from vitreg_hub.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = [
+    (language, code.replace("\\\n", ""))
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+]
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+LARGE = [line for language, code in BLOCKS if language == "text" for line in code.splitlines()]
 SETUP = "pip install -e . && vitreg quickstart"
 TESTS = 'pip install -e ".[test]" && pytest'
 
@@ -38,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_every_block_is_accounted_for():
-    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "text"}
     assert SHELL[:2] == [SETUP, TESTS]
     assert all(line.startswith("vitreg ") for line in SHELL[2:])
     ci = (ROOT / ".ci" / "run").read_text()  # runs what a test cannot: the installation, and the tests themselves
@@ -62,6 +72,25 @@ def test_what_the_quickstart_says_to_type_next_works(folder):
 @pytest.mark.parametrize("line", SHELL[2:])
 def test_shell_line(line, folder):
     assert run(line, folder)
+
+
+@pytest.mark.parametrize("line", LARGE)
+def test_line_that_needs_more_than_this_machine_is_understood(line, capsys):
+    program, *args = line.split()
+    if program == "accelerate":
+        launch = launch_command_parser().parse_args(args[1:])
+        assert launch.multi_gpu
+        assert launch.module
+        assert launch.training_script == "vitreg_hub.training"
+        assert launch.num_processes == 8 * (launch.num_machines or 1)
+        args = ["train", *launch.training_script_args]
+    main([*args, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == args[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_in_the_table(recipe):
+    assert re.search(rf"^\|.*`{recipe}`.*\|", TEXT, re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))

@@ -45,3 +45,10 @@ def test_evaluation_is_the_same(name, alone, together):
     assert one.keys() == two.keys()
     assert any(key.startswith("artifacts/block_0/") for key in one)
     assert two["eval/knn_accuracy"] == pytest.approx(one["eval/knn_accuracy"], abs=1.5 / 32)  # one image may flip
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_one_process_goes_on_where_two_were(name, alone, together, tmp_path):
+    """Checkpoints know of no processes: neither weights nor optimiser nor the place in the data."""
+    train(TINY[name], tmp_path / "on", resume=str(together / name / "checkpoints" / "step_0000002"))
+    assert losses(tmp_path / "on") == pytest.approx(losses(alone / name)[2:], abs=TOLERANCE)

@@ -36,7 +36,7 @@ SUPERVISED = Recipe(
     data=DIGITS,
     augment=CROPS,
     optim=OptimSettings(lr=1e-3, warmup_epochs=1, clip=1.0),
-    watch=WatchSettings(log_every=1, eval_images=32, artifact_images=8),
+    watch=WatchSettings(log_every=1, save_every=2, eval_images=32, artifact_images=8),
     batch_size=8,
     epochs=STEPS / 2,
     epoch_steps=2,

@@ -34,7 +34,8 @@ class Parts:
 
     Attributes:
         data: What is trained on.
-        held_out: What is evaluated on, if anything.
+        held_out: What scores are measured on, if anything.
+        looked_at: What artifacts are looked for in: held-out images, else the first or some of training.
         reference: Training images without augmentation, among which evaluation seeks neighbours.
         loader: Batches of `data`.
         transform: What an image goes through in evaluation.
@@ -46,6 +47,7 @@ class Parts:
 
     data: TrainingData
     held_out: ImageSource | None
+    looked_at: ImageSource
     reference: ImageSource | None
     loader: TrainLoader
     transform: Callable[[Image.Image], Tensor]
@@ -120,9 +122,11 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         for module in (task.network, *task.frozen.values()):
             for block in blocks_of(module):
                 block.compile()
+    held_out = open_held_out(recipe.data, data)
     return Parts(
         data=data,
-        held_out=open_held_out(recipe.data, data),
+        held_out=held_out,
+        looked_at=held_out or as_image_source(data),
         reference=as_image_source(data) if data.has_labels else None,
         loader=loader,
         transform=create_transform(**config),
@@ -166,8 +170,8 @@ def _num_classes(data: TrainingData) -> int:
     """
     if data.num_classes is None:
         raise RecipeError(
-            f"{data.name} does not tell how many classes it has: take a column of class labels (data.label_column), or "
-            "class folders."
+            f"{data.name} does not tell how many classes it has: give data.num_classes, or a column of class labels "
+            "(data.label_column)."
         )
     return data.num_classes
 

@@ -33,10 +33,12 @@ def build_backbone(
         The network, and the bundle that it starts from, if any.
 
     Raises:
+        UnknownArchError: There is no such architecture.
         RecipeError: The start is of another architecture, or nothing would be trained.
         BundleError: The start is no bundle.
     """
-    size = {} if settings.img_size is None else {"img_size": settings.img_size}
+    get_arch(settings.arch)  # refuses unknown names
+    size = {name: value for name in ("img_size", "patch_size") if (value := getattr(settings, name)) is not None}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, BACKBONE_STREAM))
         if settings.start is None:

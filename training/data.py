@@ -220,7 +220,7 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
         label_column=label,
         text_column=text,
         label_names=names,
-        num_classes=len(names) if names else _count_classes(rows, label),
+        num_classes=len(names) if names else settings.num_classes or _count_classes(rows, label),
         shuffle_block=settings.shuffle_block,
     )
 

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,12 @@ import torch
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import write_folder
-from vitreg_hub.errors import BundleError, HubError, TrainingError
+from vitreg_hub.errors import BundleError, HubError, RecipeError, TrainingError
 from vitreg_hub.training import run_state
 from vitreg_hub.training.assembly import make_accelerator
-from vitreg_hub.training.logbook import Logbook
+from vitreg_hub.training.logbook import Logbook, require_trackers
 from vitreg_hub.training.publisher import Publisher
-from vitreg_hub.training.recipe import Recipe, to_dict
+from vitreg_hub.training.recipe import Recipe, require_start, to_dict
 from vitreg_hub.training.recipe_files import RECIPE_FILE, require_same_recipe, write_recipe
 from vitreg_hub.training.throughput import Throughput
 from vitreg_hub.training.trainer import Trainer
@@ -80,13 +80,15 @@ def train(
         HubError: Nothing could be published; `out` is complete.
     """
     out = Path(out)
+    require_start(recipe)
+    require_trackers(recipe.watch.trackers)
     accelerator = make_accelerator(recipe)
     checkpoint = _checkpoint_to_resume(out, recipe, resume)
     accelerator.wait_for_everyone()  # nothing is written before all processes have looked
     if (out / MODEL).exists():
         return _finished(out)
     publisher = Publisher(push) if push and accelerator.is_main_process else None  # fails now if there is no token
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), publisher or nullcontext():
         trainer = Trainer(recipe, accelerator)
         if checkpoint is not None:
             trainer.restore(run_state.load_checkpoint(checkpoint), called=checkpoint)
@@ -184,11 +186,15 @@ def dry_run(recipe: Recipe) -> DryRun:
     """Try the first steps of a run, and write nothing.
 
     Raises:
+        RecipeError: The run is as short as that.
         VitregError: As `train`.
     """
+    require_start(recipe)
     with torch.random.fork_rng():
         trainer = Trainer(recipe, make_accelerator(recipe))
         total, batch_size = trainer.parts.span.total_steps, recipe.batch_size
+        if total < DRY_STEPS:
+            raise RecipeError(f"the whole run has {total} step: a dry run would have {DRY_STEPS}, so run it.")
         throughput = Throughput(
             batch_size=batch_size,
             total_steps=total,
@@ -202,7 +208,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     return DryRun(
         steps=total,
         images_per_second=measured["images_per_second"],
-        eta_seconds=measured["eta_seconds"] / max(total - DRY_STEPS, 1) * total,
+        eta_seconds=total * batch_size / measured["images_per_second"],
         memory_gib=measured["memory_gib"],
         parameters=sum(p.numel() for p in trainer.parts.task.network.parameters() if p.requires_grad),
     )

@@ -9,13 +9,16 @@ from timm.data import create_transform, resolve_model_data_config
 
 from vitreg_hub.analysis.figures import token_figure
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import write_folder
+from vitreg_hub.bundle_form import write_file
 from vitreg_hub.datasets import digits
 from vitreg_hub.doors import verify
-from vitreg_hub.errors import BundleError
+from vitreg_hub.errors import BundleError, TrainingError
 from vitreg_hub.hub import pull, push, require_token
-from vitreg_hub.model_cards.card import render
-from vitreg_hub.training.supervised import Recipe, train
+from vitreg_hub.training.loop import train
+from vitreg_hub.training.recipe import Recipe
+from vitreg_hub.training.recipes import RECIPES
+
+FIGURE, NUM_IMAGES = "tokens.png", 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,40 +43,44 @@ class QuickstartResult:
 def quickstart(
     out: str | Path = "quickstart", *, push_to: str | None = None, recipe: Recipe | None = None
 ) -> QuickstartResult:
-    """Train a register ViT on scikit-learn's digits and take it all the way.
+    """Train a register ViT on scikit-learn's digits and take it all the way; go on where an earlier call stopped.
 
     Args:
-        out: New folder: `model` is the bundle, `tokens.png` the figure.
+        out: The run's folder: what `train` writes, of which `model` is the bundle, and `tokens.png`.
         push_to: ``org/name`` to publish it under; it is then loaded back and compared.
-        recipe: Another run than the default one.
+        recipe: Another supervised run on digits than `supervised_digits`.
 
     Raises:
-        BundleError: `out` exists or cannot be written to, or what came back from the Hub is not what was sent.
+        RecipeError: `out` holds a run of another recipe.
+        BundleError: `out` holds something else or cannot be written to, or what came back from the Hub is not what was
+            sent.
+        TrainingError: The run was asked to stop.
         HubError: Publishing failed; `out` is complete all the same.
     """
-    out = Path(out)
     if push_to:
         require_token(push_to)
-    test_set, accuracies = digits("test"), []
-
-    def fill(staging: Path) -> None:
-        result = train(recipe or Recipe(), train_set=digits("train"), test_set=test_set, dataset="scikit-learn digits")
-        accuracies.append(result.accuracy)
-        result.bundle.save(staging / "model", card=render(result.bundle))
-        vit = result.bundle.build()
-        transform = create_transform(**resolve_model_data_config(vit))
-        images = torch.stack([transform(row["image"]) for row in test_set.select(range(4))])
-        token_figure(vit, images, file=staging / "tokens.png")
-
-    write_folder(out, fill)
-    doors = verify(out / "model")
+    result = train(recipe or RECIPES["supervised_digits"](), out)
+    if result.model is None:
+        raise TrainingError(
+            f"stopped after step {result.step} of {result.total_steps}: run the same command again to go on."
+        )
+    figure = _draw(result.model, result.folder / FIGURE)
+    doors = verify(result.model)
     commit = None
     if push_to:
-        commit = push(out / "model", push_to)
-        _compare_with_hub(out / "model", push_to)
+        commit = push(result.model, push_to)
+        _compare_with_hub(result.model, push_to)
     return QuickstartResult(
-        model=out / "model", figure=out / "tokens.png", accuracy=accuracies[0], doors=doors, commit=commit
+        model=result.model, figure=figure, accuracy=result.metrics["eval/accuracy"], doors=doors, commit=commit
     )
+
+
+def _draw(model: Path, file: Path) -> Path:
+    """Draw the tokens of some held-out digits."""
+    vit = ModelBundle.load(model).build()
+    transform = create_transform(**resolve_model_data_config(vit))
+    images = torch.stack([transform(row["image"]) for row in digits("test").select(range(NUM_IMAGES))])
+    return write_file(file, lambda path: token_figure(vit, images, file=path), replace=True)
 
 
 def _compare_with_hub(folder: Path, repo_id: str) -> None:

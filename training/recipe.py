@@ -48,6 +48,7 @@ class DataSettings:
         image_column: Column of images; None: the only one, or "image", "jpg" or "png".
         label_column: Column of labels; None: the only one of class labels, or "label" or "cls".
         text_column: Column of captions; None: "text", "txt" or "caption".
+        num_classes: Number of classes, where labels are plain numbers and the data do not tell.
         streaming: Read from the start to the end instead of by index; shards and Hub sets always are.
         shuffle_block: Rows of a stream that are held and shuffled at a time, per worker.
         stream_images: Images of one epoch of a stream, if it cannot tell.
@@ -60,6 +61,7 @@ class DataSettings:
     image_column: str | None = None
     label_column: str | None = None
     text_column: str | None = None
+    num_classes: int | None = None
     streaming: bool = False
     shuffle_block: int = 2048
     stream_images: int | None = None
@@ -204,7 +206,7 @@ class DinoV2:
         freeze_last_layer_epochs: Epochs in which the heads' last layers keep their weights.
         heads_first_epochs: Epochs in which the heads alone are trained, the teacher's follow, and the backbone keeps
             its weights. New heads on a trained backbone would else destroy its features (facebookresearch/dinov2#204).
-        heads: Folder of a checkpoint of a run whose heads are taken; they need no epochs of their own then.
+        heads: Checkpoint (``run/checkpoints/step_...``) whose heads are taken; they need no epochs of their own then.
     """
 
     dino_head: Head = field(default_factory=Head)
@@ -259,13 +261,13 @@ class Distill:
     Attributes:
         teacher: Bundle's folder, ``hf-hub:org/name``, or an architecture with a tag.
         cosine_weight: Of one minus the mean cosine. Source: PH-Reg, utils/loss.py.
-        mse_weight: Of the mean squared difference. Source: the same.
+        mse_weight: Of the mean squared difference. Source: the same, whose `mse_loss` is a fifth of it.
         class_weight: Of one minus the cosine of the class tokens.
     """
 
     teacher: str
     cosine_weight: float = 1.0
-    mse_weight: float = 1.0
+    mse_weight: float = 0.2
     class_weight: float = 0.0
 
 
@@ -444,6 +446,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     ):
         if value < 1:
             yield f"{name} is {value}, give at least 1."
+    if recipe.seed < 0:
+        yield f"seed is {recipe.seed}, give 0 or more."
     if recipe.epochs <= 0:
         yield f"epochs is {recipe.epochs}, give more than 0."
     for name, value in (("model.drop_path", recipe.model.drop_path), ("data.max_corrupt", recipe.data.max_corrupt)):

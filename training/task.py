@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vitreg_hub.bundle import ModelBundle
 
 Scorer = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
-"""Takes images [B, 3, H, W] and labels [B] (-1: unknown) and gives a score of every image [B] by name."""
+"""Takes images [B, 3, H, W] and labels [B] (-1: unknown); gives scores [B] by name, NaN where an image has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,3 +103,8 @@ class Task(Protocol):
 
     def scorer(self, model: nn.Module) -> Scorer:
         """Scores of held-out images by a copy of `published`, on one device and in evaluation mode."""
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the largest of the logits [B, classes] is that of the label, 1 or 0 [B]; NaN without a label."""
+    return (logits.argmax(1) == labels).float().masked_fill(labels < 0, torch.nan)

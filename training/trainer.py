@@ -133,16 +133,14 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Measure what would be published now."""
         parts, device = self.parts, self.accelerator.device
-        if parts.held_out is None:
-            return {}
         self.refresh_twin()
         parts.twin.to(device)
         try:
             self.metrics = evaluate(
                 vit_of(parts.twin),
-                parts.task.scorer(parts.twin),
-                held_out=parts.held_out,
-                train=parts.reference,
+                parts.task.scorer(parts.twin) if parts.held_out else None,
+                held_out=parts.looked_at,
+                train=parts.reference if parts.held_out else None,
                 transform=parts.transform,
                 device=device,
                 settings=self.recipe.watch,

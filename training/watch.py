@@ -91,6 +91,7 @@ def evaluate(
         if not settings.eval_images or not (neighbours or scorer):
             return []
         reading = {"batch_size": batch_size, "num_workers": num_workers, "rank": rank, "world_size": world_size}
+        reading["skip_unreadable"] = True
         seen = []
         for batch in _capped(source, settings.eval_images, seed).batches(transform, **reading):
             labels = torch.full_like(batch.indices, -1) if batch.labels is None else batch.labels
@@ -177,7 +178,9 @@ def _artifacts(
     if not settings.artifact_images:
         return {}
     source = _capped(source, settings.artifact_images, seed)
-    batch = next(source.batches(transform, batch_size=settings.artifact_images))
+    batch = next(source.batches(transform, batch_size=settings.artifact_images, skip_unreadable=True), None)
+    if batch is None:
+        return {}
     return telemetry(model, batch.images, cutoff=settings.cutoff).scalars()
 
 

@@ -1,6 +1,7 @@
 """Images from anywhere, batch by batch: what is measured on images reads them through here."""
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from vitreg_hub.datasets import EMBEDDED
 from vitreg_hub.errors import DataError
 from vitreg_hub.hub_access import HUB_PREFIX
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SPLITS = ("test", "validation", "train")
 """Which split of a data set on the Hub is read if none is named: the first of these that there is."""
@@ -40,6 +43,10 @@ BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombErr
 Transform = Callable[[Image.Image], Tensor]
 
 
+class UnreadableError(DataError):
+    """An image that cannot be read."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Images of one step.
@@ -48,11 +55,13 @@ class Batch:
         indices: [B] int64, which images of the source these are.
         images: [B, 3, H, W].
         labels: [B] int64, -1 where one is missing; None without labels.
+        skipped: What is wrong with the images that were left out.
     """
 
     indices: Tensor
     images: Tensor
     labels: Tensor | None
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +96,7 @@ class ImageSource:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        skip_unreadable: bool = False,
     ) -> Iterator[Batch]:
         """Read this process's share: every `world_size`-th image, so that all processes together read each one once.
 
@@ -99,10 +109,11 @@ class ImageSource:
             rank: Which of the processes this is.
             world_size: Number of processes.
             num_workers: Further processes that decode, 0 for none.
+            skip_unreadable: Leave out images that cannot be read; batches may then be smaller, or empty and left out.
 
         Raises:
-            DataError: An image cannot be read or has another size than the others, a transform is needed, or a number
-                makes no sense.
+            DataError: An image cannot be read, unless that is skipped, or has another size than the others, a transform
+                is needed, or a number makes no sense.
         """
         if batch_size < 1 or num_workers < 0:
             raise DataError(
@@ -113,7 +124,7 @@ class ImageSource:
                 f"{self.name}: the model's preprocessing is unknown, so give images as a tensor [N, 3, H, W]."
             )
         loader = DataLoader(
-            _Reader(self, transform),
+            _Reader(self, transform, skip_unreadable),
             batch_size=batch_size,
             sampler=self._share(rank, world_size),
             num_workers=0 if isinstance(self.rows, Tensor) else num_workers,
@@ -124,6 +135,10 @@ class ImageSource:
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
+            for what in batch.skipped:
+                logger.warning("left out: %s", what)
+            if not len(batch.images):
+                continue
             first = first or batch
             self._require_equal(first.indices[0], first.images[0], batch.indices[0], batch.images[0])
             yield batch
@@ -147,8 +162,8 @@ class ImageSource:
 class _Reader(torch.utils.data.Dataset):
     """What runs in the workers: rows to batches."""
 
-    def __init__(self, source: ImageSource, transform: Transform | None) -> None:
-        self.source, self.transform = source, transform
+    def __init__(self, source: ImageSource, transform: Transform | None, skip_unreadable: bool) -> None:
+        self.source, self.transform, self.skip_unreadable = source, transform, skip_unreadable
 
     def __getitems__(self, items: list[tuple[int, Any]]) -> Batch | DataError:
         """An error is returned: raised in a worker, it would arrive with a traceback in its text."""
@@ -158,18 +173,26 @@ class _Reader(torch.utils.data.Dataset):
             return error
 
     def _batch(self, items: list[tuple[int, Any]]) -> Batch:
-        source, images, labels = self.source, [], []
+        source, indices, images, labels, skipped = self.source, [], [], [], []
         for index, row in items:
             row = source.rows[index] if row is None else row
-            images.append(self._image(index, row))
-            source._require_equal(items[0][0], images[0], index, images[-1])
+            try:
+                images.append(self._image(index, row))
+            except UnreadableError as error:
+                if not self.skip_unreadable:
+                    raise
+                skipped.append(str(error))
+                continue
+            indices.append(index)
+            source._require_equal(indices[0], images[0], index, images[-1])
             if source.label_column:
                 label = row[source.label_column]
                 labels.append(-1 if label is None else int(label))
         return Batch(
-            indices=torch.tensor([index for index, _ in items]),
-            images=torch.stack(images),
-            labels=torch.tensor(labels) if source.has_labels else None,
+            indices=torch.tensor(indices, dtype=torch.int64),
+            images=torch.stack(images) if images else torch.empty(0),
+            labels=torch.tensor(labels, dtype=torch.int64) if source.has_labels else None,
+            skipped=tuple(skipped),
         )
 
     def _image(self, index: int, row: Any) -> Tensor:
@@ -181,7 +204,7 @@ class _Reader(torch.utils.data.Dataset):
         except BROKEN as error:
             path = file_of(value)
             file = f" ({path})" if path else ""
-            raise DataError(f"image {index} of {self.source.name}{file} cannot be read: {error}.") from error
+            raise UnreadableError(f"image {index} of {self.source.name}{file} cannot be read: {error}.") from error
         return self.transform(image)
 
 

@@ -18,7 +18,7 @@ from vitreg_hub.hub_access import TOWER_SUFFIX
 from vitreg_hub.training.collectives import rank, world_size
 from vitreg_hub.training.open_clip_files import save_open_clip
 from vitreg_hub.training.recipe import Contrastive
-from vitreg_hub.training.task import Batch, Scorer, StepOutput
+from vitreg_hub.training.task import Batch, Scorer, StepOutput, correct
 
 MAX_LOGIT_SCALE = 100
 """Source: open_clip_train/train.py, "clamp to 4.6052 = ln(100), as in the original paper"."""
@@ -123,7 +123,7 @@ class ContrastiveTask:
         save_open_clip(model, both, bundle=bundle)
 
     def scorer(self, model: TwoTowers) -> Scorer:
-        """Zero-shot accuracy by the classes' names; an image without a label counts as wrong."""
+        """Zero-shot accuracy by the classes' names."""
         if not self.label_names:
             return lambda images, labels: {}
         classifier = open_clip().build_zero_shot_classifier(
@@ -132,8 +132,7 @@ class ContrastiveTask:
 
         @torch.no_grad()
         def score(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            nearest = (model.encode_image(images, normalize=True) @ classifier).argmax(1)
-            return {"zero_shot_accuracy": (nearest == labels).float()}
+            return {"zero_shot_accuracy": correct(model.encode_image(images, normalize=True) @ classifier, labels)}
 
         return score
 

@@ -6,14 +6,18 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.dino_head import DinoHead
 from vitreg_hub.training.masking import BlockMasks, masked_indices_and_weights
 from vitreg_hub.training.parallel import average_into
 from vitreg_hub.training.recipe import DinoV2, Head
+from vitreg_hub.training.run_state import STATE
 from vitreg_hub.training.schedules import CosineSchedule, linear_then_constant
 from vitreg_hub.training.ssl_losses import (
     RunningCentre,
@@ -99,6 +103,27 @@ def hidden_patches(backbone: VisionTransformer, masks: Tensor | None) -> Iterato
         handle.remove()
 
 
+def load_heads(network: DinoNetwork, checkpoint: Path) -> None:
+    """Take the heads of another run.
+
+    Raises:
+        RecipeError: They are not there, or others.
+    """
+    try:
+        heads = load_file(checkpoint / STATE / "heads.safetensors")
+        left = network.load_state_dict(heads, strict=False)
+        lacking = [name for name in left.missing_keys if not name.startswith("backbone.")]
+        wrong = [*lacking, *left.unexpected_keys]
+        problem = f"{len(wrong)} tensors differ, first {wrong[0]}" if wrong else None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        problem = str(error).strip().rpartition("\n")[2].strip()
+    if problem:
+        raise RecipeError(
+            f"task.heads {checkpoint} gives no heads that fit ({problem}): name a folder run/checkpoints/step_... of a "
+            "DINOv2 run with the same heads."
+        )
+
+
 class DinoV2Task:
     """Student, teacher and their losses.
 
@@ -122,9 +147,14 @@ class DinoV2Task:
             span: How long the run is.
             batch_size: Images of a step, in all processes.
             seed: Of the masks.
+
+        Raises:
+            RecipeError: The heads that are to be taken do not fit.
         """
         self.settings, self.batch_size, self.seed = settings, batch_size, seed
         self.network = DinoNetwork(backbone, dino_head=settings.dino_head, ibot_head=settings.ibot_head)
+        if settings.heads is not None:
+            load_heads(self.network, Path(settings.heads))
         self.teacher = deepcopy(self.network).eval().requires_grad_(False)
         # only what sees hidden patches has a token for them; upstream starts it at zero too (vision_transformer.py)
         backbone.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))

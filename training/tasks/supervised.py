@@ -12,7 +12,7 @@ from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.training.mixing import mix
 from vitreg_hub.training.parallel import average_into
 from vitreg_hub.training.recipe import Supervised
-from vitreg_hub.training.task import Batch, Scorer, StepOutput
+from vitreg_hub.training.task import Batch, Scorer, StepOutput, correct
 
 
 class SupervisedNetwork(nn.Module):
@@ -65,10 +65,10 @@ class SupervisedTask:
         """Nothing belongs there."""
 
     def scorer(self, model: nn.Module) -> Scorer:
-        """Top-1 accuracy; an image without a label counts as wrong."""
+        """Top-1 accuracy."""
 
         def score(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"accuracy": (model(images).argmax(1) == labels).float()}
+            return {"accuracy": correct(model(images), labels)}
 
         return score
 
