@@ -227,6 +227,7 @@ REFUSED = {
     "no captions": (replace(TINY["contrastive"], data=DataSettings(train="digits")), "digits has no texts"),
     "batch too large": (changed(SUPERVISED, batch_size=5000), "digits has 1438 images, which is less than one batch"),
     "no such optimiser": (changed(SUPERVISED, optim={"opt": "adamz"}), "optim.opt 'adamz' cannot be made"),
+    "muon in pieces": (changed(SUPERVISED, optim={"opt": "nadamuon"}, scale={"sharding": "fsdp2"}), "whole matrices"),
     "no such tracker": (
         changed(SUPERVISED, watch={"trackers": ("wandbb",)}),
         "no tracker 'wandbb', did you mean 'wandb'",
@@ -269,6 +270,8 @@ def test_pushing_does_not_stop_a_run(hub, tmp_path):
     assert result.commit.endswith(repo.commits[-1].oid)
     assert repo.files()["model.safetensors"] == (result.model / "model.safetensors").read_bytes()
     assert not any("state" in name or "optimizer" in name for name in repo.files())
+    again = train(changed(SUPERVISED, watch={"save_every": 2}), tmp_path / "run", push="lab/other")
+    assert again.commit.endswith(hub.repos["lab/other"].commits[-1].oid)
 
 
 def test_a_hub_that_refuses_everything_is_told_at_the_end(hub, tmp_path, monkeypatch):
@@ -323,3 +326,10 @@ def test_metrics_are_finite(tmp_path):
     train(DINOV2, tmp_path / "run")
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         assert all(math.isfinite(value) for value in json.loads(line).values())
+
+
+def test_a_bundle_tells_its_whole_recipe(tmp_path):
+    result = train(DINOV2, tmp_path / "run")
+    settings = dict(ModelBundle.load(result.model).provenance.settings)
+    assert (settings.pop("step"), settings.pop("total_steps")) == (STEPS, STEPS)
+    assert recipe_from_yaml(json.dumps(settings)) == DINOV2

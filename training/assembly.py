@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
@@ -22,6 +22,7 @@ from vitreg_hub.training.data import TrainingData, as_image_source, open_held_ou
 from vitreg_hub.training.loader import TrainLoader
 from vitreg_hub.training.parallel import blocks_of
 from vitreg_hub.training.recipe import Contrastive, DinoV2, Distill, Recipe, Supervised
+from vitreg_hub.training.recipe_files import with_kinds
 from vitreg_hub.training.task import Span, Task
 
 NEEDS = {Supervised: ("labels",), Contrastive: ("texts",)}
@@ -66,6 +67,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     has_device = torch.accelerator.is_available()
     if recipe.scale.precision == "fp16" and not has_device:
         raise RecipeError("scale.precision is fp16, which needs a GPU: take bf16 or no.")
+    if recipe.scale.sharding == "fsdp2" and "muon" in recipe.optim.opt:
+        raise RecipeError(
+            f"optim.opt {recipe.optim.opt} looks at whole matrices, which fsdp2 cuts: take adamw, or scale.sharding ddp."
+        )
     AcceleratorState._reset_state()  # of an earlier run of this process, whose precision may have been another
     return Accelerator(
         cpu=not has_device,  # else several processes without a GPU would not know of each other
@@ -194,7 +199,7 @@ def make_bundle(recipe: Recipe, parts: Parts, *, step: int, metrics: dict[str, f
     how = (
         "trained from scratch" if start is None else f"trained on from {recipe.model.start} ({start.provenance.origin})"
     )
-    settings = asdict(recipe) | {"step": step, "total_steps": parts.span.total_steps}
+    settings = with_kinds(recipe) | {"step": step, "total_steps": parts.span.total_steps}
     provenance = Provenance(
         origin=f"{how} on {parts.data.name} with vitreg_hub's recipe {recipe.name}, {step} steps",
         license=recipe.license or (start.provenance.license if start else None),

@@ -85,9 +85,9 @@ def train(
     accelerator = make_accelerator(recipe)
     checkpoint = _checkpoint_to_resume(out, recipe, resume)
     accelerator.wait_for_everyone()  # nothing is written before all processes have looked
-    if (out / MODEL).exists():
-        return _finished(out)
     publisher = Publisher(push) if push and accelerator.is_main_process else None  # fails now if there is no token
+    if (out / MODEL).exists():
+        return _finished(out, publisher)
     with torch.random.fork_rng(), publisher or nullcontext():
         trainer = Trainer(recipe, accelerator)
         if checkpoint is not None:
@@ -139,19 +139,16 @@ def _loop(trainer: Trainer, out: Path, stop: threading.Event, publisher: Publish
 
 def _finish(trainer: Trainer, out: Path, publisher: Publisher | None) -> TrainResult:
     """Write the model, if the run is done, and wait for what is being published."""
-    total, commits = trainer.parts.span.total_steps, ()
+    total, commit = trainer.parts.span.total_steps, None
     done = trainer.step == total
     if done:
         trainer.refresh_twin()  # a run that was killed after its last step has not done so
         if trainer.accelerator.is_main_process:
             trainer.parts.task.write_beside(trainer.parts.twin, trainer.bundle(), out / MODEL)
             write_folder(out / MODEL, trainer.write_model)
-            if publisher:
-                publisher.submit(out / MODEL)
-    if publisher:
-        commits = publisher.close()
-        if done and not commits:
-            raise HubError(f"nothing could be published ({publisher.error}): {out} is complete, push it by hand.")
+            commit = _publish(out, publisher)
+    elif publisher:
+        publisher.close()
     trainer.accelerator.wait_for_everyone()
     return TrainResult(
         folder=out,
@@ -159,8 +156,33 @@ def _finish(trainer: Trainer, out: Path, publisher: Publisher | None) -> TrainRe
         total_steps=total,
         metrics=trainer.metrics,
         model=out / MODEL if done else None,
-        commit=commits[-1] if commits else None,
+        commit=commit,
     )
+
+
+def _finished(out: Path, publisher: Publisher | None) -> TrainResult:
+    """What a run came to that was finished before; its model is published if that is asked for now."""
+    logger.info("the run in %s is finished", out)
+    told = ModelBundle.load(out / MODEL).provenance
+    metrics = {f"eval/{name}": value for name, value in told.metrics.items()}
+    step, total = told.settings["step"], told.settings["total_steps"]
+    commit = _publish(out, publisher)
+    return TrainResult(folder=out, step=step, total_steps=total, metrics=metrics, model=out / MODEL, commit=commit)
+
+
+def _publish(out: Path, publisher: Publisher | None) -> str | None:
+    """Publish the model of a finished run and wait for it; returns the last commit's address.
+
+    Raises:
+        HubError: Nothing of the run could be published.
+    """
+    if publisher is None:
+        return None
+    publisher.submit(out / MODEL)
+    commits = publisher.close()
+    if not commits:
+        raise HubError(f"nothing could be published ({publisher.error}): {out} is complete, push it by hand.")
+    return commits[-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,15 +234,6 @@ def dry_run(recipe: Recipe) -> DryRun:
         memory_gib=measured["memory_gib"],
         parameters=sum(p.numel() for p in trainer.parts.task.network.parameters() if p.requires_grad),
     )
-
-
-def _finished(out: Path) -> TrainResult:
-    """What a run came to that was finished before."""
-    logger.info("the run in %s is finished", out)
-    told = ModelBundle.load(out / MODEL).provenance
-    metrics = {f"eval/{name}": value for name, value in told.metrics.items()}
-    step, total = told.settings["step"], told.settings["total_steps"]
-    return TrainResult(folder=out, step=step, total_steps=total, metrics=metrics, model=out / MODEL)
 
 
 def _checkpoint_to_resume(out: Path, recipe: Recipe, resume: str) -> Path | None:

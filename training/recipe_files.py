@@ -53,7 +53,7 @@ class Setting:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """All settings, nested, with the kinds of task and augment."""
-    return yaml.safe_dump(_with_kinds(recipe), sort_keys=False)
+    return yaml.safe_dump(with_kinds(recipe), sort_keys=False)
 
 
 def recipe_from_yaml(text: str, *, called: str = RECIPE_FILE) -> Recipe:
@@ -139,7 +139,7 @@ def require_same_recipe(recipe: Recipe, folder: Path) -> None:
     """
     file = Path(folder, RECIPE_FILE)
     before = recipe_from_yaml(read_text(file), called=str(file))
-    old, new = (_flat(_with_kinds(r)) for r in (before, recipe))
+    old, new = (_flat(with_kinds(r)) for r in (before, recipe))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)]
     if different:
         name = different[0]
@@ -255,7 +255,8 @@ def _kinds(recipe: Recipe) -> dict[str, type]:
     return {part: type(getattr(recipe, part)) for part in KINDS}
 
 
-def _with_kinds(recipe: Recipe) -> dict[str, Any]:
+def with_kinds(recipe: Recipe) -> dict[str, Any]:
+    """All settings as JSON-safe nested dictionaries, from which `recipe_from_yaml` makes an equal recipe."""
     plain = to_dict(recipe)
     return plain | {part: {KIND: kind.__name__, **plain[part]} for part, kind in _kinds(recipe).items()}
 

@@ -376,7 +376,7 @@ def contrastive_scenes(registers: int = 4) -> Recipe:
     """OpenCLIP in small on rendered scenes with captions; under two minutes on two cores."""
     return Recipe(
         name="contrastive_scenes",
-        model=ModelSettings(arch=_arch("dinov2", "nano", registers), layer_scale=0.1),
+        model=ModelSettings(arch=_arch("dinov2", "nano", registers), patch_size=8, layer_scale=0.1),
         task=Contrastive(
             text_width=128,
             text_heads=4,
@@ -389,16 +389,16 @@ def contrastive_scenes(registers: int = 4) -> Recipe:
         augment=CropAugment(scale=(0.9, 1.0), ratio=(0.9, 1.1), hflip=0.0),  # captions tell left from right
         optim=OptimSettings(
             opt="adamw",
-            lr=1e-3,
-            warmup_epochs=0.3,
+            lr=2e-3,
+            warmup_epochs=0.5,
             weight_decay=0.2,
             decay_rule="openclip",
             betas=(0.9, 0.98),
             eps=1e-6,
         ),
-        watch=WatchSettings(eval_every=40, save_every=80),
+        watch=WatchSettings(eval_every=63, save_every=126),
         batch_size=64,
-        epochs=2.5,
+        epochs=4,
         license="apache-2.0",
     )
 
@@ -411,8 +411,8 @@ def distill_digits(registers: int = 4) -> Recipe:
         name="distill_digits",
         model=replace(supervised.model, img_size=None),  # the teacher's, 32
         task=Distill(teacher="vit_nano_reg0.digits"),
-        watch=WatchSettings(eval_every=44, save_every=88),
-        epochs=6,
+        watch=WatchSettings(eval_every=22, save_every=44),
+        epochs=4,
     )
 
 
