@@ -227,7 +227,10 @@ REFUSED = {
     "no captions": (replace(TINY["contrastive"], data=DataSettings(train="digits")), "digits has no texts"),
     "batch too large": (changed(SUPERVISED, batch_size=5000), "digits has 1438 images, which is less than one batch"),
     "no such optimiser": (changed(SUPERVISED, optim={"opt": "adamz"}), "optim.opt 'adamz' cannot be made"),
-    "muon in pieces": (changed(SUPERVISED, optim={"opt": "nadamuon"}, scale={"sharding": "fsdp2"}), "whole matrices"),
+    "muon in pieces": (
+        changed(SUPERVISED, optim={"opt": "nadamuon"}, scale={"sharding": "fsdp2"}),
+        "needs whole matrices",
+    ),
     "no such tracker": (
         changed(SUPERVISED, watch={"trackers": ("wandbb",)}),
         "no tracker 'wandbb', did you mean 'wandb'",

@@ -69,7 +69,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise RecipeError("scale.precision is fp16, which needs a GPU: take bf16 or no.")
     if recipe.scale.sharding == "fsdp2" and "muon" in recipe.optim.opt:
         raise RecipeError(
-            f"optim.opt {recipe.optim.opt} looks at whole matrices, which fsdp2 cuts: take adamw, or scale.sharding ddp."
+            f"optim.opt {recipe.optim.opt} needs whole matrices, which fsdp2 cuts: take adamw, or scale.sharding ddp."
         )
     AcceleratorState._reset_state()  # of an earlier run of this process, whose precision may have been another
     return Accelerator(
