@@ -184,7 +184,7 @@ def test_contrastive_is_saved_for_open_clip_too(tmp_path):
         torch.testing.assert_close(model.eval().encode_image(images), projected, atol=1e-5, rtol=1e-5)
 
 
-def test_pictures_without_labels_and_a_test_set(tmp_path):
+def test_pictures_without_labels_and_a_test_set(tmp_path, caplog):
     for i in range(12):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
@@ -194,6 +194,10 @@ def test_pictures_without_labels_and_a_test_set(tmp_path):
     told = lines(tmp_path / "run")
     assert any("artifacts/block_0/outlier_fraction" in line for line in told)
     assert not any("eval/knn_accuracy" in line for line in told)
+    named = [message for message in caplog.messages if "cannot be read and was replaced" in message]
+    assert len(named) == 1
+    assert str(tmp_path / "broken.jpg") in named[0]
+    assert max(line.get("unreadable_images", 0) for line in told) == 1
     with pytest.raises(DataError, match=r"1 images of .* cannot be read, .*broken.jpg"):
         train(replace(DINOV2, data=replace(data, max_corrupt=0.01), batch_size=4, epochs=4), tmp_path / "other")
 
@@ -236,8 +240,17 @@ REFUSED = {
         "no tracker 'wandbb', did you mean 'wandb'",
     ),
     "no registers to train": (
-        changed(SUPERVISED, model={"arch": "vit_nano_reg0", "trainable": "registers"}),
+        changed(SUPERVISED, model={"arch": "vit_nano_reg0", "start": "vit_nano_reg0.digits", "trainable": "registers"}),
         "no registers",
+    ),
+    "registers of nothing": (changed(SUPERVISED, model={"trainable": "registers"}), r"there is no model\.start"),
+    "a random head that is not trained": (
+        changed(
+            SUPERVISED,
+            data={"train": "scenes"},
+            model={"arch": "vit_nano_reg4", "start": START, "trainable": "registers"},
+        ),
+        "has 10 classes and the data have 48",
     ),
     "warm-up longer than the run": (changed(SUPERVISED, optim={"warmup_epochs": 9}), "a schedule of 4 steps"),
     "other classes held out": (changed(SUPERVISED, data={"test": "photos"}), "photos has the class 'china'"),

@@ -12,21 +12,26 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
-from training_runs import STEPS, TINY, lines
+from training_runs import LAMB, STEPS, TINY, lines
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import write_folder
+from vitreg_hub.datasets import digits
 from vitreg_hub.doors import verify
 from vitreg_hub.errors import BundleError, RecipeError, TrainingError
-from vitreg_hub.training import loop, run_state
+from vitreg_hub.training import data, loop, run_state
 from vitreg_hub.training.loop import train
 from vitreg_hub.training.recipe_files import recipe_to_yaml
 from vitreg_hub.training.run_state import checkpoints
+from vitreg_hub.training.tasks.supervised import SupervisedTask
 from vitreg_hub.training.trainer import Trainer
 
 
+RUNS = {**TINY, "lamb": LAMB, "nadamuon": replace(LAMB, optim=replace(LAMB.optim, opt="nadamuon"))}
+
+
 def saving(name: str, **changes):
-    recipe = TINY[name]
+    recipe = RUNS[name]
     watch = replace(recipe.watch, save_every=1, eval_every=2, keep=2)
     return replace(recipe, watch=watch, model=replace(recipe.model, drop_path=0.2), **changes)
 
@@ -68,8 +73,9 @@ class Killed(BaseException):
     """What no code of ours catches."""
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "step"), [(name, step) for name in TINY for step in (1, 3)] + [("lamb", 2), ("nadamuon", 2)]
+)
 def test_killed_in_a_step(name, step, uninterrupted, tmp_path, monkeypatch):
     do_step = Trainer.do_step
 
@@ -139,7 +145,7 @@ def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
         "import sys, time, torch\nfrom pathlib import Path\n"
         "from vitreg_hub.training.loop import train\nfrom vitreg_hub.training.trainer import Trainer\n"
         "from vitreg_hub.training.recipe_files import recipe_from_yaml\n"
-        "torch.set_num_threads(1)\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
         "step = Trainer.do_step\n"
         "def slow(self, number, *args):\n"
         "    if number == 2: Path(sys.argv[2]).touch(); time.sleep(3)\n"
@@ -213,6 +219,42 @@ def test_from_a_named_checkpoint(uninterrupted, tmp_path):
     train(saving("distill"), tmp_path / "new", resume=str(checkpoints(run)[0]))
     one, two = tensors(tmp_path / "new"), tensors(run)
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+def test_a_named_checkpoint_overwrites_no_other_run(uninterrupted):
+    run, other = uninterrupted("distill"), uninterrupted("supervised")
+    before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    with pytest.raises(RecipeError, match=r"has task\.kind Supervised, not Distill"):
+        train(saving("distill"), other, resume=str(checkpoints(run)[0]))
+    assert before == {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    with pytest.raises(BundleError, match="is further than step_0000003: go on from there in another folder"):
+        train(saving("distill"), run, resume=str(checkpoints(run)[0]))
+
+
+def test_data_that_grew_are_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_folder", raiser)
+        with pytest.raises(Killed):
+            train(saving("distill"), tmp_path / "run")
+    fewer = digits("train").select(range(1000))
+    monkeypatch.setattr(data, "TRAINING_SETS", {"digits": lambda split: fewer if split == "train" else digits(split)})
+    with pytest.raises(TrainingError, match="is of a run with 1438 images and 4 steps, but this one has 1000 images"):
+        train(saving("distill"), tmp_path / "run")
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
+    """A loss can be finite while a gradient is not."""
+    after_step = SupervisedTask.after_step
+
+    def poisoned(self, step):
+        after_step(self, step)
+        if step == 2:
+            self.network.backbone.reg_token.data[0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(SupervisedTask, "after_step", poisoned)
+    with pytest.raises(TrainingError, match="reg_token of backbone holds what is no number after 3 steps"):
+        train(saving("supervised"), tmp_path / "run")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000001", "step_0000002"]
 
 
 def test_damaged_checkpoint_is_named(uninterrupted, tmp_path):

@@ -75,6 +75,8 @@ TINY = {
     ),
     "distill": replace(SUPERVISED, name="tiny_distill", task=Distill(teacher="vit_nano_reg4.digits")),
 }
+LAMB = replace(SUPERVISED, name="tiny_lamb", optim=replace(SUPERVISED.optim, opt="lamb"))
+"""DeiT-III's optimiser, which counts its steps by group."""
 TINY["dinov2_running_mean"] = replace(
     TINY["dinov2"],
     name="tiny_dinov2_running_mean",

@@ -2,7 +2,10 @@
 
 import sys
 
+from accelerate import PartialState
+
 from vitreg_hub.training.command import console, run_command
 
 with console():
     run_command(sys.argv[1:])
+    PartialState().destroy_process_group()

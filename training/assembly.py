@@ -1,6 +1,6 @@
 """From a recipe to the parts of a run: processes, data, network, task, optimiser."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -117,9 +117,11 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         max_corrupt=recipe.data.max_corrupt,
         needs=NEEDS.get(type(recipe.task), ()),
     )
+    held_out = open_held_out(recipe.data, data)
     epoch_steps = recipe.epoch_steps or loader.steps_per_epoch
     span = Span(epoch_steps=epoch_steps, total_steps=max(round(recipe.epochs * epoch_steps), 1))
-    task = make_task(recipe, backbone, data=data, span=span)
+    label_names = held_out.label_names if held_out else None
+    task = make_task(recipe, backbone, span=span, label_names=label_names or data.label_names)
     twin = deepcopy(task.published).eval().requires_grad_(False)
     if recipe.scale.checkpointing:
         backbone.set_grad_checkpointing()
@@ -127,7 +129,6 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         for module in (task.network, *task.frozen.values()):
             for block in blocks_of(module):
                 block.compile()
-    held_out = open_held_out(recipe.data, data)
     return Parts(
         data=data,
         held_out=held_out,
@@ -142,8 +143,15 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
     )
 
 
-def make_task(recipe: Recipe, backbone: VisionTransformer, *, data: TrainingData, span: Span) -> Task:
-    """Build the objective of a recipe. open_clip is imported for the contrastive one only."""
+def make_task(recipe: Recipe, backbone: VisionTransformer, *, span: Span, label_names: Sequence[str] | None) -> Task:
+    """Build the objective of a recipe. open_clip is imported for the contrastive one only.
+
+    Args:
+        recipe: The run.
+        backbone: The ViT.
+        span: How long the run is.
+        label_names: Names of the classes of held-out images.
+    """
     settings = recipe.task
     with torch.random.fork_rng(devices=[]):  # heads are drawn
         torch.default_generator.manual_seed(recipe.seed)
@@ -161,7 +169,7 @@ def make_task(recipe: Recipe, backbone: VisionTransformer, *, data: TrainingData
             case Contrastive():
                 from vitreg_hub.training.tasks.contrastive import ContrastiveTask
 
-                return ContrastiveTask(settings=settings, backbone=backbone, label_names=data.label_names)
+                return ContrastiveTask(settings=settings, backbone=backbone, label_names=label_names)
             case Distill():
                 from vitreg_hub.training.tasks.distill import DistillTask
 

@@ -42,6 +42,10 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, BACKBONE_STREAM))
         if settings.start is None:
+            if settings.trainable != "all":
+                raise RecipeError(
+                    f"model.trainable is {settings.trainable}, but there is no model.start: all else would stay random."
+                )
             bundle = None
             layer_scale = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
             model = timm.create_model(
@@ -49,6 +53,11 @@ def build_backbone(
             )
         else:
             bundle = with_registers_of(settings.arch, ModelBundle.load(settings.start), called=settings.start)
+            if settings.trainable != "all" and num_classes not in (0, bundle.num_classes):
+                raise RecipeError(
+                    f"model.trainable is {settings.trainable}, but model.start {settings.start} has "
+                    f"{bundle.num_classes} classes and the data have {num_classes}: a new head needs all to be trained."
+                )
             model = bundle.build(num_classes=num_classes, dynamic_img_size=True, **size)
     if settings.drop_path:
         set_drop_path(model, settings.drop_path)

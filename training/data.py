@@ -184,7 +184,11 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
     training = split == "train"
     called, rows = _rows(name, split, settings.streaming)
     rows = rows.with_format(None)
-    num_images = len(rows) if isinstance(rows, datasets.Dataset) else _told_by_stream(rows) or settings.stream_images
+    num_images = (
+        len(rows)
+        if isinstance(rows, datasets.Dataset)
+        else _told_by_stream(rows) or (settings.stream_images if training else None)
+    )
     if num_images == 0:
         raise DataError(f"{called} holds no images.")
     if training and settings.streaming and isinstance(rows, datasets.Dataset):

@@ -1,5 +1,6 @@
 """Global batches for one process of several. What is in a batch depends on the seed and the step alone."""
 
+import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -110,6 +111,11 @@ class TrainLoader:
             )
         return self.data.num_images // self.batch_size
 
+    @property
+    def num_corrupt(self) -> int:
+        """Images of this process that were found unreadable so far."""
+        return len(self._corrupt.names)
+
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Yield this process's `accumulate` batches of every step. Workers live as long as the iteration.
 
@@ -202,6 +208,7 @@ class TrainLoader:
             batch_sampler=self._draws(start_step, stop_step),
             num_workers=self.num_workers,
             collate_fn=handed_over,
+            worker_init_fn=outlive_sigterm,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else it would move the global one
         )
@@ -238,6 +245,7 @@ class TrainLoader:
                     batch_size=None,
                     num_workers=min(1, self.num_workers),
                     collate_fn=handed_over,
+                    worker_init_fn=outlive_sigterm,
                     pin_memory=torch.cuda.is_available(),
                     generator=torch.Generator(),
                 )
@@ -250,6 +258,11 @@ class TrainLoader:
             if isinstance(piece, Piece) and piece.crops:
                 self._positions[worker], self._num_pieces = piece.position, self._num_pieces + 1
             yield piece
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which is often sent to all processes of a job, to the one that then writes a checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Rows(Dataset):

@@ -145,7 +145,7 @@ class Logbook:
             return
         self._record(step, scores)
         shown = [f"{name} {number(value)}" for name, value in scores.items() if name.startswith("eval/")]
-        if self._main:
+        if self._main and shown:
             logger.info("%s", "  ".join([f"evaluation after {step} steps:", *shown]))
 
     def close(self) -> None:

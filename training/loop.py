@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import gather_object
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import write_folder
@@ -84,7 +85,11 @@ def train(
     require_trackers(recipe.watch.trackers)
     accelerator = make_accelerator(recipe)
     checkpoint = _checkpoint_to_resume(out, recipe, resume)
-    accelerator.wait_for_everyone()  # nothing is written before all processes have looked
+    found = gather_object([checkpoint.name if checkpoint else None])  # before one of them writes anything
+    if len(set(found)) > 1:
+        raise BundleError(
+            f"not all processes see the same checkpoints in {out}: give a folder that all machines share."
+        )
     publisher = Publisher(push) if push and accelerator.is_main_process else None  # fails now if there is no token
     if (out / MODEL).exists():
         return _finished(out, publisher)
@@ -146,10 +151,9 @@ def _finish(trainer: Trainer, out: Path, publisher: Publisher | None) -> TrainRe
         if trainer.accelerator.is_main_process:
             trainer.parts.task.write_beside(trainer.parts.twin, trainer.bundle(), out / MODEL)
             write_folder(out / MODEL, trainer.write_model)
-            commit = _publish(out, publisher)
-    elif publisher:
-        publisher.close()
-    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()  # for uploads only the main process waits
+    if done:
+        commit = _publish(out, publisher)
     return TrainResult(
         folder=out,
         step=trainer.step,
@@ -194,7 +198,7 @@ class DryRun:
         images_per_second: Of the last step that was tried, over all processes.
         eta_seconds: Of the whole run, without evaluations.
         memory_gib: Of the device, or without one of this process.
-        parameters: Numbers that are trained, of this process's share.
+        parameters: Numbers that are trained.
     """
 
     steps: int
@@ -224,7 +228,7 @@ def dry_run(recipe: Recipe) -> DryRun:
             precision=trainer.accelerator.mixed_precision,
         )
         for step, batches in islice(trainer.steps(throughput), DRY_STEPS):
-            trainer.do_step(step, batches, throughput, threading.Event(), Path())
+            trainer.do_step(step, batches, throughput, threading.Event(), None)
             throughput.step_done()
         measured = throughput.read()
     return DryRun(
@@ -244,15 +248,15 @@ def _checkpoint_to_resume(out: Path, recipe: Recipe, resume: str) -> Path | None
         BundleError: The folder holds something else, or is to be new and is not.
         TrainingError: There is no such checkpoint.
     """
-    if resume not in ("auto", "never"):
-        if not (Path(resume) / run_state.STATE).is_dir():
+    named = None if resume in ("auto", "never") else Path(resume)
+    if named is not None:
+        if not (named / run_state.STATE).is_dir():
             raise TrainingError(f"--resume {resume}: that is no checkpoint; give a run's checkpoints/step_... folder.")
-        run = Path(resume).absolute().parents[1]
+        run = named.absolute().parents[1]
         if (run / RECIPE_FILE).is_file():
             require_same_recipe(recipe, run)
-        return Path(resume)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
+        return named
     if resume == "never" or not (out / RECIPE_FILE).is_file():
         raise BundleError(
             f"{out} exists and "
@@ -261,7 +265,11 @@ def _checkpoint_to_resume(out: Path, recipe: Recipe, resume: str) -> Path | None
         )
     require_same_recipe(recipe, out)
     found = run_state.checkpoints(out)
-    return found[-1] if found else None
+    if named is None:
+        return found[-1] if found else None
+    if (out / MODEL).exists() or any(path.name > named.name for path in found):
+        raise BundleError(f"{out} is further than {named.name}: go on from there in another folder.")
+    return named
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def build_optimizer(network: nn.Module, settings: OptimSettings, *, depth: int) 
     )
     if not groups:
         raise RecipeError("nothing is trained: no parameter of the network takes gradients.")
-    extra = {"betas": settings.betas} | ({} if settings.eps is None else {"eps": settings.eps})
+    extra = {name: value for name in ("betas", "eps") if (value := getattr(settings, name)) is not None}
     try:
         return create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0, **extra)
     except (ValueError, TypeError, RuntimeError) as error:

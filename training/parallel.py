@@ -4,8 +4,9 @@ accelerate's own FSDP2 takes one module and no CPU; a task has a second, frozen 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,9 @@ from torch.optim import Optimizer
 
 BLOCK = re.compile(r"(.*\.)?(blocks|resblocks)\.\d+")
 """Names of the modules that are spread, gathered and compiled one by one, in timm and in open_clip."""
+
+
+RATES = ("lr", "weight_decay")
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -64,9 +68,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's weights as if there were one process, without gradients; all processes must ask for it."""
-    return {name: full(tensor.detach()) for name, tensor in module.state_dict().items()}
+def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's weights as if there were one process, one at a time; all processes must ask for all."""
+    for name, tensor in module.state_dict().items():
+        yield name, full(tensor.detach())
+
+
+def kept(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, or nothing, so that one process alone holds them and no GPU holds more than one."""
+    return {name: tensor.cpu() for name, tensor in tensors if keep}
 
 
 @torch.no_grad()
@@ -79,8 +89,19 @@ def write_full(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
+def copy_whole(source: nn.Module, target: nn.Module) -> None:
+    """Write a module's weights into another one of the same names that is not spread; all processes must call it."""
+    own = target.state_dict()
+    for name, tensor in full_tensors(source):
+        write_full(own[name], tensor)
+
+
 def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Write whole weights into a module whose own may be spread; names must be the same."""
+    """Write whole weights into a module whose own may be spread; names must be the same.
+
+    Raises:
+        KeyError: They are not.
+    """
     own = module.state_dict()
     if own.keys() != state.keys():
         raise KeyError(f"weights of other names: {sorted(own.keys() ^ state.keys())[:3]}")
@@ -88,18 +109,24 @@ def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         write_full(tensor, state[name])
 
 
-def full_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """An optimiser's tensors as if there were one process, as ``name/key``.
+def full_optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield an optimiser's state as if there were one process, as ``name/key``.
 
     Args:
         optimizer: After any number of steps.
         names: Of the parameters.
     """
-    return {
-        f"{names[parameter]}/{key}": full(value) if isinstance(value, Tensor) else torch.tensor(value)
-        for parameter, entry in optimizer.state.items()
-        for key, value in entry.items()
-    }
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            yield f"{names[parameter]}/{key}", full(value) if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def group_numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What an optimiser counts by group (timm's LAMB its steps), and not the rates, which follow from the step."""
+    return [
+        {key: value for key, value in group.items() if isinstance(value, int | float) and key not in RATES}
+        for group in optimizer.param_groups
+    ]
 
 
 def load_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], state: Mapping[str, Tensor]) -> None:
@@ -114,6 +141,10 @@ def load_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], stat
                 like = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
                 write_full(like, value)
                 value = like
+            elif value.ndim:
+                value = value.to(parameter.device)
+            elif value.dtype in (torch.int64, torch.float64):  # was a plain number
+                value = value.item()
             optimizer.state[parameter][field] = value
 
 

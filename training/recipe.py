@@ -21,7 +21,7 @@ class ModelSettings:
         start_required: Whether the recipe is the second stage of a run and must not begin from scratch.
         img_size: Side of the images in pixels; None: the architecture's, or the start's.
         patch_size: Side of a patch in pixels; None: the architecture's, or the start's.
-        drop_path: Probability to skip a branch, the same in every block.
+        drop_path: Probability to skip a branch, the same in every block; drawn by each process for its own images.
         layer_scale: LayerScale of a network from scratch; None: the architecture's. DINOv2's 1e-5 is for hundreds of
             thousands of steps: a few hundred go by before its blocks do anything.
         trainable: Which weights change; all others stay as they are, bit for bit.
@@ -287,7 +287,7 @@ class OptimSettings:
         weight_decay_end: At the end; None: the same.
         decay_rule: Which parameters decay. "timm": none of one dimension, no positions, class token or registers.
             "dinov2": all but biases, norms and LayerScale. "openclip": as "timm", and no logit scale.
-        betas: Of Adam and its kin.
+        betas: Of Adam and its kin; None: the optimiser's own, or none.
         eps: Of Adam and its kin; None: the optimiser's own.
         layer_decay: Factor of the rate from each layer to the one below.
         patch_embed_lr: Factor of the rate of the patch embedding.
@@ -304,7 +304,7 @@ class OptimSettings:
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
     decay_rule: Literal["timm", "dinov2", "openclip"] = "timm"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] | None = (0.9, 0.999)
     eps: float | None = None
     layer_decay: float = 1.0
     patch_embed_lr: float = 1.0
@@ -314,12 +314,12 @@ class OptimSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleSettings:
-    """How the work is spread. Nothing here changes what is learnt, beyond rounding.
+    """How the work is spread. Nothing but `accumulate` changes what is learnt, beyond rounding.
 
     Attributes:
         precision: Number type of the forward pass; weights and optimiser keep float32.
-        accumulate: Parts that a process takes one after the other in each step. Losses that need the global batch see
-            one part of every process at a time.
+        accumulate: Parts that a process takes one after the other in each step. Losses that need the global batch
+            (contrastive, Sinkhorn, KoLeo) see one part of every process at a time, and are others then.
         sharding: "ddp" copies the weights to every process, "fsdp2" spreads weights, gradients and optimiser over them.
         checkpointing: Whether activations are computed again in the backward pass instead of kept.
         compile: Whether the blocks are compiled by torch.compile.

@@ -26,7 +26,12 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     part: {kind.__name__: kind for kind in get_args(union)}
     for part, union in (("task", TaskSettings), ("augment", Augment))
 }
-MAY_CHANGE = ("name", "scale.", "watch.", "data.num_workers")
+MAY_CHANGE = (
+    "name",
+    *(f"scale.{how}" for how in ("precision", "sharding", "checkpointing", "compile")),
+    "watch.",
+    "data.num_workers",
+)
 """Settings, or what they begin with, that may differ when a run goes on: they change nothing that is learnt."""
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}

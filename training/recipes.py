@@ -31,6 +31,7 @@ from vitreg_hub.training.recipe import (
 IMAGENET_1K = DataSettings(
     train="timm/imagenet-1k-wds:train",
     test="timm/imagenet-1k-wds:validation",
+    num_classes=1000,
     streaming=True,
     stream_images=1_281_167,  # dinov2/data/datasets/image_net.py, `_Split.length`
     num_workers=10,  # deit/main.py `--num_workers`, dinov2/configs/ssl_default_config.yaml `num_workers`
@@ -58,8 +59,9 @@ def _deit3(size: str, registers: int, *, img_size: int, lr: float, drop_path: fl
 
     Source: deit/README_revenge.md (the commands; `--unscale-lr` takes the rate as it is), deit/main.py (min_lr, EMA,
     repeats), deit/models_v2.py (`init_scale`). Upstream also keeps averaged weights but scores and publishes the last
-    ones: `--task.ema null` does that. An epoch is as long as the data: a third of the images, three times each.
-    The command of ViT-S lacks a space (`--repeated-aug--bce-loss`) and is taken as if it had one.
+    ones: `--task.ema null` does that. An epoch is as long as the data: a third of the images, three times each. The
+    command of ViT-S lacks a space (`--repeated-aug--bce-loss`) and is taken as if it had one. Rates change with each
+    step, and the cosine begins after the warm-up; upstream's change with each epoch and count from the first one.
     """
     return Recipe(
         name=f"deit3_{size}",
@@ -273,6 +275,7 @@ def openclip_base(registers: int = 4) -> Recipe:
             opt="adamw",
             lr=5e-4,
             warmup_epochs=2000 * batch_size / images,
+            warmup_lr=5e-4 / 2000,  # open_clip_train/scheduler.py begins with one step's worth
             weight_decay=0.2,
             decay_rule="openclip",
             betas=(0.9, 0.98),
@@ -317,10 +320,10 @@ def supervised_digits(registers: int = 4) -> Recipe:
     return Recipe(
         name="supervised_digits",
         model=ModelSettings(arch=_arch("dinov2", "nano", registers), img_size=16, layer_scale=0.1),
-        task=Supervised(loss="ce"),
+        task=Supervised(loss="ce", smoothing=0.1),
         data=DataSettings(train="digits"),
-        augment=CropAugment(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0),  # digits have no mirror images
-        optim=OptimSettings(opt="nadamuon", lr=3e-3, warmup_epochs=1, weight_decay=0.05),
+        augment=CropAugment(scale=(0.6, 1.0), ratio=(0.8, 1.25), hflip=0.0),  # digits have no mirror images
+        optim=OptimSettings(opt="nadamuon", lr=4e-3, warmup_epochs=1, weight_decay=0.05),
         watch=WatchSettings(eval_every=88, save_every=88),
         batch_size=64,
         epochs=16,

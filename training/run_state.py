@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.bundle_form import write_folder
 from vitreg_hub.errors import TrainingError
-from vitreg_hub.training.parallel import full_state, load_full_state
+from vitreg_hub.training.parallel import full_tensors, kept, load_full_state
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +40,24 @@ class RunState:
     extra: Mapping[str, Any]
 
 
-def split_weights(network: nn.Module, frozen: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+def split_weights(network: nn.Module, frozen: Mapping[str, nn.Module], *, keep: bool) -> dict[str, dict[str, Tensor]]:
     """Whole weights of a task by file; all processes must ask for them.
+
+    Args:
+        network: What is trained.
+        frozen: Modules beside it.
+        keep: Whether this process is the one that gets them.
 
     Returns:
         "backbone" under the ViT's own names, "heads" with everything else of the network, and one entry for each frozen
         module under the network's names.
     """
-    whole = full_state(network)
+    whole = kept(full_tensors(network), keep=keep)
     files = {
         "backbone": {name.removeprefix("backbone."): t for name, t in whole.items() if name.startswith("backbone.")},
         "heads": {name: t for name, t in whole.items() if not name.startswith("backbone.")},
     }
-    return files | {name: full_state(module) for name, module in frozen.items()}
+    return files | {name: kept(full_tensors(module), keep=keep) for name, module in frozen.items()}
 
 
 def load_weights(
@@ -81,8 +86,16 @@ def save_checkpoint(run: Path, state: RunState, *, write_model: Callable[[Path],
         keep: How many checkpoints may stay.
 
     Raises:
+        TrainingError: A weight is no number; all earlier checkpoints stay.
         BundleError: It cannot be written; all earlier ones stay.
     """
+    for file, tensors in state.weights.items():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise TrainingError(
+                    f"{name} of {file} holds what is no number after {state.step} steps, so no checkpoint is written: "
+                    "lower optim.lr or set optim.clip, and go on from the last one."
+                )
 
     def fill(staging: Path) -> None:
         write_model(staging)
@@ -90,7 +103,7 @@ def save_checkpoint(run: Path, state: RunState, *, write_model: Callable[[Path],
         folder.mkdir()
         for name, tensors in state.weights.items():
             if tensors:
-                whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
                 save_file(whole, folder / f"{name}.safetensors", metadata={"format": "pt"})
         text = {"step": state.step, "loaders": state.loaders, "extra": dict(state.extra)}
         (folder / STATE_FILE).write_text(json.dumps(text))
@@ -115,8 +128,7 @@ def load_checkpoint(folder: Path) -> RunState:
         return RunState(step=text["step"], weights=weights, loaders=tuple(text["loaders"]), extra=text["extra"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(
-            f"{folder} is no checkpoint that a run can go on from ({error}): delete it to go on from the one before, "
-            "or train without --resume."
+            f"{folder} is no checkpoint that a run can go on from ({error}): delete it to go on from the one before."
         ) from error
 
 

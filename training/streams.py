@@ -15,7 +15,7 @@ from vitreg_hub.training.data import UNREADABLE, reason
 from vitreg_hub.training.randomness import seed_of
 from vitreg_hub.training.samples import Piece, Sample, SampleReader
 
-WHOLE_SHARDS = 8
+WHOLE_SHARDS = 2
 """Shards per reader from which on each reads its own ones only, even if some then have one more than others."""
 
 REPORT_EVERY = 16

@@ -1,5 +1,6 @@
 """A run in one process: its parts on their device, one step after the other, measured and saved."""
 
+import logging
 import math
 import threading
 from collections.abc import Iterator
@@ -22,10 +23,11 @@ from vitreg_hub.training.collectives import all_reduce_sum
 from vitreg_hub.training.first_batch import draw_first_batch
 from vitreg_hub.training.optimizer import Rates, build_optimizer, clip_gradients
 from vitreg_hub.training.parallel import (
-    full_optimizer_state,
-    full_state,
+    copy_whole,
+    full_optimizer_tensors,
     gradients_synced,
-    load_full_state,
+    group_numbers,
+    kept,
     load_optimizer_state,
     wrap,
 )
@@ -34,6 +36,8 @@ from vitreg_hub.training.recipe import Recipe
 from vitreg_hub.training.task import Batch
 from vitreg_hub.training.throughput import Throughput
 from vitreg_hub.training.watch import evaluate
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -65,6 +69,11 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.evaluated = -1
 
+    @property
+    def _length(self) -> dict[str, int | None]:
+        """What the schedules and the order of the images follow from."""
+        return {"images": self.parts.data.num_images, "steps": self.parts.span.total_steps}
+
     def steps(self, throughput: Throughput) -> Iterator[tuple[int, list[Batch]]]:
         """Yield each step that is left with the batches of its parts."""
         first, total = self.step, self.parts.span.total_steps
@@ -72,10 +81,12 @@ class Trainer:
         for step in range(first, total):
             with throughput.waiting():
                 parts = list(islice(batches, self.recipe.scale.accumulate))
+            for name in (name for part in parts for name in part.corrupt):
+                logger.warning("cannot be read and was replaced: %s", name)
             yield step, parts
 
     def do_step(
-        self, step: int, batches: list[Batch], throughput: Throughput, stop: threading.Event, out: Path
+        self, step: int, batches: list[Batch], throughput: Throughput, stop: threading.Event, out: Path | None
     ) -> tuple[dict[str, float], bool]:
         """Forward, backward, update.
 
@@ -84,7 +95,7 @@ class Trainer:
             batches: Its parts of this process.
             throughput: Counts operations.
             stop: Whether this process was asked to stop.
-            out: The run's folder, for messages.
+            out: The run's folder, for messages, if there is one.
 
         Returns:
             The global batch's metrics, and whether any process was asked to stop.
@@ -104,27 +115,33 @@ class Trainer:
                     output = task.training_step(self.network, on_device(batch, accelerator.device))
                 accelerator.backward(output.loss / len(batches))
             terms.append({"loss": output.loss.detach(), **output.metrics})
-        names = list(terms[0])
-        sums = [torch.stack([term[name].float() for term in terms]).mean() for name in names]
-        sums.append(torch.tensor(float(stop.is_set()), device=accelerator.device))
-        *means, stops = (all_reduce_sum(torch.stack(sums)) / accelerator.num_processes).tolist()
-        metrics = dict(zip(names, means, strict=True))
-        if not math.isfinite(metrics["loss"]):
-            self._refuse(step, batches, metrics["loss"], out)
         accelerator.unscale_gradients(self.optimizer)
         norm = clip_gradients(task.network, recipe.optim)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
             task.after_step(step)
+        # the device is waited for once, when everything has been handed to it
+        means = {name: torch.stack([term[name].float() for term in terms]).mean() for name in terms[0]}
+        counts = {"unreadable_images": self.parts.loader.num_corrupt, "stops": stop.is_set()}
+        mine = torch.stack([*means.values(), *(means["loss"].new_tensor(float(count)) for count in counts.values())])
+        sums = dict(zip([*means, *counts], all_reduce_sum(mine).tolist(), strict=True))
+        metrics = {name: sums[name] / accelerator.num_processes for name in means}
+        if not math.isfinite(metrics["loss"]):
+            self._refuse(step, batches, metrics["loss"], finite=bool(means["loss"].isfinite()), out=out)
         self.step = step + 1
         metrics |= {"lr": self.rates.lr(step), "weight_decay": self.rates.weight_decay(step)}
-        return metrics | ({} if norm is None else {"grad_norm": norm.item()}), stops > 0
+        if norm is not None:
+            metrics["grad_norm"] = norm.item()
+        if sums["unreadable_images"]:
+            metrics["unreadable_images"] = sums["unreadable_images"]
+        return metrics, sums["stops"] > 0
 
-    def _refuse(self, step: int, batches: list[Batch], loss: float, out: Path) -> None:
-        images = [name for batch in batches for name in batch.names]
-        good = run_state.checkpoints(out)
-        kept = f"the last good state is {good[-1]}" if good else "no checkpoint was written yet (watch.save_every)"
+    def _refuse(self, step: int, batches: list[Batch], loss: float, *, finite: bool, out: Path | None) -> None:
+        mine = [] if finite else [name for batch in batches for name in batch.names]
+        images = gather_object(mine)
+        saved = run_state.checkpoints(out) if out else []
+        kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet (watch.save_every)"
         raise TrainingError(
             f"the loss is {loss} in step {step}, whose batch begins with {', '.join(images[:4])}: {kept}; lower "
             "optim.lr, set optim.clip, or look at those images."
@@ -147,6 +164,7 @@ class Trainer:
                 rank=self.accelerator.process_index,
                 world_size=self.accelerator.num_processes,
                 seed=self.recipe.seed,
+                num_workers=self.recipe.data.num_workers,
             )
         finally:
             parts.twin.to("cpu")
@@ -155,7 +173,7 @@ class Trainer:
 
     def refresh_twin(self) -> None:
         """Copy what would be published now, whole; all processes must ask for it."""
-        load_full_state(self.parts.twin, full_state(self.parts.task.published))
+        copy_whole(self.parts.task.published, self.parts.twin)
 
     def save(self, out: Path) -> Path | None:
         """Write a checkpoint; returns its folder on the main process.
@@ -164,14 +182,22 @@ class Trainer:
             BundleError: It cannot be written; earlier ones stay.
         """
         task = self.parts.task
-        weights = run_state.split_weights(task.network, task.frozen)
-        weights["optimizer"] = full_optimizer_state(self.optimizer.optimizer, self.names)
+        main = self.accelerator.is_main_process
+        weights = run_state.split_weights(task.network, task.frozen, keep=main)
+        optimizer = self.optimizer.optimizer
+        weights["optimizer"] = kept(full_optimizer_tensors(optimizer, self.names), keep=main)
         loaders = tuple(gather_object([self.parts.loader.state()]))
         scaler = self.accelerator.scaler
-        extra = {"metrics": self.metrics, "evaluated": self.evaluated, "scaler": scaler.state_dict() if scaler else {}}
+        extra = {
+            "metrics": self.metrics,
+            "evaluated": self.evaluated,
+            "scaler": scaler.state_dict() if scaler else {},
+            "groups": group_numbers(optimizer),
+            "length": self._length,
+        }
         self.refresh_twin()
         folder = None
-        if self.accelerator.is_main_process:
+        if main:
             state = run_state.RunState(step=self.step, weights=weights, loaders=loaders, extra=extra)
             folder = run_state.save_checkpoint(out, state, write_model=self.write_model, keep=self.recipe.watch.keep)
         self.accelerator.wait_for_everyone()
@@ -195,10 +221,17 @@ class Trainer:
             TrainingError: It is of another network or number of processes.
         """
         task = self.parts.task
+        if state.extra["length"] != self._length:
+            before, now = (
+                f"{x['images']} images and {x['steps']} steps" for x in (state.extra["length"], self._length)
+            )
+            raise TrainingError(f"{called} is of a run with {before}, but this one has {now}: give it the same data.")
         try:
             run_state.load_weights(task.network, task.frozen, state.weights)
             load_optimizer_state(self.optimizer.optimizer, self.names, state.weights.get("optimizer", {}))
-        except (KeyError, RuntimeError) as error:
+            for group, numbers in zip(self.optimizer.param_groups, state.extra["groups"], strict=True):
+                group.update(numbers)
+        except (KeyError, RuntimeError, ValueError) as error:
             raise TrainingError(f"{called} is of another network ({error}): give its own run's folder.") from error
         self.parts.loader.load_state(state.loaders)
         if self.accelerator.scaler and state.extra["scaler"]:

@@ -181,8 +181,7 @@ class DinoV2Task:
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """DINO, iBOT and KoLeo losses of one batch of crops."""
-        masks = self._masks(batch).to(batch.crops[0].device)
-        return self.losses(network, batch.crops, masks, temperature=self.temperature(batch.step))
+        return self.losses(network, batch.crops, self._masks(batch), temperature=self.temperature(batch.step))
 
     def losses(self, network: nn.Module, crops: tuple[Tensor, ...], masks: Tensor, *, temperature: float) -> StepOutput:
         """The losses as they follow from crops and masks.
@@ -190,12 +189,14 @@ class DinoV2Task:
         Args:
             network: The student.
             crops: Two global and L local ones, each [B, 3, H, W].
-            masks: Hidden patches of the global crops, all first ones before all second ones [2B, N].
+            masks: Hidden patches of the global crops, all first ones before all second ones [2B, N], on the CPU.
             temperature: The teacher's.
         """
         settings = self.settings
         global_crops, num_local = torch.cat(crops[:GLOBAL_CROPS]), len(crops) - GLOBAL_CROPS
-        masked, weights = masked_indices_and_weights(masks)
+        masked, weights, masks = (
+            tensor.to(global_crops.device, non_blocking=True) for tensor in (*masked_indices_and_weights(masks), masks)
+        )
         targets, patch_targets = self._targets(global_crops, masked, temperature)
         local_crops = torch.cat(crops[GLOBAL_CROPS:]) if num_local else None
         student = network(global_crops, masked, masks=masks, local_crops=local_crops)
