@@ -26,7 +26,6 @@ from vitreg_hub.training.run_state import checkpoints
 from vitreg_hub.training.tasks.supervised import SupervisedTask
 from vitreg_hub.training.trainer import Trainer
 
-
 RUNS = {**TINY, "lamb": LAMB, "nadamuon": replace(LAMB, optim=replace(LAMB.optim, opt="nadamuon"))}
 
 

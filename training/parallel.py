@@ -4,7 +4,7 @@ accelerate's own FSDP2 takes one module and no CPU; a task has a second, frozen 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,7 +20,8 @@ BLOCK = re.compile(r"(.*\.)?(blocks|resblocks)\.\d+")
 """Names of the modules that are spread, gathered and compiled one by one, in timm and in open_clip."""
 
 
-RATES = ("lr", "weight_decay")
+COUNTS = ("step",)
+"""What changes in an optimiser's groups besides the rates, which follow from the step."""
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -121,12 +122,29 @@ def full_optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) ->
             yield f"{names[parameter]}/{key}", full(value) if isinstance(value, Tensor) else torch.tensor(value)
 
 
-def group_numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What an optimiser counts by group (timm's LAMB its steps), and not the rates, which follow from the step."""
+def group_counts(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What an optimiser counts by group, as timm's LAMB its steps: numbers, or a number and its type for a tensor."""
     return [
-        {key: value for key, value in group.items() if isinstance(value, int | float) and key not in RATES}
+        {
+            key: [value.item(), str(value.dtype).removeprefix("torch.")] if isinstance(value, Tensor) else value
+            for key, value in group.items()
+            if key in COUNTS
+        }
         for group in optimizer.param_groups
     ]
+
+
+def load_group_counts(optimizer: Optimizer, counts: Sequence[Mapping[str, Any]]) -> None:
+    """Set what `group_counts` gave.
+
+    Raises:
+        ValueError: There is another number of groups.
+    """
+    for group, numbers in zip(optimizer.param_groups, counts, strict=True):
+        for key, value in numbers.items():
+            if isinstance(value, list):
+                value = torch.tensor(value[0], dtype=getattr(torch, value[1]))
+            group[key] = value
 
 
 def load_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], state: Mapping[str, Tensor]) -> None:

@@ -320,7 +320,7 @@ def supervised_digits(registers: int = 4) -> Recipe:
     return Recipe(
         name="supervised_digits",
         model=ModelSettings(arch=_arch("dinov2", "nano", registers), img_size=16, layer_scale=0.1),
-        task=Supervised(loss="ce", smoothing=0.1),
+        task=Supervised(loss="ce", smoothing=0.1, mixup=0.2, ema=0.98),
         data=DataSettings(train="digits"),
         augment=CropAugment(scale=(0.6, 1.0), ratio=(0.8, 1.25), hflip=0.0),  # digits have no mirror images
         optim=OptimSettings(opt="nadamuon", lr=4e-3, warmup_epochs=1, weight_decay=0.05),

@@ -26,8 +26,9 @@ from vitreg_hub.training.parallel import (
     copy_whole,
     full_optimizer_tensors,
     gradients_synced,
-    group_numbers,
+    group_counts,
     kept,
+    load_group_counts,
     load_optimizer_state,
     wrap,
 )
@@ -192,7 +193,7 @@ class Trainer:
             "metrics": self.metrics,
             "evaluated": self.evaluated,
             "scaler": scaler.state_dict() if scaler else {},
-            "groups": group_numbers(optimizer),
+            "groups": group_counts(optimizer),
             "length": self._length,
         }
         self.refresh_twin()
@@ -229,8 +230,7 @@ class Trainer:
         try:
             run_state.load_weights(task.network, task.frozen, state.weights)
             load_optimizer_state(self.optimizer.optimizer, self.names, state.weights.get("optimizer", {}))
-            for group, numbers in zip(self.optimizer.param_groups, state.extra["groups"], strict=True):
-                group.update(numbers)
+            load_group_counts(self.optimizer.optimizer, state.extra["groups"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise TrainingError(f"{called} is of another network ({error}): give its own run's folder.") from error
         self.parts.loader.load_state(state.loaders)
