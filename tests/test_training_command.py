@@ -178,7 +178,7 @@ MISTAKES = {
     "unrecognized arguments: junk.": "supervised_digits junk --out x",
     "optim.lr takes a number, not 'abc'.": "supervised_digits --optim.lr abc --out x",
     "batch_size takes a whole number, not '3.5'.": "supervised_digits --batch_size 3.5",
-    "optim.betas takes a list [a number, a number] or null, not '[1, 2, 3]'.": "supervised_digits --optim.betas [1,2,3]",
+    "optim.betas takes a list [a number, a number] or null, not '[1, 2, 3]'.": "dinov2_vitl14 --optim.betas [1,2,3]",
     "scale.precision takes one of no, bf16, fp16, not 'fp8'.": "supervised_digits --scale.precision fp8",
     "scale.compile takes true or false, not 'maybe'.": "supervised_digits --scale.compile maybe",
     "optim.clip takes a number or null, not 'x'.": "supervised_digits --optim.clip x",

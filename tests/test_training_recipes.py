@@ -170,7 +170,7 @@ def test_distill_as_far_as_ph_reg_goes():
     assert (optim.opt, optim.lr, optim.min_lr, optim.weight_decay) == ("adamw", 1e-4, 5e-6, 1e-2)
     assert (optim.clip, optim.warmup_epochs, recipe.epochs, recipe.model.img_size) == (None, 0, 100, 518)
     assert (task.cosine_weight, task.mse_weight, recipe.scale.precision) == (1.0, 0.2, "bf16")
-    assert recipe.model.start == task.teacher
+    assert recipe.model.start_required
 
 
 def test_small_ones_are_on_embedded_data():

@@ -147,7 +147,7 @@ def require_same_recipe(recipe: Recipe, folder: Path) -> None:
     old, new = (_flat(with_kinds(r)) for r in (before, recipe))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)]
     if different:
-        name = different[0]
+        name = min(different, key=lambda name: not name.endswith(f".{KIND}"))  # another kind explains the rest
         others = f" and {len(different) - 1} more settings differ" if different[1:] else ""
         raise RecipeError(
             f"the run in {folder} has {name} {old.get(name)}, not {new.get(name)}{others}: give the settings of "
