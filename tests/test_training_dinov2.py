@@ -13,7 +13,7 @@ from vitreg_hub.positions import PositionRule, follow
 from vitreg_hub.training.optimizer import build_optimizer, clip_gradients
 from vitreg_hub.training.parallel import average_into
 from vitreg_hub.training.recipe import DinoV2, Head, OptimSettings
-from vitreg_hub.training.task import Span
+from vitreg_hub.training.task import Batch, Span
 from vitreg_hub.training.tasks.dinov2 import DinoV2Task
 
 CASE = GOLDEN / "dinov2_ssl_train_step"
@@ -169,6 +169,35 @@ def test_hidden_patches_change_nothing_else():
         torch.testing.assert_close(tensor, after[name], atol=0, rtol=0)
     assert not torch.allclose(before["global_logits"], unmasked["global_logits"], atol=1e-4)
     assert not task.network.backbone.patch_embed._forward_hooks
+
+
+def test_each_image_has_masks_of_its_own_wherever_it_is():
+    task = official_task()
+
+    def drawn(positions: list[int], step: int = 5) -> torch.Tensor:
+        images = torch.zeros(len(positions), 3, 32, 32)
+        batch = Batch(step=step, positions=torch.tensor(positions), names=(), crops=(images, images))
+        return task._masks(batch)
+
+    task.batch_size, everyone = 64, list(range(64))
+    whole = drawn(everyone)
+    assert 60 <= (whole.sum(1) > 0).sum() <= 64  # of 128 global crops; the smallest masks may find no place
+    masked = whole[whole.sum(1) > 0]
+    assert len(masked.unique(dim=0)) > 50
+    mine = [3, 17, 40]
+    assert torch.equal(drawn(mine), whole[[*mine, *(64 + position for position in mine)]])
+    assert not torch.equal(drawn(everyone, step=6), whole)
+
+
+def test_parameters_of_no_module_are_clipped_too():
+    network = torch.nn.Linear(2, 2)
+    network.child = torch.nn.Linear(3, 3)
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    largest = clip_gradients(network, OptimSettings(lr=1.0, clip=1.0, clip_per_module=True))
+    assert largest == pytest.approx(100 * 12**0.5)
+    for part in ([network.weight, network.bias], list(network.child.parameters())):
+        assert torch.nn.utils.get_total_norm([p.grad for p in part]) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_equal_weights_stay_equal_in_the_average():

@@ -26,7 +26,12 @@ from vitreg_hub.training.run_state import checkpoints
 from vitreg_hub.training.tasks.supervised import SupervisedTask
 from vitreg_hub.training.trainer import Trainer
 
-RUNS = {**TINY, "lamb": LAMB, "nadamuon": replace(LAMB, optim=replace(LAMB.optim, opt="nadamuon"))}
+RUNS = {
+    **TINY,
+    "lamb": LAMB,
+    "nadamuon": replace(LAMB, optim=replace(LAMB.optim, opt="nadamuon")),
+    "stream": replace(TINY["supervised"], data=replace(TINY["supervised"].data, streaming=True, shuffle_block=12)),
+}
 
 
 def saving(name: str, **changes):
@@ -73,7 +78,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [(name, step) for name in TINY for step in (1, 3)] + [("lamb", 2), ("nadamuon", 2)]
+    ("name", "step"), [(name, step) for name in TINY for step in (1, 3)] + [("lamb", 2), ("nadamuon", 2), ("stream", 2)]
 )
 def test_killed_in_a_step(name, step, uninterrupted, tmp_path, monkeypatch):
     do_step = Trainer.do_step
@@ -184,8 +189,10 @@ def test_weights_can_be_read_one_by_one(uninterrupted):
 
 
 def test_checkpoints_are_bundles(uninterrupted):
-    folder = checkpoints(uninterrupted("supervised"))[-1]
+    before, folder = checkpoints(uninterrupted("supervised"))
     assert set(verify(folder).values()) == {0.0}
+    assert "accuracy" in ModelBundle.load(folder).provenance.metrics
+    assert not ModelBundle.load(before).provenance.metrics  # of other weights
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):
