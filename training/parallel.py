@@ -148,7 +148,7 @@ def load_group_counts(optimizer: Optimizer, counts: Sequence[Mapping[str, Any]])
 
 
 def load_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], state: Mapping[str, Tensor]) -> None:
-    """Set an optimiser's state to what `full_optimizer_state` gave."""
+    """Set an optimiser's state to what `full_optimizer_tensors` gave."""
     entries: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         name, _, field = key.rpartition("/")

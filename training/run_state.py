@@ -19,7 +19,7 @@ from vitreg_hub.training.parallel import full_tensors, kept, load_full_state
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, STATE, STATE_FILE, OPTIMIZER = "checkpoints", "state", "state.json", "optimizer"
+CHECKPOINTS, STATE, STATE_FILE = "checkpoints", "state", "state.json"
 NAME = re.compile(r"step_(\d+)")
 
 
