@@ -20,7 +20,6 @@ class CosineSchedule:
         warmup: Steps of the warm-up.
         warmup_start: Value of its first step.
         freeze: Steps of 0 before everything else, which is put off by them.
-        zero_until: Steps before this one have 0, and nothing is put off: the rate of DINO's last layers.
 
     Source: dinov2/utils/utils.py CosineScheduler, dinov2/train/train.py build_schedulers (Apache-2.0).
     """
@@ -31,7 +30,6 @@ class CosineSchedule:
     warmup: int = 0
     warmup_start: float = 0.0
     freeze: int = 0
-    zero_until: int = 0
 
     def __post_init__(self) -> None:
         """Check that the parts fit.
@@ -49,7 +47,7 @@ class CosineSchedule:
         """Value of the step, the first one being 0."""
         if step >= self.total:
             return self.final
-        if step < max(self.freeze, self.zero_until):
+        if step < self.freeze:
             return 0.0
         step -= self.freeze
         if step < self.warmup:

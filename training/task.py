@@ -1,9 +1,10 @@
 """What the loop knows of an objective: a task turns batches into losses."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Span:
         return round(epochs * self.epoch_steps)
 
 
-class Task(Protocol):
+class Task(ABC):
     """An objective with its modules.
 
     Attributes:
@@ -80,20 +81,22 @@ class Task(Protocol):
 
     network: nn.Module
     frozen: Mapping[str, nn.Module]
-    hold: Mapping[str, int]
+    hold: Mapping[str, int] = MappingProxyType({})
 
+    @abstractmethod
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Losses of one batch. `network` is `self.network`, wrapped for several processes."""
 
-    def after_step(self, step: int) -> None:
-        """What follows the optimiser's step `step` (from 0): averaged weights, clamps."""
+    def after_step(self, step: int) -> None:  # noqa: B027
+        """What follows the optimiser's step `step` (from 0): averaged weights, clamps; nothing by default."""
 
     @property
+    @abstractmethod
     def published(self) -> nn.Module:
         """What is evaluated and exported, part of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
 
-    def write_beside(self, model: nn.Module, bundle: ModelBundle, folder: Path) -> None:
-        """Write what belongs to the model but has no place in its bundle, beside that.
+    def write_beside(self, model: nn.Module, bundle: ModelBundle, folder: Path) -> None:  # noqa: B027
+        """Write what belongs to the model but has no place in its bundle, beside that; nothing by default.
 
         Args:
             model: A copy of `published`, whole.
@@ -102,7 +105,11 @@ class Task(Protocol):
         """
 
     def scorer(self, model: nn.Module) -> Scorer:
-        """Scores of held-out images by a copy of `published`, on one device and in evaluation mode."""
+        """Scores of held-out images by a copy of `published`, on one device and in evaluation mode.
+
+        None by default but k-NN accuracy, which every model gets.
+        """
+        return lambda images, labels: {}
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:

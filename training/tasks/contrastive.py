@@ -18,7 +18,7 @@ from vitreg_hub.hub_access import TOWER_SUFFIX
 from vitreg_hub.training.collectives import rank, world_size
 from vitreg_hub.training.open_clip_files import save_open_clip
 from vitreg_hub.training.recipe import Contrastive
-from vitreg_hub.training.task import Batch, Scorer, StepOutput, correct
+from vitreg_hub.training.task import Batch, Scorer, StepOutput, Task, correct
 
 MAX_LOGIT_SCALE = 100
 """Source: open_clip_train/train.py, "clamp to 4.6052 = ln(100), as in the original paper"."""
@@ -61,7 +61,7 @@ class TwoTowers(nn.Module):
         return image_features, self.encode_text(tokens, normalize=True), self.logit_scale.exp()
 
 
-class ContrastiveTask:
+class ContrastiveTask(Task):
     """Each image of the global batch is to find its caption, and each caption its image."""
 
     def __init__(
@@ -82,7 +82,6 @@ class ContrastiveTask:
         self.settings, self.label_names = settings, tuple(label_names or ())
         self.network = TwoTowers(backbone, settings)
         self.frozen: dict[str, nn.Module] = {}
-        self.hold: dict[str, int] = {}
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Tokens [B, context length] of texts, cut off where they are too long."""

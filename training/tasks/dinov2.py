@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.dino_head import DinoHead
 from vitreg_hub.training.masking import BlockMasks, masked_indices_and_weights
@@ -27,7 +26,7 @@ from vitreg_hub.training.ssl_losses import (
     koleo_loss,
     sinkhorn_knopp,
 )
-from vitreg_hub.training.task import Batch, Scorer, Span, StepOutput
+from vitreg_hub.training.task import Batch, Span, StepOutput, Task
 
 GLOBAL_CROPS = 2
 
@@ -124,7 +123,7 @@ def load_heads(network: DinoNetwork, checkpoint: Path) -> None:
         )
 
 
-class DinoV2Task:
+class DinoV2Task(Task):
     """Student, teacher and their losses.
 
     Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
@@ -260,14 +259,3 @@ class DinoV2Task:
     def published(self) -> nn.Module:
         """The teacher's ViT."""
         return self.teacher.backbone
-
-    def write_beside(self, model: nn.Module, bundle: ModelBundle, folder: Path) -> None:
-        """Nothing belongs there."""
-
-    def scorer(self, model: nn.Module) -> Scorer:
-        """Nothing but what is measured of every model."""
-
-        def score(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {}
-
-        return score

@@ -1,7 +1,6 @@
 """Token-wise distillation: a student with registers learns the patch tokens of a frozen teacher."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +8,10 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vitreg_hub.any_vit import AnyVit, ProcessorTransform, open_vit
-from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.tokens import Tokens, observe
 from vitreg_hub.training.recipe import Distill
-from vitreg_hub.training.task import Batch, Scorer, StepOutput
+from vitreg_hub.training.task import Batch, Scorer, StepOutput, Task
 from vitreg_hub.vit_layout import VitLayout
 
 
@@ -77,7 +75,7 @@ class DistillNetwork(nn.Module):
         return self.projection(tokens[:, :num_class]), self.projection(tokens[:, num_prefix:])
 
 
-class DistillTask:
+class DistillTask(Task):
     """Registers and, without a weight of its own, the class token take no loss. The teacher never changes."""
 
     def __init__(self, *, settings: Distill, backbone: VisionTransformer, target: Target = plain_target) -> None:
@@ -96,7 +94,6 @@ class DistillTask:
         self.teacher = Teacher(settings.teacher, student=backbone)
         self.network = DistillNetwork(backbone, teacher_dim=self.teacher.embed_dim)
         self.frozen: dict[str, nn.Module] = {}  # the teacher is no state: its name says all of it
-        self.hold: dict[str, int] = {}
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Cosine and squared difference of patch tokens, and the cosine of class tokens where it has a weight.
@@ -118,16 +115,10 @@ class DistillTask:
             loss = loss + settings.class_weight * terms["class"]
         return StepOutput(loss=loss, metrics={name: term.detach() for name, term in terms.items()})
 
-    def after_step(self, step: int) -> None:
-        """Nothing follows."""
-
     @property
     def published(self) -> nn.Module:
         """The student and its projection."""
         return self.network
-
-    def write_beside(self, model: nn.Module, bundle: ModelBundle, folder: Path) -> None:
-        """Nothing belongs there."""
 
     def scorer(self, model: DistillNetwork) -> Scorer:
         """Mean cosine of an image's patch tokens to the teacher's."""

@@ -1,18 +1,16 @@
 """Classification as DeiT-III trains it: mixed images, binary cross-entropy, averaged weights."""
 
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.training.mixing import mix
 from vitreg_hub.training.parallel import average_into
 from vitreg_hub.training.recipe import Supervised
-from vitreg_hub.training.task import Batch, Scorer, StepOutput, correct
+from vitreg_hub.training.task import Batch, Scorer, StepOutput, Task, correct
 
 
 class SupervisedNetwork(nn.Module):
@@ -27,7 +25,7 @@ class SupervisedNetwork(nn.Module):
         return self.backbone(images)
 
 
-class SupervisedTask:
+class SupervisedTask(Task):
     """Images and their classes. What is published are the averaged weights, if any are kept."""
 
     def __init__(self, *, settings: Supervised, backbone: VisionTransformer, seed: int) -> None:
@@ -36,7 +34,6 @@ class SupervisedTask:
         self.frozen: dict[str, nn.Module] = {}
         if settings.ema is not None:
             self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
-        self.hold: dict[str, int] = {}
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Cross-entropy, of every class on its own or of all together, with the targets of mixed images."""
@@ -60,9 +57,6 @@ class SupervisedTask:
     def published(self) -> nn.Module:
         """The averaged network, or the network."""
         return self.frozen.get("ema", self.network)
-
-    def write_beside(self, model: nn.Module, bundle: ModelBundle, folder: Path) -> None:
-        """Nothing belongs there."""
 
     def scorer(self, model: nn.Module) -> Scorer:
         """Top-1 accuracy."""
