@@ -21,7 +21,17 @@ PACKAGES = {
 LAYERS = [
     {"errors"},
     {"arch"},
-    {"timm_models", "hub_access", "vit_layout", "positions", "hf_attention", "residual_scale", "plain_doors"},
+    {
+        "timm_models",
+        "hub_access",
+        "vit_layout",
+        "positions",
+        "hf_attention",
+        "residual_scale",
+        "plain_doors",
+        "environment",
+        "licenses",
+    },
     {"bundle_form", "tokens"},
     {"bundle"},
     {"hf_models", "doors", "datasets"},

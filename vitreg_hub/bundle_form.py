@@ -69,6 +69,11 @@ class Provenance:
         metrics: Measured figures by name, shares in [0, 1].
         settings: What a second run would need.
         versions: Versions of the libraries that were used.
+        command: Command line that made them, without the machine's folders.
+        commit: Commit of this package's source that did.
+        created: When, in UTC (ISO 8601).
+        hardware: What computed.
+        seconds: Wall time that it took.
     """
 
     origin: str
@@ -77,6 +82,11 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    command: str | None = None
+    commit: str | None = None
+    created: str | None = None
+    hardware: str | None = None
+    seconds: float | None = None
 
 
 def make_config(

@@ -25,6 +25,10 @@ class HubError(VitregError):
     """A Hub that refused, or could not be reached."""
 
 
+class LicenseError(VitregError):
+    """Weights whose license nobody told, or that do not allow every use."""
+
+
 class RecipeError(VitregError):
     """A training setting that is wrong, or that contradicts another."""
 

@@ -12,6 +12,13 @@ from vitreg_hub.errors import HubError
 
 HUB_PREFIX = "hf-hub:"
 BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE) = ("config.json", "model.safetensors", "README.md")
+EXTRA_FILES = (ARTIFACTS_FIGURE, CURVES_FIGURE, RECIPE_FILE, METRICS_FILE) = (
+    "artifacts.png",
+    "curves.png",
+    "recipe.yaml",
+    "metrics.jsonl",
+)
+"""What may lie beside a bundle and is published with it: its card shows the figures; of a training run, how it went."""
 OPENCLIP_CONFIG, OPENCLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TOWER_SUFFIX = "-open_clip"
 """Ends the name of a folder with both towers of a CLIP model, beside its bundle."""
