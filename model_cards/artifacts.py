@@ -1,29 +1,38 @@
-"""The measured artifacts of a bundle's model: kept in the bundle, told by its card."""
+"""The measured artifacts of a bundle's model: kept in the bundle, drawn beside it, told by its card."""
 
 import dataclasses
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vitreg_hub.analysis.base_figures import png
+from vitreg_hub.analysis.norm_figures import norms_by_block_figure
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import verdict
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import config_text, read_config, write_file
-from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE
-from vitreg_hub.model_cards.card import render
+from vitreg_hub.bundle_form import config_text, read_config
+from vitreg_hub.errors import BundleError
+from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CARD_FILE, CONFIG_FILE, EXTRA_FILES
+from vitreg_hub.model_cards.card import decoded, encoded, render, tells, update
+from vitreg_hub.model_cards.reports import DOORS
 
 ENTRY = "artifacts"
 """Where a bundle's provenance keeps them, under `settings`."""
+BLOCKS = {ENTRY: "artifacts", DOORS: "results"}
+"""Which block of a card tells a measurement."""
 
 
-def record(folder: str | Path, report: ArtifactReport) -> bool:
-    """Keep a report in a bundle on the disk, and tell it in its card. The weights stay as they are.
+def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> bool:
+    """Keep a report in a bundle on the disk, draw it, and tell it in its card. The weights stay as they are.
 
-    The card is written where there is none or where it is still the one that this package wrote; an author's own text
-    is not touched.
+    The card is written where there is none, and else brought up to date where it has blocks of this package; an
+    author's own text is not touched. All files change, or none.
 
     Args:
         folder: A bundle's folder.
         report: Of this bundle's model.
+        card: Whether there is to be a card.
 
     Returns:
         Whether the card tells it.
@@ -31,18 +40,43 @@ def record(folder: str | Path, report: ArtifactReport) -> bool:
     Raises:
         BundleError: The folder holds no bundle, or cannot be written to.
     """
-    folder = Path(folder)
+    drawn = {ARTIFACTS_FIGURE: figure(report, name=read_config(Path(folder), called=str(folder))["vitreg"]["arch"])}
+    return _keep(Path(folder), {ENTRY: summary(report)}, files=drawn, card=card)
+
+
+def record_doors(folder: str | Path, differences: Mapping[str, float], *, card: bool = True) -> bool:
+    """Keep what `doors.verify` found of a bundle on the disk, in the same way.
+
+    Args:
+        folder: A bundle's folder.
+        differences: Largest absolute difference of outputs, by door.
+        card: Whether there is to be a card.
+
+    Returns:
+        Whether the card tells it.
+
+    Raises:
+        BundleError: The folder holds no bundle, or cannot be written to.
+    """
+    return _keep(Path(folder), {DOORS: dict(differences)}, files={}, card=card)
+
+
+def _keep(folder: Path, measured: Mapping[str, Any], *, files: Mapping[str, bytes], card: bool) -> bool:
+    """Put measurements into a bundle's settings, write files beside it, and tell both in its card."""
     config, bundle = read_config(folder, called=str(folder)), ModelBundle.load(folder)
-    own = folder / CARD_FILE
-    ours = not own.exists() or own.read_text() == render(bundle)
-    settings = config["vitreg"]["provenance"].setdefault("settings", {})
-    settings[ENTRY] = summary(report)
-    text = config_text(config)
-    write_file(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"), replace=True)
-    if ours:
-        card = render(ModelBundle.load(folder))
-        write_file(own, lambda file: file.write_text(card, encoding="utf-8"), replace=True)
-    return ours
+    settings = {**bundle.provenance.settings, **measured}
+    bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, settings=settings))
+    config["vitreg"]["provenance"]["settings"] = settings
+    files = {**files, CONFIG_FILE: config_text(config).encode()}
+    told = False
+    if card:
+        beside = [name for name in EXTRA_FILES if name in files or (folder / name).is_file()]
+        old = _content(folder / CARD_FILE)
+        new = render(bundle, files=beside) if old is None else update(decoded(old), bundle, files=beside)
+        told = all(tells(new, BLOCKS[name]) for name in measured)
+        files[CARD_FILE] = encoded(new)
+    _replace(folder, files)
+    return told
 
 
 def summary(report: ArtifactReport) -> dict[str, Any]:
@@ -59,3 +93,49 @@ def summary(report: ArtifactReport) -> dict[str, Any]:
         "attention": [dataclasses.asdict(mass) for mass in report.attention],
         "notes": list(report.notes),
     }
+
+
+def figure(report: ArtifactReport, *, name: str) -> bytes:
+    """Norms of all tokens after every block, as a PNG file: the one figure that shows whether, where and how much.
+
+    Args:
+        report: What was measured.
+        name: Of the model, instead of the path under which it was analysed.
+    """
+    return png(norms_by_block_figure([dataclasses.replace(report, model=dataclasses.replace(report.model, name=name))]))
+
+
+def _content(file: Path) -> bytes | None:
+    """What a file holds; None if there is none.
+
+    Raises:
+        BundleError: It cannot be read.
+    """
+    try:
+        return file.read_bytes() if file.exists() else None
+    except OSError as error:
+        raise BundleError(f"cannot read {file}: {error.strerror or error}.") from error
+
+
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put new files into a folder, in the place of old ones: all, or none.
+
+    Raises:
+        BundleError: It cannot be written to.
+    """
+    before = {name: _content(folder / name) for name in files}
+    done = []
+    try:
+        with tempfile.TemporaryDirectory(prefix=".vitreg-", dir=folder) as staging:
+            for name, content in files.items():
+                Path(staging, name).write_bytes(content)
+            for name in files:
+                Path(staging, name).replace(folder / name)
+                done.append(name)
+    except OSError as error:
+        for name in done:
+            if before[name] is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(before[name])
+        raise BundleError(f"cannot write to {folder}: {error.strerror or error}.") from error

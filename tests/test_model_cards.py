@@ -1,69 +1,154 @@
-"""Cards of models from training runs, read back by huggingface_hub."""
+"""What cards say, read back by huggingface_hub and looked up in the bundle; their code, executed."""
 
-from dataclasses import asdict, replace
+import re
+from dataclasses import replace
 
 import pytest
+import yaml
+from cards import KINDS, MADE, METRICS, analysed, licensed, sections, trained, with_settings
+from golden_cases import ARGUMENTS, convert, source
 from huggingface_hub import ModelCard
 from models import random_bundle
 from training_runs import TINY, lines
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import Provenance
-from vitreg_hub.hub import _card
-from vitreg_hub.model_cards.card import render
+from vitreg_hub.hub_access import EXTRA_FILES
+from vitreg_hub.licenses import IDENTIFIERS
+from vitreg_hub.model_cards.card import render, with_doors
+from vitreg_hub.model_cards.metadata import base_model
 from vitreg_hub.training.loop import train
 
-# Scores of each task as its evaluation names them, and what the Hub is told: task, kind of metric, value.
-KNN = ("image-classification", "accuracy", 0.75)
-SCORES = {
-    "supervised": ({"knn_accuracy": 0.75, "accuracy": 0.5}, {KNN, ("image-classification", "accuracy", 0.5)}),
-    "dinov2": ({"knn_accuracy": 0.75}, {KNN}),
-    "contrastive": (
-        {"zero_shot_accuracy": 0.5, "knn_accuracy": 0.75},
-        {KNN, ("zero-shot-image-classification", "accuracy", 0.5)},
-    ),
-    "distill": (
-        {"patch_cosine": 0.5, "knn_accuracy": 0.75},
-        {KNN, ("image-feature-extraction", "cosine_similarity", 0.5)},
-    ),
-}
+REPO = "lab/some-model"
+SECTIONS = [
+    "Usage",
+    "Registers",
+    "Intended use and limits",
+    "Training",
+    "Conversion",
+    "Results",
+    "Artifacts",
+    "Environment",
+    "Citation",
+]
 
 
-def bundle_of(recipe, *, metrics=None, step=9, **provenance) -> ModelBundle:
-    """A bundle as a run of a recipe of 9 steps leaves it, with random weights."""
-    told = Provenance(
-        origin="trained",
-        dataset=recipe.data.train,
-        metrics=metrics or {},
-        settings=asdict(recipe) | {"step": step, "total_steps": 9},
-        **provenance,
-    )
-    return replace(random_bundle("vit_nano_reg2"), provenance=told)
+@pytest.fixture(scope="module", params=KINDS)
+def bundle(request) -> ModelBundle:
+    return KINDS[request.param]()
 
 
-def training_section(card: str) -> str:
-    return card.partition("\n## Training\n\n")[2].partition("\n## ")[0]
+@pytest.fixture(scope="module")
+def card(bundle) -> str:
+    return render(bundle, repo=REPO)
 
 
-@pytest.mark.parametrize("task", SCORES)
+def test_every_section_is_there_and_holds_something(bundle, card):
+    found = sections(card)
+    settings = bundle.provenance.settings
+    absent = set() if "batch_size" in settings else {"Training"}
+    absent |= set() if isinstance(settings.get("conversion"), dict) else {"Conversion"}
+    assert list(found) == [title for title in SECTIONS if title not in absent]
+    assert all(found.values())
+    assert "None" not in card
+    assert "your-name" not in card
+    assert "your-name/" in render(bundle)
+
+
+def test_metadata_are_what_the_hub_takes(bundle, card):
+    data = ModelCard(card).data
+    assert data.library_name == "timm"
+    assert data.pipeline_tag == ("image-classification" if bundle.num_classes else "image-feature-extraction")
+    assert data.license in IDENTIFIERS
+    told = bundle.provenance.license
+    assert (data.get("license_name") if data.license == "other" else data.license) == (told or "unknown")
+    registers = bundle.state_dict["reg_token"].shape[1] if "reg_token" in bundle.state_dict else 0
+    assert {"timm", "transformers", "vision-transformer", "vitreg", bundle.arch} <= set(data.tags)
+    assert ("registers" in data.tags) == bool(registers)
+    assert data.to_dict().keys() <= {
+        *("base_model", "datasets", "library_name", "license", "license_name", "pipeline_tag", "tags", "model-index")
+    }
+    told = {result.metric_name: result.metric_value for result in data.eval_results or ()}
+    assert sorted(told.values()) == sorted(bundle.provenance.metrics.values())
+
+
+def test_facts_of_the_network_are_those_of_its_tensors(bundle, card):
+    weights, found = bundle.state_dict, sections(card)
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
+    head = re.sub(r"<!--.*?-->", "", card).partition("## Usage")[0]
+    assert f"`{bundle.arch}`" in head
+    assert f"{depth} blocks of width {width:,} with" in head
+    assert f"patches of {patch} pixels" in head
+    assert f"{sum(x.numel() for x in weights.values()) / 1e6:.1f} M parameters" in head
+    assert f"multiples of {patch} pixels" in found["Intended use and limits"]
+    assert f"with {channels} channel" in found["Intended use and limits"]
+    has = "reg_token" in weights
+    assert ("**This model has none.**" in found["Registers"]) == (not has)
+    if has:
+        first = sum(name in weights for name in ("cls_token", "dist_token"))
+        last = first + weights["reg_token"].shape[1] - 1
+        said = f"token {first} of" if first == last else f"tokens {first} to {last} of"
+        assert said in found["Registers"]
+        assert f"`tokens[:, {last + 1}:]`" in found["Registers"]
+    limits = found["Intended use and limits"]
+    assert (f"Classifies images into {bundle.num_classes} classes" in limits) == bool(bundle.num_classes)
+    assert ("no classification head" in limits) == (not bundle.num_classes)
+    assert (f"{bundle.residual_scale:,g} times larger" in limits) == (bundle.residual_scale != 1)
+    assert ("float16" in limits) == (bundle.residual_scale != 1)
+    assert ("with antialiasing" in limits) == bundle.positions.antialias
+    assert ("timm's way" in limits) == (not bundle.positions.antialias or bundle.positions.offset > 0)
+
+
+def test_what_was_not_measured_is_not_claimed(bundle, card):
+    origin, found = bundle.provenance, sections(card)
+    assert ("**Measured:** not measured" in card) == (not origin.metrics)
+    assert found["Results"].startswith("Not measured.") == (not origin.metrics)
+    assert found["Artifacts"].startswith("Not measured.") == ("artifacts" not in origin.settings)
+    assert "vitreg_hub: not measured." in found["Results"]  # the doors
+    untrained = re.search(r"'untrained_registers': [1-9]", str(origin.settings))
+    assert ("accuracy is lower until they are trained" in card) == bool(untrained)
+    recorded = [x for x in (origin.command, origin.commit, origin.created, origin.hardware, origin.versions) if x]
+    recorded += [] if origin.seconds is None else [origin.seconds]
+    assert found["Environment"].count("not recorded") == 6 - len(recorded)
+    for text in (origin.command, origin.commit, origin.created, origin.hardware):
+        assert text is None or text in found["Environment"]
+
+
+@pytest.mark.parametrize("task", METRICS)
 def test_scores_of_every_task_are_told_in_words_and_to_the_hub(task):
-    metrics, told = SCORES[task]
-    card = render(bundle_of(TINY[task], metrics=metrics))
-    results = ModelCard(card).data.eval_results
-    assert {(result.task_type, result.metric_type, result.metric_value) for result in results} == told
-    assert {result.dataset_name for result in results} == {TINY[task].data.train}
-    measured = card.partition("**Measured:** ")[2].partition("\n")[0]
-    assert "k-NN accuracy 0.7500" in measured
-    assert len(measured.split(", ")) == len(metrics)
-    assert "_" not in measured
+    bundle = trained(TINY[task], metrics=METRICS[task], **MADE)
+    card = render(bundle, repo=REPO)
+    index = yaml.safe_load(card.split("---\n")[1])["model-index"]
+    assert [model["name"] for model in index] == ["some-model"]
+    kinds = {
+        "knn_accuracy": ("image-classification", "accuracy", "k-NN accuracy"),
+        "accuracy": ("image-classification", "accuracy", "top-1 accuracy"),
+        "zero_shot_accuracy": ("zero-shot-image-classification", "accuracy", "zero-shot accuracy"),
+        "patch_cosine": ("image-feature-extraction", "cosine_similarity", "patch cosine to the teacher"),
+    }
+    results = {result.metric_name: result for result in ModelCard(card).data.eval_results}
+    assert len(results) == len(METRICS[task])
+    for name, value in METRICS[task].items():
+        kind, metric, words = kinds[name]
+        result = results[words]
+        assert (result.task_type, result.metric_type, result.metric_value) == (kind, metric, value)
+        assert (result.dataset_type, result.dataset_split) == (TINY[task].data.train, "test")
+        assert (result.source_name, result.source_url) == ("vitreg_hub", f"https://huggingface.co/{REPO}")
+        watch = TINY[task].watch
+        how = {"max_images": watch.eval_images}
+        if name == "knn_accuracy":
+            how |= {"neighbors": watch.knn_neighbors, "temperature": watch.knn_temperature}
+        assert result.metric_args == how
+        assert f"| {words} | {value:.4f} |" in card
+    assert f"the held-out part of {TINY[task].data.train}, at most {watch.eval_images} images" in card
 
 
-@pytest.mark.parametrize("task", SCORES)
-def test_card_is_the_same_from_memory_and_from_the_disk(task, tmp_path):
-    bundle = bundle_of(TINY[task], metrics=SCORES[task][0])
-    folder = bundle.save(tmp_path / "model", card=render(bundle))
-    assert render(ModelBundle.load(folder)) == render(bundle)
-    assert "your-name" not in _card(folder, "lab/model")  # so that `push` puts the real name in
+@pytest.mark.parametrize("kind", KINDS)
+def test_card_is_the_same_from_memory_and_from_the_disk(kind, tmp_path):
+    bundle = KINDS[kind]()
+    folder = bundle.save(tmp_path / "model")
+    assert render(ModelBundle.load(folder), repo=REPO) == render(bundle, repo=REPO)
 
 
 def test_training_section_says_what_was_done():
@@ -76,33 +161,128 @@ def test_training_section_says_what_was_done():
         model=replace(recipe.model, start="vit_nano_reg4.digits", trainable="registers+norms"),
         optim=replace(recipe.optim, opt="adamw", lr=4e-3, lr_batch=1024, weight_decay=0.04, weight_decay_end=0.2),
     )
-    section = training_section(render(bundle_of(recipe, metrics={"knn_accuracy": 0.5})))
-    assert section.splitlines() == [
+    found = sections(render(trained(recipe, metrics={"knn_accuracy": 0.5}), files=EXTRA_FILES))
+    assert found["Training"].splitlines() == [
         "- Recipe `tiny_dinov2`: 9 steps of 2,048 images, seed 3.",
         "- Data: digits.",
         "- Started from vit_nano_reg4.digits; trained: registers and norms.",
         "- Optimiser: adamw, peak learning rate 0.004 for 1,024 images, scaled by the square root of the batch size; "
         "weight decay 0.04 to 0.2.",
-        "- Measured on org/held-out:test, at most 32 images.",
+        "- Objective: DinoV2; images were augmented by MultiCrop.",
+        "- Every setting: [recipe.yaml](recipe.yaml).",
+        "- Every measurement on the way: [metrics.jsonl](metrics.jsonl).",
+        "",
+        "![Curves of the run](curves.png)",
     ]
+    assert "Measured on org/held-out:test, at most 32 images" in found["Results"]
 
 
-def test_nothing_is_claimed_that_was_not_measured_or_done():
-    card = render(bundle_of(TINY["supervised"], step=4))
-    section = training_section(card)
+def test_files_that_are_not_there_are_not_shown():
+    bundle = analysed(trained(TINY["supervised"]))
+    card = render(bundle)
+    assert not any(name in card for name in EXTRA_FILES)
+    shown = render(bundle, files=EXTRA_FILES)
+    assert re.findall(r"!\[[^]]+\]\((.*)\)", shown) == ["curves.png", "artifacts.png"]
+    assert set(re.findall(r"\]\(([\w.]+)\)", shown)) == set(EXTRA_FILES)
+
+
+def test_unfinished_run_says_so():
+    section = sections(render(trained(TINY["supervised"], step=4)))["Training"]
     assert "**4 of 9 steps, not finished**" in section
     assert "Started" not in section
     assert "scaled" not in section
-    assert "Measured" not in section
-    assert "**Measured:** not measured" in card
-    assert ModelCard(card).data.eval_results is None
-    assert "## Training" not in render(random_bundle())
+
+
+def test_folders_of_a_machine_are_not_told():
+    recipe = TINY["dinov2"]
+    data = replace(recipe.data, train="/home/me/photos", test="/home/me/held-out")
+    recipe = replace(recipe, data=data, model=replace(recipe.model, start="/home/me/runs/start", trainable="registers"))
+    card = render(trained(recipe, metrics={"knn_accuracy": 0.5}, **MADE))
+    assert "/home" not in card
+    assert "Started from start; trained: registers." in card
+    assert "Measured on held-out, at most 32 images" in card
+    assert ModelCard(card).data.eval_results[0].dataset_name == "held-out"
+
+
+def test_data_sets_and_base_models_are_named_where_the_hub_has_them():
+    recipe = TINY["supervised"]
+    assert ModelCard(render(trained(recipe))).data.datasets is None
+    on_hub = replace(trained(recipe), provenance=Provenance(origin="x", dataset="org/photos:train"))
+    assert ModelCard(render(on_hub)).data.datasets == ["org/photos"]
+    folder = replace(on_hub, provenance=Provenance(origin="x", dataset="data/photos"))
+    assert ModelCard(render(folder)).data.datasets is None
+    for start in ("hf-hub:org/start", "hf-hub:org/start@main"):
+        bundle = trained(replace(recipe, model=replace(recipe.model, start=start)))
+        assert ModelCard(render(bundle)).data.base_model == "org/start"
+    assert base_model(trained(replace(recipe, model=replace(recipe.model, start="vit_nano_reg4.digits")))) is None
+    assert base_model(with_settings(random_bundle(), conversion={"source": "hf-hub:org/a.b-c@" + "0" * 40})) == (
+        "org/a.b-c"
+    )
+    published = Provenance(origin="weights of hf-hub:timm/vit_small_patch14_reg4_dinov2.lvd142m")
+    assert base_model(replace(random_bundle(), provenance=published)) == "timm/vit_small_patch14_reg4_dinov2.lvd142m"
 
 
 def test_scores_of_other_data_are_not_told_as_scores_of_the_training_data():
-    recipe = replace(TINY["supervised"], data=replace(TINY["supervised"].data, test="org/held-out"))
-    (result,) = ModelCard(render(bundle_of(recipe, metrics={"accuracy": 0.5}))).data.eval_results
-    assert result.dataset_name == "org/held-out"
+    recipe = replace(TINY["supervised"], data=replace(TINY["supervised"].data, test="org/held-out:val"))
+    (result,) = ModelCard(render(trained(recipe, metrics={"accuracy": 0.5}))).data.eval_results
+    assert (result.dataset_type, result.dataset_split) == ("org/held-out", "val")
+
+
+def test_conversion_section_is_the_report():
+    bundle = convert(source("dinov2_teacher_checkpoint"), **ARGUMENTS["dinov2_teacher_checkpoint"])
+    report = bundle.provenance.settings["conversion"]
+    section = sections(render(bundle))["Conversion"]
+    for digest in report["sha256"].values():
+        assert digest in section
+    assert f"`{report['format']}`: {report['num_mapped']} tensors mapped" in section
+    assert len(report["dropped"]) == section.count("- Dropped: ") > 0
+    assert sum(map(int, re.findall(r"Dropped: (\d+) tensor", section))) == sum(map(len, report["dropped"].values()))
+
+
+def test_parity_is_what_was_measured():
+    bundle = KINDS["compared with the source"]()
+    report = dict(bundle.provenance.settings["conversion"])
+    assert report["measured"]["reference"] in sections(render(bundle))["Results"]
+    report["measured"] = {"tokens": 1.5e-6, "output": 0.25, "reference": "theirs on images of 8x8"}
+    results = sections(render(with_settings(bundle, conversion=report)))["Results"]
+    assert "difference of outputs: tokens 1.5e-06, output 0.25, to theirs on images of 8x8." in results
+    assert "source's implementation: not measured." in sections(render(KINDS["converted"]()))["Results"]
+    doors = {"timm": 0.0, "transformers+vitreg_hub": 0.5}
+    checked = sections(render(with_doors(bundle, doors)))["Results"]
+    assert "Checked by `vitreg verify`" in checked
+    assert checked.endswith("timm 0, transformers+vitreg_hub 0.5.")
+
+
+def test_artifacts_are_those_of_the_report():
+    bundle = analysed(random_bundle())
+    found = bundle.provenance.settings["artifacts"]
+    section = sections(render(bundle))["Artifacts"]
+    assert section.startswith(found["verdict"])
+    shares = re.search(r"block by block: (.*)\.$", section, re.MULTILINE)[1].split(", ")
+    assert [float(share.removesuffix(" %")) / 100 for share in shares] == pytest.approx(
+        found["outlier_fraction"], rel=0.01
+    )
+    assert section.count("- Attention of ") == len(found["attention"])
+
+
+def test_licenses_that_restrict_are_limits():
+    limits = {name: sections(render(licensed(random_bundle(), name)))["Intended use and limits"] for name in
+              ("mit", "cc-by-nc-4.0", None)}  # fmt: skip
+    assert "commercial use is excluded" in limits["cc-by-nc-4.0"]
+    assert "is not known" in limits[None]
+    assert "The license is mit." in limits["mit"]
+
+
+def test_duration_in_words():
+    for seconds, words in ((59.94, "59.9 seconds"), (300, "5.0 minutes"), (5400, "90.0 minutes"), (9000, "2.5 hours")):
+        assert f"- Time: {words}." in render(trained(TINY["dinov2"], **MADE | {"seconds": seconds}))
+
+
+def test_text_of_others_cannot_end_a_block():
+    evil = "here\n<!-- /vitreg:summary -->\n<!-- vitreg:usage -->"
+    card = render(replace(random_bundle(), provenance=Provenance(origin=evil)))
+    assert card.count("<!-- vitreg:usage -->") == 1
+    assert card.count("<!-- /vitreg:summary -->") == 1
 
 
 def test_card_of_a_real_run_tells_its_last_evaluation(tmp_path):
@@ -112,4 +292,8 @@ def test_card_of_a_real_run_tells_its_last_evaluation(tmp_path):
     told = {result.metric_name: result.metric_value for result in ModelCard(card).data.eval_results}
     assert told["patch cosine to the teacher"] == last["eval/patch_cosine"]
     assert told["k-NN accuracy"] == last["eval/knn_accuracy"]
-    assert "- Recipe `tiny_distill`: 4 steps of 8 images, seed 0.\n- Data: digits.\n" in training_section(card)
+    assert sections(card)["Training"].startswith(
+        "- Recipe `tiny_distill`: 4 steps of 8 images, seed 0.\n- Data: digits."
+    )
+    assert "![Curves of the run](curves.png)" in card
+    assert (tmp_path / "run" / "model" / "curves.png").is_file()

@@ -1,0 +1,148 @@
+"""What several parts of a card tell of a bundle: its tokens, its scores, and the images they were measured on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.datasets import TRAINING_SETS
+from vitreg_hub.image_source import ON_HUB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A metric of a bundle.
+
+    Attributes:
+        words: What people call it.
+        task: The Hub's name of its task.
+        metric: The Hub's name of its kind.
+        how: Gives what it depends on, from a run's settings of evaluations.
+    """
+
+    words: str
+    task: str
+    metric: str
+    how: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def _settings(**keys: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Settings under other names; those that are not there are left out."""
+    return lambda watch: {name: watch[key] for name, key in keys.items() if key in watch}
+
+
+IMAGES = {"max_images": "eval_images"}
+NEIGHBORS = {**IMAGES, "neighbors": "knn_neighbors", "temperature": "knn_temperature"}
+SCORES = {
+    "accuracy": Score(words="top-1 accuracy", task="image-classification", metric="accuracy", how=_settings(**IMAGES)),
+    "knn_accuracy": Score(
+        words="k-NN accuracy", task="image-classification", metric="accuracy", how=_settings(**NEIGHBORS)
+    ),
+    "zero_shot_accuracy": Score(
+        words="zero-shot accuracy", task="zero-shot-image-classification", metric="accuracy", how=_settings(**IMAGES)
+    ),
+    "patch_cosine": Score(
+        words="patch cosine to the teacher",
+        task="image-feature-extraction",
+        metric="cosine_similarity",
+        how=_settings(**IMAGES),
+    ),
+}
+"""Metrics that the tasks of training measure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Images:
+    """Images that something was measured on.
+
+    Attributes:
+        dataset: Name, on the Hub its identifier.
+        split: Part of it, where that is known.
+        words: For a sentence.
+    """
+
+    dataset: str
+    split: str | None = None
+    words: str
+
+
+def section(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Nested settings; empty where there are none, or something else."""
+    found = settings.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
+    """Name and value, in an order that does not depend on whether the bundle was on a disk."""
+    return sorted(bundle.provenance.metrics.items())
+
+
+def in_words(metric: str) -> str:
+    """What people call a metric."""
+    return SCORES[metric].words if metric in SCORES else metric.replace("_", " ")
+
+
+def measured_on(bundle: ModelBundle) -> Images | None:
+    """The images of a bundle's metrics; None where nothing tells."""
+    data = section(bundle.provenance.settings, "data")
+    test, train = data.get("test"), data.get("train")
+    if not test and train in TRAINING_SETS:
+        return Images(dataset=train, split="test", words=f"the held-out part of {train}")
+    name = test or bundle.provenance.dataset
+    if not name:
+        return None
+    on_hub = ON_HUB.fullmatch(name)
+    dataset, split = on_hub.groups() if on_hub else (without_folders(name), None)
+    return Images(dataset=dataset, split=split, words=without_folders(name))
+
+
+def without_folders(name: str) -> str:
+    """A name; of a path from the root or from home, the last part: the folders of a machine are nobody's business."""
+    return Path(name).name if name.startswith(("/", "~")) else name
+
+
+def count(number: int, word: str) -> str:
+    """A number with its noun, in the plural where it is one."""
+    return f"{number:,} {word}{'' if number == 1 else 'es' if word.endswith('ch') else 's'}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """The tokens of a bundle's model after the final norm, in their order.
+
+    Attributes:
+        kinds: Number and name of each kind.
+        width: Channels of each.
+    """
+
+    kinds: tuple[tuple[int, str], ...]
+    width: int
+
+    @classmethod
+    def of(cls, bundle: ModelBundle) -> Self:
+        """Count the tokens of an image of the native size."""
+        _, height, width = bundle.preprocess.input_size
+        patch = bundle.model_args["patch_size"]
+        kinds = (
+            (int("cls_token" in bundle.state_dict), "class token"),
+            (int("dist_token" in bundle.state_dict), "distillation token"),
+            (bundle.model_args["reg_tokens"], "register"),
+            ((height // patch) * (width // patch), "patch"),
+        )
+        return cls(kinds=tuple(kind for kind in kinds if kind[0]), width=bundle.model_args["embed_dim"])
+
+    @property
+    def num(self) -> int:
+        """All of them."""
+        return sum(number for number, _ in self.kinds)
+
+    @property
+    def num_prefix(self) -> int:
+        """Those before the patches."""
+        return sum(number for number, _ in self.kinds[:-1])
+
+    @property
+    def words(self) -> str:
+        """The kinds for a sentence."""
+        return ", ".join(name if name.endswith("token") else count(number, name) for number, name in self.kinds)

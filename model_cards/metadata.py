@@ -1,0 +1,73 @@
+"""The metadata of a bundle's card, which the Hub shows and searches."""
+
+import re
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from vitreg_hub import licenses
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.image_source import ON_HUB
+from vitreg_hub.model_cards.facts import SCORES, measured_on, scores, section
+
+SOURCE = "vitreg_hub"
+"""Source of the results that this package writes into a model-index, by which it knows them again."""
+TAGS = ("timm", "transformers", "vision-transformer", "registers", "vitreg")
+BASE_MODEL = re.compile(r"hf-hub:([\w.-]+/[\w.-]*\w)")
+
+
+def metadata(bundle: ModelBundle, repo: str) -> dict[str, Any]:
+    """What a bundle's card tells the Hub.
+
+    Args:
+        bundle: The model.
+        repo: ``org/name``.
+    """
+    results = _results(bundle, repo)
+    on_hub = ON_HUB.fullmatch(bundle.provenance.dataset or "")
+    tags = [tag for tag in TAGS if tag != "registers" or bundle.model_args["reg_tokens"]]
+    data = ModelCardData(
+        base_model=base_model(bundle),
+        datasets=[on_hub[1]] if on_hub and on_hub[2] else None,  # a folder may look the same, but has no split
+        library_name="timm",
+        pipeline_tag="image-classification" if bundle.num_classes else "image-feature-extraction",
+        tags=[*tags, bundle.arch],
+        model_name=repo.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        **licenses.metadata(bundle.provenance.license),
+    )
+    return data.to_dict()
+
+
+def base_model(bundle: ModelBundle) -> str | None:
+    """The repository whose weights were converted or trained on, if they came from one."""
+    origin = bundle.provenance
+    told = (
+        section(origin.settings, "conversion").get("source"),
+        section(origin.settings, "model").get("start"),
+        origin.origin,  # also tells where a start came from
+    )
+    found = (BASE_MODEL.search(text) for text in told if text)
+    return next((match[1] for match in found if match), None)
+
+
+def _results(bundle: ModelBundle, repo: str) -> list[EvalResult]:
+    images = measured_on(bundle)
+    if images is None:
+        return []
+    return [
+        EvalResult(
+            task_type=SCORES[name].task,
+            dataset_type=images.dataset,
+            dataset_name=images.dataset,
+            dataset_split=images.split,
+            metric_type=SCORES[name].metric,
+            metric_name=SCORES[name].words,
+            metric_value=value,
+            metric_args=SCORES[name].how(section(bundle.provenance.settings, "watch")) or None,
+            source_name=SOURCE,
+            source_url=f"https://huggingface.co/{repo}",
+        )
+        for name, value in scores(bundle)
+        if name in SCORES
+    ]

@@ -1,0 +1,156 @@
+"""The parts of a card that tell how a model came about and what was measured of it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
+from vitreg_hub.model_cards.facts import SCORES, count, in_words, measured_on, scores, section, without_folders
+
+DOORS = "doors"
+"""Where a bundle's settings keep what `doors.verify` found: the largest difference of outputs, by door."""
+
+NOT_MEASURED = "Not measured."
+
+OF_A_RUN = {"name", "model", "task", "data", "augment", "optim", "batch_size", "seed", "step", "total_steps"}
+OF_A_CONVERSION = {"sha256", "format", "num_mapped", "dropped", "network", "notes", "measured"}
+"""Settings by which a run and a conversion of this package are known; those of others may be anything."""
+
+
+def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
+    """The recipe of a training run or the report of a conversion; empty for a model that is known to be neither.
+
+    Args:
+        bundle: The model.
+        files: Names of the extra files beside it.
+        folder: Where those are, as seen from the card; ends in a slash.
+    """
+    settings = bundle.provenance.settings
+    parts = [_training(settings, files, folder), _conversion(section(settings, "conversion"))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _training(run: Mapping[str, Any], files: Sequence[str], folder: str) -> str:
+    if not run.keys() >= OF_A_RUN:
+        return ""
+    model, data, optim, step, total = (run[key] for key in ("model", "data", "optim", "step", "total_steps"))
+    steps = f"{total:,} steps" if step == total else f"**{step:,} of {total:,} steps, not finished**,"
+    rate, decay = f"{optim['lr']:g}", f"{optim['weight_decay']:g}"
+    if optim["lr_batch"]:
+        rate += f" for {optim['lr_batch']:,} images, scaled by the square root of the batch size"
+    if optim["weight_decay_end"] is not None:
+        decay += f" to {optim['weight_decay_end']:g}"
+    lines = ["## Training", ""]
+    lines.append(f"- Recipe `{run['name']}`: {steps} of {count(run['batch_size'], 'image')}, seed {run['seed']}.")
+    lines.append(f"- Data: {without_folders(data['train'])}.")
+    if model["start"]:
+        trained = model["trainable"].replace("+", " and ")
+        lines.append(f"- Started from {without_folders(model['start'])}; trained: {trained}.")
+    lines.append(f"- Optimiser: {optim['opt']}, peak learning rate {rate}; weight decay {decay}.")
+    if kind := run["task"].get("kind"):
+        lines.append(f"- Objective: {kind}; images were augmented by {run['augment']['kind']}.")
+    if RECIPE_FILE in files:
+        lines.append(f"- Every setting: [{RECIPE_FILE}]({folder}{RECIPE_FILE}).")
+    if METRICS_FILE in files:
+        lines.append(f"- Every measurement on the way: [{METRICS_FILE}]({folder}{METRICS_FILE}).")
+    if CURVES_FIGURE in files:
+        lines += ["", f"![Curves of the run]({folder}{CURVES_FIGURE})"]
+    return "\n".join(lines)
+
+
+def _conversion(report: Mapping[str, Any]) -> str:
+    if not report.keys() >= OF_A_CONVERSION:
+        return ""
+    lines = ["## Conversion", ""]
+    files = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in report["sha256"].items())
+    lines.append(
+        f"- From {files}, read as format `{report['format']}`: {count(report['num_mapped'], 'tensor')} mapped."
+    )
+    for why, names in report["dropped"].items():
+        lines.append(f"- Dropped: {count(len(names), 'tensor')} ({why}).")
+    if report["network"]:
+        lines.append(f"- Read as: {', '.join(f'{name} {value}' for name, value in report['network'].items())}.")
+    return "\n".join([*lines, *(f"- {note[:1].upper()}{note[1:]}." for note in report["notes"])])
+
+
+def results(bundle: ModelBundle) -> str:
+    """Scores and how they were measured, and what the same weights give elsewhere."""
+    settings = bundle.provenance.settings
+    images = measured_on(bundle)
+    lines = ["## Results", ""]
+    if found := scores(bundle):
+        lines += ["| measure | value |", "|---|---|"]
+        lines += [f"| {in_words(name)} | {value:.4f} |" for name, value in found]
+        on = images.words if images else "images of which the bundle does not tell"
+        lines += ["", f"Measured on {on}{_how(found, settings)}."]
+    else:
+        lines.append(NOT_MEASURED)
+    lines += ["", "### Parity", ""]
+    if report := section(settings, "conversion"):
+        lines.append(_reference(section(report, "measured")))
+    return "\n".join([*lines, _doors(section(settings, DOORS))])
+
+
+def _how(found: Sequence[tuple[str, float]], settings: Mapping[str, Any]) -> str:
+    watch = section(settings, "watch")
+    most = f", at most {count(watch['eval_images'], 'image')}" if watch else ""
+    if watch and "knn_accuracy" in dict(found):
+        neighbors, temperature = SCORES["knn_accuracy"].how(watch)["neighbors"], watch["knn_temperature"]
+        most += f"; k-NN with {count(neighbors, 'neighbor')} and temperature {temperature:g}"
+    return most
+
+
+def _reference(found: Mapping[str, Any]) -> str:
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in found.items() if name != "reference")
+    if not differences:
+        why = f" ({found['reference']})" if found else ""
+        return f"- Largest absolute difference of outputs to the source's implementation: not measured{why}."
+    return f"- Largest absolute difference of outputs: {differences}, to {found['reference']}."
+
+
+def _doors(found: Mapping[str, float]) -> str:
+    if not found:
+        return "- Difference of outputs between timm and transformers, each with and without vitreg_hub: not measured."
+    differences = ", ".join(f"{door} {value:g}" for door, value in sorted(found.items()))
+    return f"- Checked by `vitreg verify`, largest absolute difference of outputs to vitreg_hub's own: {differences}."
+
+
+def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
+    """What was measured of high-norm tokens; arguments as of `origin`."""
+    found = section(bundle.provenance.settings, "artifacts")
+    if not found:
+        return f"## Artifacts\n\n{NOT_MEASURED} `vitreg analyze FOLDER --card` does it."
+    height, width = found["image_size"]
+    lines = ["## Artifacts", "", f"{found['verdict']}", ""]
+    lines.append(
+        f"- Measured on {count(found['num_images'], 'image')} of {height} x {width} pixels ({found['images']})."
+    )
+    shares = ", ".join(f"{100 * share:.3g} %" for share in found["outlier_fraction"])
+    lines.append(f"- Outliers among the patch tokens, block by block: {shares}.")
+    for mass in found["attention"]:
+        to = f"{100 * mass['to_registers']:.3g} % on registers, {100 * mass['to_outliers']:.3g} % on outliers"
+        lines.append(f"- Attention of {mass['source']} in block {found['block']}: {to}.")
+    lines += [f"- {note}" for note in found["notes"]]
+    if ARTIFACTS_FIGURE in files:
+        lines += ["", f"![Norms of the tokens after every block]({folder}{ARTIFACTS_FIGURE})"]
+    return "\n".join(lines)
+
+
+def environment(bundle: ModelBundle) -> str:
+    """When, on what and by what the weights were made."""
+    told = bundle.provenance
+    lines = [
+        ("Made", told.created),
+        ("Command", told.command and f"`{told.command}`"),
+        ("Commit of vitreg_hub", told.commit and f"`{told.commit}`"),
+        ("Hardware", told.hardware),
+        ("Time", None if told.seconds is None else _duration(told.seconds)),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(told.versions.items()))),
+    ]
+    return "\n".join(["## Environment", "", *(f"- {name}: {value or 'not recorded'}." for name, value in lines)])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

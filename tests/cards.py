@@ -1,0 +1,88 @@
+"""Bundles of every kind, for tests of their cards."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+from golden_cases import ARGUMENTS, bundle, convert, source
+from models import ONE_OF_EACH_KIND, random_bundle
+from reports import report
+from training_runs import TINY
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import Provenance
+from vitreg_hub.model_cards.artifacts import summary
+from vitreg_hub.training.recipe import Recipe
+from vitreg_hub.training.recipe_files import with_kinds
+
+MADE = {
+    "command": "vitreg train tiny --out run",
+    "commit": "0123456789abcdef0123456789abcdef01234567-dirty",
+    "created": "2026-01-02T03:04:05+00:00",
+    "hardware": "2 x Some GPU",
+    "seconds": 5400.0,
+    "versions": {"torch": "9.8.7", "python": "3.99"},
+}
+METRICS = {
+    "supervised": {"accuracy": 0.5, "knn_accuracy": 0.75},
+    "dinov2": {"knn_accuracy": 0.75},
+    "contrastive": {"zero_shot_accuracy": 0.5, "knn_accuracy": 0.75},
+    "distill": {"patch_cosine": 0.25, "knn_accuracy": 0.75},
+}
+
+
+def sections(card: str) -> dict[str, str]:
+    """Text below each heading of the second level, without comments."""
+    shown = re.sub(r"<!--.*?-->\n?", "", card)
+    parts = re.split(r"^## (.*)\n", shown, flags=re.MULTILINE)[1:]
+    return {title: text.strip() for title, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def trained(recipe: Recipe, *, metrics=None, step: int = 9, **provenance) -> ModelBundle:
+    """A bundle as a run of a recipe of 9 steps leaves it, with random weights."""
+    told = Provenance(
+        origin="trained from scratch",
+        dataset=recipe.data.train,
+        metrics=metrics or {},
+        settings=with_kinds(recipe) | {"step": step, "total_steps": 9},
+        **{"license": "mit"} | provenance,
+    )
+    return replace(random_bundle("vit_nano_reg2"), provenance=told)
+
+
+def with_settings(of: ModelBundle, **settings) -> ModelBundle:
+    return replace(of, provenance=replace(of.provenance, settings={**of.provenance.settings, **settings}))
+
+
+def analysed(of: ModelBundle, **how) -> ModelBundle:
+    """A bundle that keeps an artifact report."""
+    return with_settings(of, artifacts=summary(report(registers=of.model_args["reg_tokens"], **how)))
+
+
+def licensed(of: ModelBundle, license: str | None) -> ModelBundle:
+    return replace(of, provenance=replace(of.provenance, license=license))
+
+
+_KINDS: dict[str, Callable[[], ModelBundle]] = {
+    **{arch: lambda arch=arch: random_bundle(arch, **ONE_OF_EACH_KIND[arch]) for arch in ONE_OF_EACH_KIND},
+    **{task: lambda task=task: trained(TINY[task], metrics=METRICS[task], **MADE) for task in METRICS},
+    "unfinished": lambda: trained(TINY["dinov2"], step=4, **MADE),
+    "bare provenance": lambda: replace(random_bundle(), provenance=Provenance(origin="somewhere")),
+    "no head": lambda: random_bundle(num_classes=0),
+    "analysed": lambda: analysed(random_bundle()),
+    "analysed without outliers": lambda: analysed(random_bundle("vit_nano_reg0"), outliers=False),
+    "converted": lambda: bundle("dinov2_reg4"),
+    "another rule of positions": lambda: bundle("dinov2_vit_mlp_hub"),
+    "scaled residual stream": lambda: bundle("hf_vit"),
+    "untrained registers": lambda: convert(source("deit3_ls"), num_registers=4, **ARGUMENTS["deit3_ls"]),
+    "compared with the source": lambda: convert(source("hf_dinov2_reg"), verify=True),
+    "not commercial": lambda: licensed(random_bundle(), "cc-by-nc-4.0"),
+    "a license of its own": lambda: licensed(random_bundle(), "some-license"),
+    "one channel": lambda: random_bundle(in_chans=1),
+    "strange settings": lambda: with_settings(
+        random_bundle(), model="x", data=[1], watch=None, conversion="y", total_steps=3, optim={"lr": 1}
+    ),
+}
+KINDS = {name: cache(make) for name, make in _KINDS.items()}
+"""What makes a bundle of each kind, once."""

@@ -1,0 +1,122 @@
+"""Code of cards, executed in fresh processes, and the cards of the models that the project distributes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub as hf
+import pytest
+import timm
+from cards import sections
+from huggingface_hub import ModelCard
+from models import ONE_OF_EACH_KIND, random_bundle
+from PIL import Image
+
+from vitreg_hub.model_cards.card import render
+from vitreg_hub.model_cards.distributed import CARDS, DINOV2_TAG, distributed_cards
+from vitreg_hub.timm_models import SHIPPED_WEIGHTS
+
+
+def code_of(card: str) -> list[str]:
+    """The Python blocks of a card, each with a check of the shapes that its comments tell."""
+    blocks = []
+    for code in re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL):
+        shapes = re.findall(r"^ *(\w+) = .*# (\[[\d, ]+\])", code, flags=re.MULTILINE)
+        assert shapes
+        code += "".join(f"\nassert list({name}.shape) == {shape}, {name}.shape" for name, shape in shapes)
+        counts = re.findall(r"^(hidden_states) = .*# (\d+):", code, flags=re.MULTILINE)
+        blocks.append(code + "".join(f"\nassert len({name}) == {number}" for name, number in counts))
+    return blocks
+
+
+def run(blocks: list[str], folder: Path, *, plugin: bool) -> None:
+    """Execute code in one fresh process, in a folder with a photo."""
+    Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 50).save(folder / "photo.jpg")
+    script = f"import sys\nfor code in {blocks!r}:\n    exec(compile(code, code, 'exec'), {{}})\n"
+    script += f"assert ('vitreg_hub' in sys.modules) == {plugin}"
+    env = {**os.environ, "HF_HOME": str(folder / f"home{plugin}")}
+    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def published(hub, tmp_path) -> list[str]:
+    """Cards of models on the Hub: with a head, without one, and with two and no room for registers."""
+    cards = []
+    for arch, num_classes in (("vit_nano_reg4", 10), ("vit_base_reg8_clip", 0), ("vit_tiny_reg0_deit_distilled", 10)):
+        repo, bundle = f"lab/{arch}", random_bundle(arch, num_classes=num_classes, **ONE_OF_EACH_KIND[arch])
+        cards.append(render(bundle, repo=repo))
+        hf.HfApi().create_repo(repo)
+        hf.HfApi().upload_folder(repo_id=repo, folder_path=bundle.save(tmp_path / arch, card=cards[-1]))
+        ModelCard(hub.repos[repo].files()["README.md"].decode()).validate()
+    return cards
+
+
+def test_code_runs_in_a_fresh_process_without_this_package(published, tmp_path):
+    plain = [code for card in published for code in code_of(card) if "vitreg_hub" not in code]
+    assert len(plain) == 2 * len(published)
+    run(plain, tmp_path, plugin=False)
+
+
+def test_code_runs_in_a_fresh_process_with_this_package(published, hub, tmp_path):
+    repo = "lab/source"
+    timm.models.push_to_hf_hub(timm.create_model("vit_small_patch14_reg4_dinov2"), repo, safe_serialization=True)
+    hub.repos["timm/vit_small_patch14_reg4_dinov2.lvd142m"] = hub.repos[repo]
+    distributed = [path.read_text(encoding="utf-8") for path in sorted(CARDS.glob("*.md"))]
+    codes = [code for card in (*published, *distributed) for code in code_of(card) if "vitreg_hub" in code]
+    assert len(codes) == len(published) + 2 * len(list(SHIPPED_WEIGHTS.iterdir())) + 1
+    run(codes, tmp_path, plugin=True)
+
+
+def test_committed_cards_are_those_that_are_made():
+    made = distributed_cards()
+    assert {path.name for path in CARDS.glob("*.md")} == made.keys()
+    assert {f"{folder.name}.md" for folder in SHIPPED_WEIGHTS.iterdir()} == made.keys() - {f"{DINOV2_TAG}.md"}
+    for name, text in made.items():
+        assert (CARDS / name).read_text(encoding="utf-8") == text, f"run: python -m vitreg_hub.model_cards ({name})"
+
+
+@pytest.mark.parametrize("card", sorted(CARDS.glob("*.md")), ids=lambda path: path.stem)
+def test_distributed_cards_hold_together(card):
+    text = card.read_text(encoding="utf-8")
+    assert all(sections(text).values())
+    assert "None" not in text
+    assert "your-name" not in text
+    for link in re.findall(r"\]\((?!https:)(.*?)\)", text):
+        if link.startswith("../../vitreg_hub/weights/"):
+            assert (SHIPPED_WEIGHTS / link.removeprefix("../../vitreg_hub/weights/")).is_file()
+        else:
+            assert (CARDS / link).is_file()
+
+
+@pytest.mark.parametrize("folder", sorted(SHIPPED_WEIGHTS.iterdir()), ids=lambda path: path.name)
+def test_cards_of_shipped_models_tell_the_numbers_of_all(folder):
+    text = (CARDS / f"{folder.name}.md").read_text(encoding="utf-8")
+    table = sections(text)["With and without registers"].splitlines()
+    for other in SHIPPED_WEIGHTS.iterdir():
+        provenance = json.loads((other / "config.json").read_text())["vitreg"]["provenance"]
+        (row,) = (line for line in table if f"[{other.name}]({other.name}.md)" in line)
+        for value in provenance["metrics"].values():
+            assert f"{value:.4f}" in row
+        assert ("not measured" in row.split("|")[-3]) == ("artifacts" not in provenance["settings"])
+    told = {result.metric_value for result in ModelCard(text).data.eval_results}
+    assert told <= set(json.loads((folder / "config.json").read_text())["vitreg"]["provenance"]["metrics"].values())
+    assert told
+
+
+def test_dinov2_card_tells_what_timm_knows_and_claims_nothing():
+    text = (CARDS / f"{DINOV2_TAG}.md").read_text(encoding="utf-8")
+    found = sections(text)
+    assert found["Results"] == "Not measured."
+    for size in ("small", "base", "large", "giant"):
+        upstream = f"vit_{size}_patch14_reg4_dinov2.lvd142m"
+        cfg = timm.get_pretrained_cfg(upstream)
+        (row,) = (line for line in text.splitlines() if f"[timm/{upstream}]" in line)
+        assert f"`vit_{size}_reg4.{DINOV2_TAG}`" in row
+        params = sum(p.numel() for p in timm.create_model(upstream, device="meta", num_classes=0).parameters())
+        assert f"| {params / 1e6:,.1f} M |" in row
+        assert row.endswith(f"| {cfg.license} |")
+        assert f"{cfg.input_size[1]} x {cfg.input_size[2]} pixels, mean {', '.join(map(str, cfg.mean))}" in text
