@@ -12,6 +12,7 @@ import yaml
 from vitreg_hub.cli import main
 from vitreg_hub.errors import RecipeError, TrainingError
 from vitreg_hub.training import loop
+from vitreg_hub.training.best import Best
 from vitreg_hub.training.recipe import Head
 from vitreg_hub.training.recipe_files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.recipes import RECIPES
@@ -25,7 +26,11 @@ def asked(monkeypatch) -> list[SimpleNamespace]:
     def train(recipe, out, *, resume="auto", push=None, push_every="end"):
         calls.append(SimpleNamespace(recipe=recipe, out=out, resume=resume, push=push, push_every=push_every))
         metrics = {"eval/accuracy": 0.98765, "artifacts/block_0/norm_q50": 11.7}
-        return loop.TrainResult(folder=out, step=9, total_steps=9, metrics=metrics, model=out / "model", commit=push)
+        best = Best(name="accuracy", score=0.99, step=6)
+        commits = {"main": f"hub/{push}/commit/1", "best": f"hub/{push}/commit/2"} if push else {}
+        return loop.TrainResult(
+            folder=out, step=9, total_steps=9, metrics=metrics, model=out / "model", best=best, commits=commits
+        )
 
     def dry_run(recipe):
         calls.append(SimpleNamespace(recipe=recipe, out=None))
@@ -60,7 +65,7 @@ def test_trains_the_recipe_and_says_what_came_of_it(asked, capsys):
     assert (call.out, call.resume, call.push, call.push_every) == (Path("runs/a"), "auto", None, "end")
     out = capsys.readouterr().out
     assert re.search(r"^accuracy +0\.9877$", out, re.MULTILINE)
-    assert "model    runs/a/model\n" in out
+    assert "model    runs/a/model\nbest     runs/a/best, accuracy 0.99 after step 6\n" in out
     assert "norm_q50" not in out
     assert "pushed" not in out
     assert "\n  vitreg verify runs/a/model\n" in out
@@ -73,7 +78,8 @@ def test_options_of_the_run(asked, capsys):
     assert first.recipe == RECIPES["dinov2_digits"](registers=8)
     assert (first.resume, first.push, first.push_every) == ("x/checkpoints/step_3", "a/b", "end")
     assert (second.resume, second.push, second.push_every) == ("never", "a/b", "save")
-    assert "pushed   a/b\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "pushed   hub/a/b/commit/1 (main)\npushed   hub/a/b/commit/2 (best)\n" in out
 
 
 def test_dry_run_needs_no_folder(asked, capsys):
@@ -237,6 +243,8 @@ def test_help_lists_recipes_and_examples(capsys):
     for name, recipe in RECIPES.items():
         assert re.search(rf"^  {name} +{re.escape(recipe.__doc__.partition(chr(10))[0])}$", out, re.MULTILINE)
     assert "accelerate launch --num_processes 8 -m vitreg_hub.training" in out
+    assert "DIR/best" in out
+    assert "hf-hub:org/name@best" in out
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out

@@ -62,12 +62,14 @@ def test_every_line_is_json_with_step_time_and_measures(book, tmp_path):
         train(logbook, range(3))
         logbook.note(3, {"eval/knn_accuracy": 0.75})
         logbook.note(3, {})
-    first, second, third, note = lines(tmp_path)
+        logbook.note(3, {"eval/knn_accuracy": 0.8}, best=True)
+    first, second, third, note, best = lines(tmp_path)
     assert first.keys() == {"step", "time", "loss", "lr", "memory_gib"}
     assert second.keys() == third.keys() == first.keys() | {"images_per_second", "data_wait", "eta_seconds"}
     assert [line["step"] for line in (first, second, third)] == [0, 1, 2]
     assert first["time"] <= second["time"] <= third["time"]
     assert note == {"step": 3, "time": note["time"], "eval/knn_accuracy": 0.75}
+    assert best == {"step": 3, "time": best["time"], "eval/knn_accuracy": 0.8, "best": True}
 
 
 def test_numbers_that_are_not_finite_are_words_in_json(book, tmp_path):
@@ -97,11 +99,13 @@ def test_without_a_terminal_there_are_log_lines(book, caplog):
     with book() as logbook:
         train(logbook, range(2), loss=0.123456)
         logbook.note(2, {"eval/knn_accuracy": 0.5, "artifacts/block_0/norm_q50": 3.0})
-    first, second, note = caplog.messages
+        logbook.note(2, {"eval/knn_accuracy": 0.75}, best=True)
+    first, second, note, best = caplog.messages
     assert re.fullmatch(r"step 1/20 \(5 %\)  loss 0\.1235  lr 0\.001  \d+\.\d GiB", first)
     measured = r"\S+ images/s  \d+% waiting for data  \d+\.\d GiB  ETA \d\d:\d\d"
     assert re.fullmatch(rf"step 2/20 \(10 %\)  loss 0\.1235  lr 0\.001  {measured}", second)
     assert note == "evaluation after 2 steps:  eval/knn_accuracy 0.5"
+    assert best == "evaluation after 2 steps:  eval/knn_accuracy 0.75  (the best so far)"
 
 
 class Terminal(io.StringIO):

@@ -16,7 +16,7 @@ from training_runs import STEPS, TINY, lines, losses, with_scale
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.datasets import digits
 from vitreg_hub.doors import verify
-from vitreg_hub.errors import DataError, HubError, RecipeError, VitregError
+from vitreg_hub.errors import DataError, RecipeError, VitregError
 from vitreg_hub.training.loop import dry_run, train
 from vitreg_hub.training.recipe import DataSettings, OptimSettings, Supervised
 from vitreg_hub.training.recipe_files import recipe_from_yaml
@@ -39,7 +39,7 @@ def test_a_run_leaves_everything_behind(tmp_path, caplog):
     recipe = changed(SUPERVISED, watch={"eval_every": 2, "save_every": 1, "keep": 2})
     result = train(recipe, run)
     assert {path.name for path in run.iterdir()} == {
-        *("recipe.yaml", "metrics.jsonl", "first_batch.png", "checkpoints", "model")
+        *("recipe.yaml", "metrics.jsonl", "first_batch.png", "curves.png", "checkpoints", "model", "best")
     }
     assert recipe_from_yaml((run / "recipe.yaml").read_text()) == recipe
     assert [path.name for path in checkpoints(run)] == ["step_0000003", "step_0000004"]
@@ -280,30 +280,6 @@ def test_contradictions_are_refused_when_a_recipe_is_made():
         replace(DINOV2, augment=SUPERVISED.augment)
     with pytest.raises(RecipeError, match="epochs is 0"):
         changed(SUPERVISED, epochs=0)
-
-
-def test_pushing_does_not_stop_a_run(hub, tmp_path):
-    result = train(changed(SUPERVISED, watch={"save_every": 2}), tmp_path / "run", push="lab/run", push_every="save")
-    repo = hub.repos["lab/run"]
-    assert result.commit.endswith(repo.commits[-1].oid)
-    assert repo.files()["model.safetensors"] == (result.model / "model.safetensors").read_bytes()
-    assert not any("state" in name or "optimizer" in name for name in repo.files())
-    again = train(changed(SUPERVISED, watch={"save_every": 2}), tmp_path / "run", push="lab/other")
-    assert again.commit.endswith(hub.repos["lab/other"].commits[-1].oid)
-
-
-def test_a_hub_that_refuses_everything_is_told_at_the_end(hub, tmp_path, monkeypatch):
-    from vitreg_hub.training import publisher
-
-    def refuse(folder, repo_id, private):
-        raise HubError("no space for you.")
-
-    monkeypatch.setattr(
-        publisher.Publisher.__init__, "__kwdefaults__", {"private": False, "waits": (0,), "push": refuse}
-    )
-    with pytest.raises(HubError, match=r"nothing could be published \(no space for you"):
-        train(SUPERVISED, tmp_path / "run", push="lab/run")
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_bce_and_ce_are_deits():

@@ -48,6 +48,14 @@ def test_evaluation_is_the_same(name, alone, together):
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_best_model_is_whole(name, together):
+    """The last evaluation is the only one after the first step, so the best model is the last one."""
+    best, model = (load_file(together / name / folder / "model.safetensors") for folder in ("best", "model"))
+    assert best.keys() == model.keys()
+    assert all(torch.equal(tensor, best[key]) for key, tensor in model.items())
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_one_process_goes_on_where_two_were(name, alone, together, tmp_path):
     """Checkpoints know of no processes: neither weights nor optimiser nor the place in the data."""
     train(TINY[name], tmp_path / "on", resume=str(together / name / "checkpoints" / "step_0000002"))

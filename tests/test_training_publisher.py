@@ -1,18 +1,26 @@
-"""Publishing while a run goes on, with huggingface_hub's client against the stand-in Hub."""
+"""Publishing while a run goes on and at its end, with huggingface_hub's client against the stand-in Hub."""
 
 import logging
 import os
 import random
+import shutil
 import threading
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from hub_server import Drop
 from models import random_bundle
+from safetensors.torch import load_file
+from training_runs import TINY
 
 from vitreg_hub import hub as publishing
-from vitreg_hub.errors import BundleError, HubError
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.errors import BundleError, HubError, LicenseError
+from vitreg_hub.training import trainer
+from vitreg_hub.training.loop import train
 from vitreg_hub.training.publisher import Publisher, push_apart
+from vitreg_hub.training.run_state import checkpoints
 
 REPO = "lab/trained"
 
@@ -23,8 +31,8 @@ def push_here(monkeypatch):
     monkeypatch.setattr("vitreg_hub.hub.verify", lambda folder: {})
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # the client waits too
 
-    def push(folder, repo_id, private):
-        return publishing.push(folder, repo_id, private=private)
+    def push(folder, repo_id, **options):
+        return publishing.push(folder, repo_id, **options).url
 
     return push
 
@@ -34,10 +42,13 @@ class Gated:
 
     def __init__(self, *outcomes):
         self.outcomes, self.weights, self.started, self.go = list(outcomes), [], threading.Event(), threading.Event()
+        self.branches, self.files = [], []
 
-    def __call__(self, folder, repo_id, private):
+    def __call__(self, folder, repo_id, *, branch, private, license):
         self.started.set()
         assert self.go.wait(60)
+        self.branches.append(branch)
+        self.files.append({str(path.relative_to(folder.parent)) for path in folder.parent.rglob("*")})
         self.weights.append((folder / "model.safetensors").read_text())
         outcome = self.outcomes.pop(0) if self.outcomes else f"commit of {self.weights[-1]}"
         if isinstance(outcome, BaseException):
@@ -68,62 +79,55 @@ def test_bundle_arrives_though_its_folder_is_gone(hub, push_here, tmp_path, capl
     weights = (saved / "model.safetensors").read_bytes()
     gate = threading.Event()
 
-    def push(*given):
+    def push(*given, **options):
         assert gate.wait(60)
-        return push_here(*given)
+        return push_here(*given, **options)
 
-    publisher = Publisher(REPO, private=True, push=push)
+    publisher = Publisher(REPO, private=True, license="mit", push=push)
     publisher.submit(saved)
     for file in saved.iterdir():
         file.unlink()
     gate.set()
-    (commit,) = publisher.close()
+    (commit,) = publisher.close().values()
     assert commit.endswith(hub.repos[REPO].commits[-1].oid)
     assert hub.repos[REPO].files()["model.safetensors"] == weights
     assert hub.repos[REPO].private
-    assert (publisher.pushed, publisher.error) == (True, None)
+    assert not publisher.errors
     assert caplog.messages == [f"published {commit}"]
     assert files_below(tmp_path / "run") == ["model"]
 
 
 def test_failures_that_pass_are_tried_again(hub, push_here, tmp_path, caplog):
-    faults = [(503, {}, b""), Drop(), (500, {}, b"")]
+    faults = [(403, {}, b"")] * 2  # which one upload alone gives up at once
 
     def fault(request):
-        if "/commit/" in request.path and faults:
-            found = faults.pop()
-            if isinstance(found, Drop):
-                raise found
-            return found
-        return None
+        return faults.pop() if request.command == "POST" and faults else None
 
     hub.fault = fault
-    with Publisher(REPO, push=push_here, waits=(0,) * 6) as publisher:
+    with Publisher(REPO, license="mit", push=push_here, waits=(0,) * 6) as publisher:
         publisher.submit(random_bundle().save(tmp_path / "model"))
     assert not faults
-    assert publisher.pushed
-    assert publisher.error is None
+    assert not publisher.errors
+    assert publisher.close().keys() == {"main"}
     assert len(hub.repos[REPO].commits) == 2  # the Hub's own first one, and ours
     assert [message.partition(":")[0] for message in caplog.messages if "publishing" in message] == [
-        f"publishing to {REPO} failed and is tried again"
+        f"publishing to {REPO}@main failed and is tried again"
     ]
 
 
 def test_failure_that_stays_is_said_and_the_next_bundle_is_sent(hub, push_here, tmp_path, caplog):
     saved = random_bundle().save(tmp_path / "model")
     hub.fault = lambda request: (403, {}, b"") if request.command == "POST" else None
-    publisher = Publisher(REPO, push=push_here, waits=(0, 0))
+    publisher = Publisher(REPO, license="mit", push=push_here, waits=(0, 0))
     publisher.submit(saved)
     publisher._uploads[0].future.result()
-    assert not publisher.pushed
-    assert "may not do this" in publisher.error
-    assert caplog.messages[-1] == f"publishing to {REPO} failed, the run goes on: {publisher.error}"
+    assert "may not do this" in publisher.errors["main"]
+    assert caplog.messages[-1] == f"publishing to {REPO}@main failed, the run goes on: {publisher.errors['main']}"
     assert len([path for _, path, _ in hub.requests if path == "/api/repos/create"]) == 3
     hub.fault = lambda request: None
     publisher.submit(saved)
     assert len(publisher.close()) == 1
-    assert publisher.pushed
-    assert publisher.error is None
+    assert not publisher.errors
 
 
 def test_waits_grow_and_end(token, tmp_path, monkeypatch):
@@ -141,7 +145,7 @@ def test_waits_grow_and_end(token, tmp_path, monkeypatch):
         publisher.submit(checkpoint(tmp_path, "a"))
     assert waited == [1, 2, 4, 8, 16, 32]
     assert len(gated.weights) == 7
-    assert (publisher.pushed, publisher.error) == (False, "down.")
+    assert (publisher.close(), publisher.errors) == ({}, {"main": "down."})
 
 
 def test_newest_wins(token, tmp_path):
@@ -152,9 +156,47 @@ def test_newest_wins(token, tmp_path):
     for name in "bcd":
         publisher.submit(checkpoint(tmp_path, name))
     gated.go.set()
-    assert publisher.close() == ("commit of a", "commit of d")
+    assert publisher.close() == {"main": "commit of d"}
     assert gated.weights == ["a", "d"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d"]
+
+
+def test_newest_wins_on_its_own_branch_only(token, tmp_path):
+    gated = Gated()
+    publisher = Publisher(REPO, push=gated)
+    publisher.submit(checkpoint(tmp_path, "a"))
+    assert gated.started.wait(60)
+    for name, branch in (("b", "main"), ("c", "best"), ("d", "best"), ("e", "main")):
+        publisher.submit(checkpoint(tmp_path, name), branch=branch)
+    gated.go.set()
+    assert publisher.close() == {"main": "commit of e", "best": "commit of d"}
+    assert list(zip(gated.weights, gated.branches, strict=True)) == [("a", "main"), ("d", "best"), ("e", "main")]
+
+
+def test_one_branch_can_fail_alone(token, tmp_path):
+    gated = Gated("commit of a", BundleError("a door is shut."))
+    gated.go.set()
+    publisher = Publisher(REPO, push=gated, waits=())
+    publisher.submit(checkpoint(tmp_path, "a"))
+    publisher.submit(checkpoint(tmp_path, "b"), branch="best")
+    assert publisher.close() == {"main": "commit of a"}
+    assert publisher.errors == {"best": "a door is shut."}
+
+
+def test_text_tower_goes_along_and_a_state_does_not(token, tmp_path):
+    gated = Gated()
+    folder = checkpoint(tmp_path, "a")
+    (folder / "curves.png").touch()
+    tower = tmp_path / "a-open_clip"
+    tower.mkdir()
+    (tower / "open_clip_model.safetensors").write_text("both")
+    with Publisher(REPO, push=gated) as publisher:
+        publisher.submit(folder)
+        shutil.rmtree(tower)
+        gated.go.set()
+    files = {"a/model.safetensors", "a/curves.png", "a-open_clip/open_clip_model.safetensors"}
+    assert gated.files == [{"a", "a-open_clip", *files}]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_newer_bundle_ends_the_wait_of_a_failed_one(token, tmp_path):
@@ -164,7 +206,7 @@ def test_newer_bundle_ends_the_wait_of_a_failed_one(token, tmp_path):
     gated.go.set()
     assert gated.started.wait(60)
     publisher.submit(checkpoint(tmp_path, "b"))
-    assert publisher.close() == ("commit of b",)
+    assert publisher.close() == {"main": "commit of b"}
     assert gated.weights == ["a", "b"]
 
 
@@ -174,8 +216,8 @@ def test_copies_share_the_weights_and_leave_nothing(token, tmp_path):
     publisher.submit(folder)
     assert os.stat(folder / "model.safetensors").st_nlink == 2
     gated.go.set()
-    assert publisher.close() == ()
-    assert publisher.error == "a door is shut."
+    assert publisher.close() == {}
+    assert publisher.errors == {"main": "a door is shut."}
     assert os.stat(folder / "model.safetensors").st_nlink == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -183,8 +225,8 @@ def test_copies_share_the_weights_and_leave_nothing(token, tmp_path):
 def test_folder_that_cannot_be_copied_stops_nothing(token, tmp_path, caplog):
     publisher = Publisher(REPO, push=Gated())
     publisher.submit(tmp_path / "nothing")
-    assert publisher.close() == ()
-    assert "nothing cannot be copied: No such file" in publisher.error
+    assert publisher.close() == {}
+    assert "nothing cannot be copied: No such file" in publisher.errors["main"]
     assert not list(tmp_path.iterdir())
 
 
@@ -223,18 +265,172 @@ def test_run_is_not_disturbed_by_a_real_upload(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     saved = random_bundle().save(tmp_path / "model")
     states = torch.get_rng_state(), random.getstate()
-    with Publisher(REPO) as publisher:
-        publisher.submit(saved)
+    with Publisher(REPO, license="mit") as publisher:
+        publisher.submit(saved, branch="best")
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert publisher.pushed
-    assert hub.repos[REPO].files()["model.safetensors"] == (saved / "model.safetensors").read_bytes()
+    assert publisher.close().keys() == {"best"}
+    assert hub.repos[REPO].files("best")["model.safetensors"] == (saved / "model.safetensors").read_bytes()
 
 
 def test_a_real_upload_says_in_its_sentence_why_it_failed(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     saved = random_bundle().save(tmp_path / "model")
     (saved / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(HubError, match=r"^[^\n]*R6: pytorch_model\.bin is a second weights file[^\n]*$"):
-        push_apart(saved, REPO, False)
+    with pytest.raises(HubError, match=r"^[^\n]* holds pytorch_model\.bin: [^\n]*$"):
+        push_apart(saved, REPO, branch="main", private=False, license="mit")
     assert not hub.repos
+
+
+RUN = replace(
+    TINY["supervised"],
+    license="mit",
+    watch=replace(TINY["supervised"].watch, eval_every=1, save_every=1, keep=9, artifact_images=0),
+)
+BESIDE = {"recipe.yaml", "metrics.jsonl", "curves.png"}
+
+
+@pytest.fixture
+def falling(monkeypatch):
+    """Evaluations that find less each time: the first one after a step is the best."""
+    scores = iter(range(99, 0, -1))
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: {"eval/accuracy": next(scores) / 100})
+
+
+class Recorder:
+    """Sends nothing and keeps what it was given; fails for some branches."""
+
+    def __init__(self):
+        self.calls, self.fails = [], {}
+
+    def __call__(self, folder, repo_id, *, branch, private, license):
+        if branch in self.fails:
+            raise self.fails[branch]
+        step = ModelBundle.load(folder).provenance.settings["step"]
+        self.calls.append((branch, step, license))
+        assert {path.name for path in folder.iterdir()} >= BESIDE
+        assert "state" not in {path.name for path in folder.iterdir()}
+        return f"{repo_id}/commit/{step}"
+
+
+@pytest.fixture
+def recorder(token, monkeypatch):
+    made = Recorder()
+    options = {"private": False, "license": None, "waits": (), "push": made}
+    monkeypatch.setattr(Publisher.__init__, "__kwdefaults__", options)
+    return made
+
+
+def test_last_model_goes_to_main_and_the_best_to_its_branch(falling, recorder, tmp_path):
+    result = train(RUN, tmp_path / "run", push=REPO)
+    assert recorder.calls == [("main", 4, "mit"), ("best", 1, "mit")]
+    assert result.commits == {"main": f"{REPO}/commit/4", "best": f"{REPO}/commit/1"}
+    assert train(RUN, tmp_path / "run", push=REPO).commits == result.commits  # of a finished run, once more
+    assert recorder.calls[2:] == recorder.calls[:2]
+    assert not [path.name for path in tmp_path.rglob(".*")]
+
+
+def test_checkpoints_are_published_with_the_best_so_far(falling, recorder, tmp_path):
+    train(RUN, tmp_path / "run", push=REPO, push_every="save")
+    sent = Counter(branch for branch, _, _ in recorder.calls)
+    assert recorder.calls[-2:] == [("main", 4, "mit"), ("best", 1, "mit")]
+    assert 1 <= sent["main"] <= 4
+    assert 1 <= sent["best"] <= 2  # once when it was found, unless the end came sooner, and once at the end
+    for folder in checkpoints(tmp_path / "run"):
+        assert {path.name for path in folder.iterdir()} >= BESIDE
+
+
+def test_without_evaluations_there_is_one_branch(recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: {})
+    assert train(RUN, tmp_path / "run", push=REPO).commits == {"main": f"{REPO}/commit/4"}
+
+
+@pytest.mark.parametrize(("fails", "folder"), [("best", "best"), ("main", "model")])
+def test_which_of_the_two_is_not_on_the_hub_is_said(fails, folder, falling, recorder, tmp_path, caplog):
+    recorder.fails = {fails: HubError("no space for you.")}
+    result = train(RUN, tmp_path / "run", push=REPO)
+    assert result.commits.keys() == {"main", "best"} - {fails}
+    missing = tmp_path / "run" / folder
+    by_hand = f"vitreg push {missing} {REPO} --branch {fails}"
+    assert caplog.messages[-1] == f"{missing} is not on the Hub (no space for you.): {by_hand}"
+
+
+def test_a_hub_that_refuses_everything_is_told_at_the_end(falling, recorder, tmp_path):
+    recorder.fails = {branch: HubError("no space for you.") for branch in ("main", "best")}
+    with pytest.raises(HubError, match=r"nothing could be published \(no space for you"):
+        train(RUN, tmp_path / "run", push=REPO)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def licensed(start, license, tmp_path):
+    """A run with a license of its own, from scratch or from weights under another one."""
+    recipe = replace(RUN, license=license, epochs=1)
+    if start is None:
+        return recipe
+    bundle, folder = ModelBundle.load("vit_nano_reg4.digits"), tmp_path / "start"
+    replace(bundle, provenance=replace(bundle.provenance, license=start)).save(folder)
+    return replace(recipe, model=replace(RUN.model, arch="vit_nano_reg4", start=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("start", "license", "push", "sentence"),
+    [
+        (
+            None,
+            None,
+            REPO,
+            "nothing tells the license of the weights of recipe tiny_supervised: give it with --license",
+        ),
+        ("cc-by-nc-4.0", None, REPO, "is cc-by-nc-4.0, which does not allow every use.*--license cc-by-nc-4.0"),
+        ("cc-by-nc-4.0", "mit", REPO, "has the license mit, but model.start .* is under cc-by-nc-4.0: give --license"),
+        ("cc-by-nc-4.0", "mit", None, "has the license mit, but model.start .* is under cc-by-nc-4.0: give --license"),
+        ("apache-2.0", "mit", None, "has the license mit, but model.start .* is under apache-2.0: give --license"),
+        (None, "apache2", None, "apache2 is not how the Hub spells it: did you mean apache-2.0"),
+    ],
+)
+def test_license_is_settled_before_any_training(start, license, push, sentence, recorder, tmp_path):
+    recipe = licensed(start, license, tmp_path)
+    with pytest.raises(LicenseError, match=sentence) as error:
+        train(recipe, tmp_path / "run", push=push)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "license", "push", "told"),
+    [
+        (None, None, None, None),
+        (None, "unknown", REPO, None),
+        (None, "MIT", REPO, "mit"),
+        ("apache-2.0", None, REPO, "apache-2.0"),
+        ("cc-by-nc-4.0", None, None, "cc-by-nc-4.0"),
+        ("cc-by-nc-4.0", "cc-by-nc-4.0", REPO, "cc-by-nc-4.0"),
+    ],
+)
+def test_license_of_a_run(start, license, push, told, falling, recorder, tmp_path):
+    train(licensed(start, license, tmp_path), tmp_path / "run", push=push)
+    assert ModelBundle.load(tmp_path / "run" / "model").provenance.license == told
+    assert recorder.calls == ([("main", 2, license), ("best", 1, license)] if push else [])
+
+
+def test_a_finished_run_without_a_license_gets_one_when_it_is_published(falling, recorder, tmp_path):
+    recipe = licensed(None, None, tmp_path)
+    train(recipe, tmp_path / "run")
+    with pytest.raises(LicenseError, match="give it with --license"):
+        train(recipe, tmp_path / "run", push=REPO)
+    assert train(replace(recipe, license="mit"), tmp_path / "run", push=REPO).commits.keys() == {"main", "best"}
+
+
+def test_a_run_on_the_hub_is_the_run_on_the_disk(hub, falling, tmp_path):
+    result = train(replace(RUN, epochs=1), tmp_path / "run", push=REPO)
+    repo = hub.repos[REPO]
+    for branch, folder, step in (("main", "model", 2), ("best", "best", 1)):
+        files = repo.files(branch)
+        for name in ("model.safetensors", *BESIDE):
+            assert files[name] == (tmp_path / "run" / folder / name).read_bytes()
+        assert result.commits[branch].endswith(repo.branches[branch])
+        assert not any("state" in name or "optimizer" in name for name in files)
+        bundle = ModelBundle.load(f"hf-hub:{REPO}@{branch}")
+        assert bundle.provenance.settings["step"] == step
+        disk = load_file(tmp_path / "run" / folder / "model.safetensors")
+        assert all(torch.equal(tensor, disk[name]) for name, tensor in bundle.state_dict.items())

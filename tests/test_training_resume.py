@@ -1,5 +1,6 @@
 """A run that was stopped anywhere ends as one that was not, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -54,9 +55,19 @@ def uninterrupted(tmp_path_factory):
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Everything that the last checkpoint and the model hold."""
-    files = [*checkpoints(run)[-1].rglob("*.safetensors"), *(run / "model").glob("*.safetensors")]
-    return {f"{file.name}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
+    """Everything that the last checkpoint, the model, the best model and their text towers hold."""
+    files = [*checkpoints(run)[-1].rglob("*.safetensors"), *run.glob("[mb]*/*.safetensors")]
+    return {f"{file.parent.name}/{file.name}/{key}": x for file in files for key, x in load_file(file).items()}
+
+
+def configs(run: Path) -> list[dict]:
+    """What the bundles tell of themselves, without what depends on the clock and on who started the run, and when."""
+    found = []
+    for folder in (checkpoints(run)[-1], run / "model", *[run / "best"] * (run / "best").exists()):
+        found.append(json.loads((folder / "config.json").read_text()))
+        for name in ("created", "seconds", "command"):
+            found[-1]["vitreg"]["provenance"].pop(name, None)
+    return found
 
 
 def told(run: Path) -> list[dict]:
@@ -68,9 +79,12 @@ def told(run: Path) -> list[dict]:
 def assert_same(run: Path, other: Path) -> None:
     one, two = tensors(run), tensors(other)
     assert one.keys() == two.keys()
-    assert any(key.startswith("optimizer.safetensors/") for key in one)
+    assert any(key.startswith("state/optimizer.safetensors/") for key in one)
+    assert any(key.startswith("best/") for key in one)
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    assert configs(run) == configs(other)
     assert told(run) == told(other)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
 class Killed(BaseException):
@@ -106,7 +120,7 @@ def test_killed_elsewhere(moment, uninterrupted, tmp_path, monkeypatch):
         if moment == "before the first checkpoint":
             patched.setattr(Trainer, "save", raiser)
         elif moment == "before the model":
-            patched.setattr(loop, "write_folder", raiser)
+            patched.setattr(loop, "_finish", raiser)
         else:
             count = iter(range(100))
 
@@ -239,7 +253,7 @@ def test_a_named_checkpoint_overwrites_no_other_run(uninterrupted):
 
 def test_data_that_grew_are_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "write_folder", raiser)
+        patched.setattr(loop, "_finish", raiser)
         with pytest.raises(Killed):
             train(saving("distill"), tmp_path / "run")
     fewer = digits("train").select(range(1000))
@@ -265,7 +279,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
 
 def test_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "write_folder", raiser)
+        patched.setattr(loop, "_finish", raiser)
         with pytest.raises(Killed):
             train(saving("distill"), tmp_path / "run")
     file = checkpoints(tmp_path / "run")[-1] / "state" / "backbone.safetensors"

@@ -1,9 +1,9 @@
 """From a recipe to the parts of a run: processes, data, network, task, optimiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.metadata import version
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -14,8 +14,10 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vitreg_hub.bundle import ModelBundle, Provenance
-from vitreg_hub.errors import RecipeError
+from vitreg_hub.environment import command, commit, hardware, versions
+from vitreg_hub.errors import LicenseError, RecipeError
 from vitreg_hub.image_source import ImageSource
+from vitreg_hub.licenses import OTHER, UNKNOWN, settle
 from vitreg_hub.training.augment import build_augment
 from vitreg_hub.training.backbone import build_backbone
 from vitreg_hub.training.data import TrainingData, as_image_source, open_held_out, open_training_data
@@ -40,6 +42,8 @@ class Parts:
         reference: Training images without augmentation, among which evaluation seeks neighbours.
         loader: Batches of `data`.
         transform: What an image goes through in evaluation.
+        mean: Of the normalisation in training and evaluation, by channel.
+        std: Of the same, by channel.
         span: How long the run is.
         task: The objective with its modules.
         twin: Copy of what the task publishes, in evaluation mode, whole and on the CPU.
@@ -52,6 +56,8 @@ class Parts:
     reference: ImageSource | None
     loader: TrainLoader
     transform: Callable[[Image.Image], Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     span: Span
     task: Task
     twin: nn.Module
@@ -136,6 +142,8 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         reference=as_image_source(data) if data.has_labels else None,
         loader=loader,
         transform=create_transform(**config),
+        mean=config["mean"],
+        std=config["std"],
         span=span,
         task=task,
         twin=twin,
@@ -194,7 +202,47 @@ def vit_of(published: nn.Module) -> VisionTransformer:
     return getattr(published, "backbone", published)
 
 
-def make_bundle(recipe: Recipe, parts: Parts, *, step: int, metrics: dict[str, float]) -> ModelBundle:
+def license_of(recipe: Recipe, start: ModelBundle | None, *, published: bool) -> str | None:
+    """The license of what a run makes: the start's, or of a run from scratch the recipe's.
+
+    Args:
+        recipe: The run.
+        start: What it starts from, if anything.
+        published: Whether somebody must say which one it is.
+
+    Returns:
+        The Hub's identifier; None if nobody knows.
+
+    Raises:
+        LicenseError: The recipe says another one than the start; or, where one must be said, it says none and the start
+            tells none either, or one that does not allow every use.
+    """
+    told, given = (start.provenance.license if start else None), recipe.license
+    if given is None and not published:
+        return told
+    if told not in (None, UNKNOWN, OTHER) and given not in (None, UNKNOWN) and given.lower() != told.lower():
+        raise LicenseError(
+            f"recipe {recipe.name} has the license {given}, but model.start {recipe.model.start} is under {told}: give "
+            f"--license {told}, or another start."
+        )
+    called = f"the weights of recipe {recipe.name}" if start is None else f"model.start {recipe.model.start}"
+    return settle(told, given, called=called)
+
+
+def surroundings(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """By what a run is made, as fields of `Provenance`."""
+    libraries = ("accelerate", "datasets", *["open_clip_torch"] * isinstance(recipe.task, Contrastive))
+    return {
+        "versions": versions(*libraries),
+        "command": command(),
+        "commit": commit(),
+        "hardware": hardware(accelerator.device, num_processes=accelerator.num_processes),
+    }
+
+
+def make_bundle(
+    recipe: Recipe, parts: Parts, *, step: int, metrics: Mapping[str, float], made: Mapping[str, Any]
+) -> ModelBundle:
     """Bundle the twin, with how it came about.
 
     Args:
@@ -202,19 +250,19 @@ def make_bundle(recipe: Recipe, parts: Parts, *, step: int, metrics: dict[str, f
         parts: Its twin holds the weights of `step`.
         step: Steps that are done.
         metrics: What was measured of these weights.
+        made: By what, when and how long, as fields of `Provenance`.
     """
     start = parts.start
     how = (
         "trained from scratch" if start is None else f"trained on from {recipe.model.start} ({start.provenance.origin})"
     )
-    settings = with_kinds(recipe) | {"step": step, "total_steps": parts.span.total_steps}
     provenance = Provenance(
         origin=f"{how} on {parts.data.name} with vitreg_hub's recipe {recipe.name}, {step} steps",
-        license=recipe.license or (start.provenance.license if start else None),
+        license=license_of(recipe, start, published=False),
         dataset=parts.data.name,
         metrics=metrics,
-        settings=settings,
-        versions={name: version(name) for name in ("vitreg_hub", "torch", "timm", "accelerate", "datasets")},
+        settings=with_kinds(recipe) | {"step": step, "total_steps": parts.span.total_steps},
+        **made,
     )
     vit = vit_of(parts.twin)
     labels = parts.data.label_names if vit.num_classes else None

@@ -16,7 +16,8 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from vitreg_hub.arch import get_arch
-from vitreg_hub.errors import RecipeError, UnknownArchError, VitregError
+from vitreg_hub.errors import LicenseError, RecipeError, UnknownArchError, VitregError
+from vitreg_hub.training.folders import BEST
 from vitreg_hub.training.recipe import Recipe, require_start
 from vitreg_hub.training.recipe_files import (
     KINDS,
@@ -54,14 +55,27 @@ RUN: list[tuple[str, dict[str, Any]]] = [
         "--config",
         {"metavar": "FILE", "help": "YAML of settings, such as another run's recipe.yaml; options come after"},
     ),
-    ("--out", {"metavar": "DIR", "help": "folder of the run: checkpoints, metrics, recipe.yaml, and at last model"}),
+    (
+        "--out",
+        {"metavar": "DIR", "help": "folder of the run: checkpoints, metrics, recipe.yaml, curves.png, best, model"},
+    ),
     (
         "--resume",
         {"default": "auto", "help": "auto goes on with a run in DIR, never does not; or a checkpoint's folder"},
     ),
     ("--dry-run", {"action": "store_true", "help": "two steps, then memory and time of the whole; nothing is written"}),
-    ("--push", {"metavar": "ORG/NAME", "help": "publish the model, in the background"}),
-    ("--push-every", {"choices": ["save", "end"], "default": "end", "help": "publish each checkpoint, or the end"}),
+    (
+        "--push",
+        {"metavar": "ORG/NAME", "help": "publish the last model on the branch main, and the best one on best"},
+    ),
+    (
+        "--push-every",
+        {
+            "choices": ["save", "end"],
+            "default": "end",
+            "help": "publish at each checkpoint, in the background, or last",
+        },
+    ),
     (PRINT, {"action": "store_true", "help": "print all settings as YAML for --config, and stop"}),
 ]
 
@@ -83,7 +97,7 @@ def console() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except VitregError as error:
-        silent = isinstance(error, RecipeError | UnknownArchError) and os.environ.get("RANK", "0") != "0"
+        silent = isinstance(error, LicenseError | RecipeError | UnknownArchError) and os.environ.get("RANK", "0") != "0"
         sys.exit(1 if silent else f"vitreg: {error}")
     except BrokenPipeError:  # `vitreg list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -139,6 +153,8 @@ def overview() -> str:
             f"usage: {USAGE}\n\n{SUMMARY}\n\nrecipes:",
             *lines,
             f"\n{EXAMPLES}",
+            "DIR/model is the last model, DIR/best that of the best evaluation (watch.eval_every). --push publishes",
+            "both with recipe and curves, as hf-hub:org/name and hf-hub:org/name@best, and must know their --license.",
             "`vitreg train RECIPE --help` shows every setting of a recipe with its value and meaning.",
         )
     )
@@ -231,8 +247,10 @@ def _train(recipe: Recipe, given: dict[str, Any]) -> None:
         print(f"stopped  after step {result.step} of {result.total_steps}; the same command goes on")
         return
     print(f"model    {result.model}")
-    if result.commit:
-        print(f"pushed   {result.commit}")
+    if best := result.best:
+        print(f"best     {result.folder / BEST}, {best.name} {best.score:.4g} after step {best.step}")
+    for branch, commit in result.commits.items():
+        print(f"pushed   {commit} ({branch})")
     print(f"""
 next:
   vitreg verify {result.model}

@@ -20,11 +20,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vitreg_hub.analysis.wording import number
 from vitreg_hub.bundle_form import write_file
 from vitreg_hub.errors import BundleError, RecipeError
+from vitreg_hub.hub_access import METRICS_FILE
 from vitreg_hub.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 TRACKERS_FOLDER = "trackers"
 
 
@@ -133,20 +133,25 @@ class Logbook:
             eta = [f"ETA {tqdm.format_interval(metrics['eta_seconds'])}"] if "eta_seconds" in metrics else []
             logger.info("%s", "  ".join([done, *_words(metrics), *eta]))
 
-    def note(self, step: int, scores: Mapping[str, float]) -> None:
+    def note(self, step: int, scores: Mapping[str, float], *, best: bool = False) -> None:
         """Write down what an evaluation found before step `step` (after the last one: `total_steps`).
 
         Shown are scores, such as eval/knn_accuracy; the many numbers of artifacts are for files and trackers.
+
+        Args:
+            step: Steps that are done.
+            scores: Numbers by name.
+            best: Whether no model of the run was better so far; only then the line says so.
 
         Raises:
             BundleError: It cannot be written, as on a full disk.
         """
         if not scores:
             return
-        self._record(step, scores)
+        self._record(step, {**scores, "best": True} if best else scores)
         shown = [f"{name} {number(value)}" for name, value in scores.items() if name.startswith("eval/")]
         if self._main and shown:
-            logger.info("%s", "  ".join([f"evaluation after {step} steps:", *shown]))
+            logger.info("%s", "  ".join([f"evaluation after {step} steps:", *shown, *["(the best so far)"] * best]))
 
     def close(self) -> None:
         """Close the bar and the trackers."""

@@ -3,7 +3,7 @@
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,20 +14,23 @@ import torch
 from accelerate.utils import gather_object
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import write_folder
 from vitreg_hub.errors import BundleError, HubError, RecipeError, TrainingError
+from vitreg_hub.hub_access import RECIPE_FILE
+from vitreg_hub.licenses import settle
 from vitreg_hub.training import run_state
-from vitreg_hub.training.assembly import make_accelerator
+from vitreg_hub.training.assembly import license_of, make_accelerator
+from vitreg_hub.training.best import Best, read_best
+from vitreg_hub.training.folders import BEST, MODEL, restore_folders
 from vitreg_hub.training.logbook import Logbook, require_trackers
-from vitreg_hub.training.publisher import Publisher
+from vitreg_hub.training.publisher import MAIN, Publisher
 from vitreg_hub.training.recipe import Recipe, require_start, to_dict
-from vitreg_hub.training.recipe_files import RECIPE_FILE, require_same_recipe, write_recipe
+from vitreg_hub.training.recipe_files import require_same_recipe, write_recipe
 from vitreg_hub.training.throughput import Throughput
 from vitreg_hub.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-MODEL, FIRST_BATCH = "model", "first_batch.png"
+FIRST_BATCH = "first_batch.png"
 DRY_STEPS = 2
 
 
@@ -41,7 +44,8 @@ class TrainResult:
         total_steps: Steps of the whole run.
         metrics: The last evaluation.
         model: Folder of the bundle; None if the run is not finished.
-        commit: Address of the last commit, if it was published.
+        best: What the folder `best` holds, if there was an evaluation.
+        commits: Address of the last commit on each branch that was published.
     """
 
     folder: Path
@@ -49,7 +53,8 @@ class TrainResult:
     total_steps: int
     metrics: dict[str, float] = field(default_factory=dict)
     model: Path | None = None
-    commit: str | None = None
+    best: Best | None = None
+    commits: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -67,14 +72,17 @@ def train(
 
     Args:
         recipe: The run.
-        out: Its folder: `recipe.yaml`, `metrics.jsonl`, `first_batch.png`, `checkpoints`, and at the end `model`.
+        out: Its folder: `recipe.yaml`, `metrics.jsonl`, `first_batch.png`, `checkpoints`, from the first evaluation on
+            `best`, and at the end `curves.png` and `model`.
         resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" wants a new folder; else a
             checkpoint's folder.
-        push: ``org/name`` that bundles are published under, in the background.
-        push_every: Whether every checkpoint is published, or the last weights only.
+        push: ``org/name`` that bundles are published under, in the background: the last one on the branch main, the
+            best one on the branch best.
+        push_every: Whether that is done at every checkpoint, or at the end only.
 
     Raises:
         RecipeError: Settings contradict each other, the data, the processes, or the run in `out`.
+        LicenseError: The recipe contradicts its start, or is to be published and nobody says under which license.
         DataError: The images cannot be used.
         TrainingError: The loss is no number any more; the last checkpoint stays.
         BundleError: `out` cannot be written to; what is complete in it stays.
@@ -90,16 +98,21 @@ def train(
         raise BundleError(
             f"not all processes see the same checkpoints in {out}: give a folder that all machines share."
         )
-    publisher = Publisher(push) if push and accelerator.is_main_process else None  # fails now if there is no token
+    publisher = None
+    if push and accelerator.is_main_process:
+        publisher = Publisher(push, license=recipe.license)  # fails now if there is no token
     if (out / MODEL).exists():
-        return _finished(out, publisher)
+        return _finished(recipe, out, publisher)
     with torch.random.fork_rng(), publisher or nullcontext():
         trainer = Trainer(recipe, accelerator)
+        license_of(recipe, trainer.parts.start, published=push is not None)
         if checkpoint is not None:
             trainer.restore(run_state.load_checkpoint(checkpoint), called=checkpoint)
         if accelerator.is_main_process:
             write_recipe(recipe, out)
             run_state.clear_leftovers(out)
+            if not (out / BEST).exists():
+                trainer.forget_best()
         with _stop_signal() as stop:
             _loop(trainer, out, stop, publisher if push_every == "save" else None)
         return _finish(trainer, out, publisher)
@@ -118,11 +131,13 @@ def _loop(trainer: Trainer, out: Path, stop: threading.Event, publisher: Publish
         trackers=watch.trackers,
         config=to_dict(recipe),
     )
+    new_best = False
     with logbook:
         if trainer.step == 0:
-            logbook.note(0, trainer.evaluate())
-        elif trainer.evaluated == trainer.step:  # a resumed run drops the lines of its first step
-            logbook.note(trainer.step, trainer.metrics)
+            trainer.evaluate()
+        if trainer.evaluated == trainer.step:  # a resumed run drops the lines of its first step
+            trainer.refresh_twin()
+            _evaluated(trainer, logbook, out)
         for step, batches in trainer.steps(logbook.throughput):
             if step == 0 and trainer.accelerator.is_main_process:
                 trainer.draw(batches[0], out / FIRST_BATCH)
@@ -133,60 +148,89 @@ def _loop(trainer: Trainer, out: Path, stop: threading.Event, publisher: Publish
                 logbook.log(step, metrics)
             with logbook.throughput.paused():
                 if done or (watch.eval_every and trainer.step % watch.eval_every == 0):
-                    logbook.note(trainer.step, trainer.evaluate())
+                    trainer.evaluate()
+                    new_best |= _evaluated(trainer, logbook, out)
                 if done or stopped or (watch.save_every and trainer.step % watch.save_every == 0):
-                    folder = trainer.save(out)
+                    folder = trainer.save(out, published=publisher is not None)
                     if publisher and not done:
                         publisher.submit(folder)
+                        if new_best:
+                            publisher.submit(out / BEST, branch=BEST)
+                            new_best = False
             if stopped:
                 break
 
 
+def _evaluated(trainer: Trainer, logbook: Logbook, out: Path) -> bool:
+    """Write down an evaluation and, if no model was better so far, this one; tells which."""
+    is_best = trainer.best is not None and trainer.best.step == trainer.step
+    logbook.note(trainer.step, trainer.metrics, best=is_best)
+    if is_best and trainer.accelerator.is_main_process:
+        trainer.write_model(out / BEST, run=out)
+    return is_best
+
+
 def _finish(trainer: Trainer, out: Path, publisher: Publisher | None) -> TrainResult:
     """Write the model, if the run is done, and wait for what is being published."""
-    total, commit = trainer.parts.span.total_steps, None
+    total = trainer.parts.span.total_steps
     done = trainer.step == total
     if done:
         trainer.refresh_twin()  # a run that was killed after its last step has not done so
         if trainer.accelerator.is_main_process:
-            trainer.parts.task.write_beside(trainer.parts.twin, trainer.bundle(), out / MODEL)
-            write_folder(out / MODEL, trainer.write_model)
+            trainer.write_model(out / MODEL, run=out)
     trainer.accelerator.wait_for_everyone()  # for uploads only the main process waits
-    if done:
-        commit = _publish(out, publisher)
     return TrainResult(
         folder=out,
         step=trainer.step,
         total_steps=total,
         metrics=trainer.metrics,
         model=out / MODEL if done else None,
-        commit=commit,
+        best=read_best(out, trainer.recipe),
+        commits=_publish(out, publisher) if done else {},
     )
 
 
-def _finished(out: Path, publisher: Publisher | None) -> TrainResult:
+def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult:
     """What a run came to that was finished before; its model is published if that is asked for now."""
     logger.info("the run in %s is finished", out)
     told = ModelBundle.load(out / MODEL).provenance
     metrics = {f"eval/{name}": value for name, value in told.metrics.items()}
-    step, total = told.settings["step"], told.settings["total_steps"]
-    commit = _publish(out, publisher)
-    return TrainResult(folder=out, step=step, total_steps=total, metrics=metrics, model=out / MODEL, commit=commit)
+    if publisher:
+        restore_folders(out)
+        settle(told.license, recipe.license, called=str(out / MODEL))
+    return TrainResult(
+        folder=out,
+        step=told.settings["step"],
+        total_steps=told.settings["total_steps"],
+        metrics=metrics,
+        model=out / MODEL,
+        best=read_best(out, recipe),
+        commits=_publish(out, publisher),
+    )
 
 
-def _publish(out: Path, publisher: Publisher | None) -> str | None:
-    """Publish the model of a finished run and wait for it; returns the last commit's address.
+def _publish(out: Path, publisher: Publisher | None) -> dict[str, str]:
+    """Publish the last and the best model of a finished run and wait for it.
+
+    Returns:
+        Address of the last commit on each branch.
 
     Raises:
         HubError: Nothing of the run could be published.
     """
     if publisher is None:
-        return None
-    publisher.submit(out / MODEL)
-    commits = publisher.close()
+        return {}
+    folders = {MAIN: out / MODEL, BEST: out / BEST}
+    for branch, folder in folders.items():
+        if folder.is_dir():
+            publisher.submit(folder, branch=branch)
+    commits, errors = publisher.close(), publisher.errors
     if not commits:
-        raise HubError(f"nothing could be published ({publisher.error}): {out} is complete, push it by hand.")
-    return commits[-1]
+        raise HubError(f"nothing could be published ({errors[MAIN]}): {out} is complete, push it by hand.")
+    for branch, why in errors.items():
+        by_hand = f"vitreg push {folders[branch]} {publisher.repo_id} --branch {branch}"
+        logger.error("%s is not on the Hub (%s): %s", folders[branch], why, by_hand)
+    return commits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Self
 
 from vitreg_hub.errors import HubError, VitregError
 from vitreg_hub.hub import require_token
+from vitreg_hub.hub_access import TOWER_SUFFIX
 
 logger = logging.getLogger(__name__)
 
@@ -23,21 +24,35 @@ WAITS = (1, 2, 4, 8, 16, 32)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells its processes."""
 
-Push = Callable[[Path, str, bool], str]
-"""Takes a bundle's folder, a repository and whether a new one is private; gives the commit's address."""
+MAIN = "main"
+"""Branch of the last weights."""
+
+Push = Callable[..., str]
+"""Sends a folder as `push_apart` does, with the same arguments."""
 
 
-def push_apart(folder: Path, repo_id: str, private: bool) -> str:
+def push_apart(folder: Path, repo_id: str, *, branch: str, private: bool, license: str | None) -> str:
     """`hub.push` in a process of its own, on the CPU.
 
     A bundle is verified before it is sent. In the process of the run, that would draw from its random numbers and
     change torch's default type under its hands.
 
+    Args:
+        folder: Of the bundle.
+        repo_id: ``org/name``.
+        branch: Where the commit goes.
+        private: Whether a new repository can be seen by its owner alone.
+        license: What the user says of it.
+
+    Returns:
+        Address of the commit.
+
     Raises:
         HubError: It failed, with the sentence that says why.
     """
-    command = [sys.executable, "-P", "-m", "vitreg_hub", "push", str(folder), repo_id]
+    command = [sys.executable, "-P", "-m", "vitreg_hub", "push", str(folder), repo_id, "--branch", branch]
     command += ["--private"] if private else []
+    command += ["--license", license] if license else []
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no reason given"]
@@ -48,6 +63,7 @@ def push_apart(folder: Path, repo_id: str, private: bool) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Upload:
+    branch: str
     copy: Path
     outdated: Event
     future: Future[None]
@@ -56,12 +72,13 @@ class _Upload:
 class Publisher:
     """Publishes bundles one after the other, in the background. Only the main process makes one.
 
-    What waits while another is being sent is dropped when something newer comes, and so is what has failed and waits
-    for its next try. The run is never stopped; `pushed` and `error` say how it went.
+    What waits while another is being sent is dropped when something newer comes for its branch, and so is what has
+    failed and waits for its next try. The run is never stopped; `errors` says what went wrong.
 
     Args:
         repo_id: ``org/name``.
         private: Whether a new repository can be seen by its owner alone.
+        license: What the user says of the weights' license.
         waits: Seconds before the second try of an upload, the third, and so on; after the last one it is given up.
         push: Sends a folder.
 
@@ -70,48 +87,52 @@ class Publisher:
     """
 
     def __init__(
-        self, repo_id: str, *, private: bool = False, waits: Sequence[float] = WAITS, push: Push = push_apart
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        license: str | None = None,
+        waits: Sequence[float] = WAITS,
+        push: Push = push_apart,
     ) -> None:
         require_token(repo_id)
-        self._repo_id, self._private, self._waits, self._push = repo_id, private, tuple(waits), push
+        self.repo_id = repo_id
+        self._options, self._waits, self._push = {"private": private, "license": license}, tuple(waits), push
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._uploads: list[_Upload] = []
-        self._commits: list[str] = []
-        self.error: str | None = None
-        """Why the last upload failed; None if it did not."""
+        self._commits: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
+        """Why the last upload failed, by branch; nothing of those that did not."""
 
-    @property
-    def pushed(self) -> bool:
-        """Whether anything is on the Hub by now."""
-        return bool(self._commits)
+    def submit(self, folder: str | Path, *, branch: str = MAIN) -> None:
+        """Publish a bundle as soon as may be, with the text tower beside it, if there is one.
 
-    def submit(self, folder: str | Path) -> None:
-        """Publish a bundle as soon as may be. Its folder may be deleted at once, but its files must not be changed."""
+        Its folder may be deleted at once, but its files must not be changed.
+        """
         try:
             copy = _copy(Path(folder))
         except OSError as error:
-            self._failed(f"{folder} cannot be copied: {error.strerror or error}.")
+            self._failed(branch, f"{folder} cannot be copied: {error.strerror or error}.")
             return
-        for upload in self._uploads:
+        for upload in (upload for upload in self._uploads if upload.branch == branch):
             upload.outdated.set()
             if upload.future.cancel():
                 shutil.rmtree(upload.copy, ignore_errors=True)
         outdated = Event()
+        future = self._thread.submit(self._upload, copy, Path(folder).name, branch, outdated)
         self._uploads = [upload for upload in self._uploads if not upload.future.cancelled()]
-        self._uploads.append(
-            _Upload(copy=copy, outdated=outdated, future=self._thread.submit(self._upload, copy, outdated))
-        )
+        self._uploads.append(_Upload(branch=branch, copy=copy, outdated=outdated, future=future))
 
-    def close(self) -> tuple[str, ...]:
-        """Wait for the last upload.
+    def close(self) -> dict[str, str]:
+        """Wait for the last uploads.
 
         Returns:
-            Addresses of all commits of the run.
+            Address of the last commit on each branch that got one.
         """
         self._thread.shutdown()
         for upload in self._uploads:
             upload.future.result()
-        return tuple(self._commits)
+        return dict(self._commits)
 
     def __enter__(self) -> Self:
         return self
@@ -119,45 +140,50 @@ class Publisher:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _upload(self, copy: Path, outdated: Event) -> None:
+    def _upload(self, copy: Path, name: str, branch: str, outdated: Event) -> None:
         """What runs in the thread."""
         try:
             for tries, wait in enumerate((*self._waits, None), start=1):
                 try:
-                    commit = self._push(copy, self._repo_id, self._private)
+                    commit = self._push(copy / name, self.repo_id, branch=branch, **self._options)
                 except (VitregError, OSError) as error:
                     if wait is None:
-                        self._failed(str(error))
+                        self._failed(branch, str(error))
                         return
                     if tries == 1:
-                        logger.warning("publishing to %s failed and is tried again: %s", self._repo_id, error)
+                        logger.warning("publishing to %s@%s failed and is tried again: %s", self.repo_id, branch, error)
                     if outdated.wait(wait):
                         return
                 else:
-                    self._commits.append(commit)
-                    self.error = None
+                    self._commits[branch] = commit
+                    self.errors.pop(branch, None)
                     logger.info("published %s", commit)
                     return
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def _failed(self, why: str) -> None:
-        self.error = why
-        logger.error("publishing to %s failed, the run goes on: %s", self._repo_id, why)
+    def _failed(self, branch: str, why: str) -> None:
+        self.errors[branch] = why
+        logger.error("publishing to %s@%s failed, the run goes on: %s", self.repo_id, branch, why)
 
 
 def _copy(folder: Path) -> Path:
-    """A folder beside another, with the same files."""
+    """A folder beside a bundle's, with copies of that and of its text tower's; a checkpoint's state stays behind."""
     copy = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    tower = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
     try:
-        shutil.copytree(folder, copy, copy_function=_link, dirs_exist_ok=True)
+        for source in (folder, *[tower] * tower.is_dir()):
+            (copy / source.name).mkdir()
+            for file in source.iterdir():
+                if file.is_file():
+                    _link(file, copy / source.name / file.name)
     except OSError:
         shutil.rmtree(copy, ignore_errors=True)
         raise
     return copy
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """A second name for a file, or where the file system has none, a copy."""
     try:
         os.link(source, target)

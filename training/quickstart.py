@@ -68,7 +68,7 @@ def quickstart(
     doors = verify(result.model)
     commit = None
     if push_to:
-        commit = push(result.model, push_to)
+        commit = push(result.model, push_to).url
         _compare_with_hub(result.model, push_to)
     return QuickstartResult(
         model=result.model, figure=figure, accuracy=result.metrics["eval/accuracy"], doors=doors, commit=commit

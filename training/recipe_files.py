@@ -16,9 +16,9 @@ from jsonargparse import ArgumentParser
 
 from vitreg_hub.bundle_form import write_file
 from vitreg_hub.errors import RecipeError
+from vitreg_hub.hub_access import RECIPE_FILE
 from vitreg_hub.training.recipe import Augment, Recipe, TaskSettings, to_dict
 
-RECIPE_FILE = "recipe.yaml"
 KIND = "kind"
 """Key that tells which dataclass `task` and `augment` are."""
 
@@ -27,7 +27,7 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     for part, union in (("task", TaskSettings), ("augment", Augment))
 }
 MAY_CHANGE = (
-    "name",
+    *("name", "license"),
     *(f"scale.{how}" for how in ("precision", "sharding", "checkpointing", "compile")),
     "watch.",
     "data.num_workers",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.bundle_form import write_folder
 from vitreg_hub.errors import TrainingError
+from vitreg_hub.training.folders import restore_folders
 from vitreg_hub.training.parallel import full_tensors, kept, load_full_state
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ def load_checkpoint(folder: Path) -> RunState:
 
 def clear_leftovers(run: Path) -> None:
     """Delete what a killed process was about to write or to delete."""
+    restore_folders(run)
     for path in (run / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(path)
         logger.info("deleted %s, which an earlier process had left unfinished", path)

@@ -101,7 +101,7 @@ class Task(ABC):
         Args:
             model: A copy of `published`, whole.
             bundle: Of its ViT.
-            folder: Where the bundle will be; it does not exist yet.
+            folder: Where the bundle will be, in the place of an older one.
         """
 
     def scorer(self, model: nn.Module) -> Scorer:

@@ -2,25 +2,32 @@
 
 import logging
 import math
+import shutil
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import write_folder
+from vitreg_hub.environment import now
 from vitreg_hub.errors import TrainingError
+from vitreg_hub.hub_access import CURVES_FIGURE, EXTRA_FILES, METRICS_FILE
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.training import run_state
-from vitreg_hub.training.assembly import Parts, assemble, make_bundle, vit_of
+from vitreg_hub.training.assembly import Parts, assemble, make_bundle, surroundings, vit_of
+from vitreg_hub.training.best import Best, better
 from vitreg_hub.training.collectives import all_reduce_sum
+from vitreg_hub.training.curves import draw_curves
 from vitreg_hub.training.first_batch import draw_first_batch
+from vitreg_hub.training.folders import replace_folder
 from vitreg_hub.training.optimizer import Rates, build_optimizer, clip_gradients
 from vitreg_hub.training.parallel import (
     copy_whole,
@@ -48,6 +55,7 @@ class Trainer:
         step: Steps that are done.
         metrics: The last evaluation.
         evaluated: Steps that were done when it was made.
+        best: The best model so far, if any evaluation told a score.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -56,6 +64,7 @@ class Trainer:
         Raises:
             VitregError: As `assemble`.
         """
+        self._started, self._seconds_before = time.monotonic(), 0.0
         self.recipe, self.accelerator = recipe, accelerator
         self.parts: Parts = assemble(recipe, rank=accelerator.process_index, world_size=accelerator.num_processes)
         task, fsdp2 = self.parts.task, recipe.scale.sharding == "fsdp2"
@@ -69,6 +78,14 @@ class Trainer:
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.evaluated = -1
+        self.best: Best | None = None
+        self._copied = -1
+        self._surroundings = surroundings(recipe, accelerator)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far; what a killed process did after its last checkpoint is lost."""
+        return round(self._seconds_before + time.monotonic() - self._started, 1)
 
     @property
     def _length(self) -> dict[str, int | None]:
@@ -170,14 +187,21 @@ class Trainer:
         finally:
             parts.twin.to("cpu")
         self.evaluated = self.step
+        self.best = better(self.best, self.recipe, step=self.step, metrics=self.metrics)
         return self.metrics
 
     def refresh_twin(self) -> None:
-        """Copy what would be published now, whole; all processes must ask for it."""
-        copy_whole(self.parts.task.published, self.parts.twin)
+        """Copy what would be published now, whole, once in a step; all processes must ask for it."""
+        if self._copied != self.step:
+            copy_whole(self.parts.task.published, self.parts.twin)
+            self._copied = self.step
 
-    def save(self, out: Path) -> Path | None:
+    def save(self, out: Path, *, published: bool = False) -> Path | None:
         """Write a checkpoint; returns its folder on the main process.
+
+        Args:
+            out: The run's folder.
+            published: Whether it goes to the Hub, and so tells how the run went.
 
         Raises:
             BundleError: It cannot be written; earlier ones stay.
@@ -192,6 +216,8 @@ class Trainer:
         extra = {
             "metrics": self.metrics,
             "evaluated": self.evaluated,
+            "best": asdict(self.best) if self.best else None,
+            "seconds": self.seconds,
             "scaler": scaler.state_dict() if scaler else {},
             "groups": group_counts(optimizer),
             "length": self._length,
@@ -200,7 +226,12 @@ class Trainer:
         folder = None
         if main:
             state = run_state.RunState(step=self.step, weights=weights, loaders=loaders, extra=extra)
-            folder = run_state.save_checkpoint(out, state, write_model=self.write_model, keep=self.recipe.watch.keep)
+            folder = run_state.save_checkpoint(
+                out,
+                state,
+                write_model=lambda staging: self._fill(staging, self.bundle(), run=out if published else None),
+                keep=self.recipe.watch.keep,
+            )
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -208,12 +239,33 @@ class Trainer:
         """The twin as a bundle, with what was measured of these weights."""
         measured = self.metrics if self.evaluated == self.step else {}
         scores = {name.removeprefix("eval/"): x for name, x in measured.items() if name.startswith("eval/")}
-        return make_bundle(self.recipe, self.parts, step=self.step, metrics=scores)
+        made = {**self._surroundings, "created": now(), "seconds": self.seconds}
+        return make_bundle(self.recipe, self.parts, step=self.step, metrics=scores, made=made)
 
-    def write_model(self, folder: Path) -> None:
-        """Write the twin's bundle and card into a folder."""
+    def write_model(self, folder: Path, *, run: Path) -> None:
+        """Write the twin's bundle in the place of an older one, and what belongs beside it; on the main process only.
+
+        Args:
+            folder: Of the bundle.
+            run: The run's, whose recipe, metrics and curves go with the bundle.
+
+        Raises:
+            BundleError: It cannot be written; the older one stays.
+        """
         bundle = self.bundle()
-        bundle.write_into(folder, card=render(bundle))
+        self.parts.task.write_beside(self.parts.twin, bundle, folder)
+        replace_folder(folder, lambda new: write_folder(new, lambda staging: self._fill(staging, bundle, run=run)))
+
+    def _fill(self, folder: Path, bundle: ModelBundle, *, run: Path | None) -> None:
+        """Write a bundle, its card and, of a run, how it went."""
+        files = []
+        if run is not None:
+            title = f"{self.recipe.name}: {bundle.arch} after {self.step:,} steps"
+            draw_curves(run / METRICS_FILE, run / CURVES_FIGURE, title=title)
+            files = [name for name in EXTRA_FILES if (run / name).is_file()]
+            for name in files:
+                shutil.copyfile(run / name, folder / name)
+        bundle.write_into(folder, card=render(bundle, files=files))
 
     def restore(self, state: run_state.RunState, *, called: Path) -> None:
         """Go back to where a checkpoint was written.
@@ -236,14 +288,21 @@ class Trainer:
         self.parts.loader.load_state(state.loaders)
         if self.accelerator.scaler and state.extra["scaler"]:
             self.accelerator.scaler.load_state_dict(state.extra["scaler"])
-        self.step, self.metrics, self.evaluated = state.step, dict(state.extra["metrics"]), state.extra["evaluated"]
+        extra = state.extra
+        self.step, self.metrics, self.evaluated = state.step, dict(extra["metrics"]), extra["evaluated"]
+        self.best = Best(**extra["best"]) if extra.get("best") else None
+        self._seconds_before = extra.get("seconds", 0.0)
+        self._copied = -1
+
+    def forget_best(self) -> None:
+        """Compare no more with what came before the last evaluation, for those weights are in no folder of this run."""
+        measured = self.evaluated == self.step
+        self.best = better(None, self.recipe, step=self.step, metrics=self.metrics) if measured else None
 
     def draw(self, batch: Batch, file: Path) -> None:
         """Draw a batch as the network sees it."""
-        config = resolve_model_data_config(vit_of(self.parts.twin))
-        draw_first_batch(
-            batch, mean=config["mean"], std=config["std"], file=file, label_names=self.parts.data.label_names
-        )
+        parts = self.parts
+        draw_first_batch(batch, mean=parts.mean, std=parts.std, file=file, label_names=parts.data.label_names)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

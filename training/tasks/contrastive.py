@@ -1,7 +1,6 @@
 """Images against captions: our image tower with open_clip's text tower, tokenizer and loss."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.errors import DataError, RecipeError
 from vitreg_hub.hub_access import TOWER_SUFFIX
 from vitreg_hub.training.collectives import rank, world_size
+from vitreg_hub.training.folders import replace_folder
 from vitreg_hub.training.open_clip_files import save_open_clip
 from vitreg_hub.training.recipe import Contrastive
 from vitreg_hub.training.task import Batch, Scorer, StepOutput, Task, correct
@@ -117,9 +117,8 @@ class ContrastiveTask(Task):
     def write_beside(self, model: TwoTowers, bundle: ModelBundle, folder: Path) -> None:
         """Write both towers in open_clip's form, to the bundle's name and `-open_clip`."""
         both = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
-        if both.exists():  # of a process that was killed before it wrote the bundle
-            shutil.rmtree(both)
-        save_open_clip(model, both, bundle=bundle)
+        trunk = f"local-dir:{both.absolute()}"
+        replace_folder(both, lambda new: save_open_clip(model, new, bundle=bundle, trunk=trunk))
 
     def scorer(self, model: TwoTowers) -> Scorer:
         """Zero-shot accuracy by the classes' names."""

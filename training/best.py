@@ -1,0 +1,62 @@
+"""The best model of a run: which one that is, and what its folder tells of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.training.folders import BEST
+from vitreg_hub.training.recipe import Contrastive, DinoV2, Distill, Recipe, Supervised
+
+SCORES = {
+    Supervised: "accuracy",
+    DinoV2: "knn_accuracy",
+    Contrastive: "zero_shot_accuracy",
+    Distill: "patch_cosine",
+}
+"""By which of its scores a task's models are compared; more is better."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    """The best model of a run so far, the first one where several are equal.
+
+    Attributes:
+        name: Of the score.
+        score: Its value.
+        step: Steps that were done.
+    """
+
+    name: str
+    score: float
+    step: int
+
+
+def better(best: Best | None, recipe: Recipe, *, step: int, metrics: Mapping[str, float]) -> Best | None:
+    """The best model after one more evaluation. What no step of training has changed is none.
+
+    Args:
+        best: The best one before.
+        recipe: The run.
+        step: Steps that are done.
+        metrics: What the evaluation found, scores as ``eval/name``.
+    """
+    name = SCORES[type(recipe.task)]
+    score = metrics.get(f"eval/{name}", math.nan)
+    if step == 0 or not math.isfinite(score) or (best is not None and score <= best.score):
+        return best
+    return Best(name=name, score=score, step=step)
+
+
+def read_best(run: Path, recipe: Recipe) -> Best | None:
+    """What the best model of a run tells of itself; None if there is none.
+
+    Raises:
+        BundleError: Its folder is damaged.
+    """
+    if not (run / BEST).is_dir():
+        return None
+    told = ModelBundle.load(run / BEST).provenance
+    name = SCORES[type(recipe.task)]
+    return Best(name=name, score=told.metrics[name], step=told.settings["step"])
