@@ -1,12 +1,13 @@
 """A checkpoint becomes a bundle."""
 
-from collections.abc import Mapping
-from importlib.metadata import version
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vitreg_hub import environment
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import Provenance, config_text, require_absent, write_folder
 from vitreg_hub.conversion.choices import Request
@@ -17,7 +18,8 @@ from vitreg_hub.conversion.source import Checkpoint, checksums, open_checkpoint
 from vitreg_hub.conversion.stream import write_safetensors
 from vitreg_hub.conversion.text_tower import TextTower
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, TOWER_SUFFIX, WEIGHTS_FILE
+from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE
+from vitreg_hub.licenses import settle, told_by
 from vitreg_hub.model_cards.card import render
 
 
@@ -31,6 +33,7 @@ def convert(
     num_registers: int | None = None,
     num_heads: int | None = None,
     act: str | None = None,
+    license: str | None = None,
     text_tower: bool = False,
     verify: bool = False,
 ) -> ModelBundle:
@@ -48,6 +51,8 @@ def convert(
         num_registers: Registers for a checkpoint without any, drawn from N(0, 0.02^2) and untrained.
         num_heads: Attention heads, where neither tensors nor config tell.
         act: "gelu" or "quick_gelu", where neither tensors nor config tell.
+        license: The Hub's identifier of the weights' license, where the source does not tell it, or tells one that does
+            not allow every use; "unknown" goes on without knowing.
         text_tower: Whether OpenCLIP's whole model, both towers, is written beside the bundle, to ``{out}-open_clip``,
             from where `open_clip` loads it (needs the extra ``clip``).
         verify: Whether to measure the difference to a reference implementation on a fixed input.
@@ -59,8 +64,10 @@ def convert(
         BundleError: `out` exists or cannot be written.
         ConversionError: The checkpoint fits no format, is ambiguous, or no bundle can hold it.
         HubError: No such repository, no permission, or no network.
+        LicenseError: Nobody tells the license, or it does not allow every use and `license` does not say so.
         UnknownArchError: `arch` is in no row.
     """
+    start = time.perf_counter()
     target = None if out is None else Path(out)
     if text_tower and target is None:
         raise ConversionError("a text tower is kept beside the bundle: give `out`.")
@@ -76,13 +83,21 @@ def convert(
     with checksums(checkpoint.files) as sha256:
         plan = make_plan(checkpoint, request)
         tower = TextTower.of(checkpoint, plan) if text_tower else None
+        told = told_by(checkpoint.config, checkpoint.folder / CARD_FILE, header=checkpoint.metadata)
+        license = settle(told, license, called=checkpoint.called)
+
+        def finished(state_dict: Mapping[str, Tensor]) -> ModelBundle:
+            report = _report(checkpoint, plan, state_dict, sha256(), told=told, license=license, verify=verify)
+            bundle = plan.bundle(state_dict, _provenance(plan, report, seconds=time.perf_counter() - start))
+            bundle.require_consistent()
+            return bundle
+
         if target is None:
-            state_dict = {name: plan.assembly.make(name).clone() for name in plan.assembly.wanted}
-            return _finished(checkpoint, plan, state_dict, sha256(), verify=verify)
+            return finished({name: plan.assembly.make(name).clone() for name in plan.assembly.wanted})
 
         def fill(staging: Path) -> None:
             write_safetensors(staging / WEIGHTS_FILE, plan.assembly.wanted, plan.assembly.make)
-            bundle = _finished(checkpoint, plan, load_file(staging / WEIGHTS_FILE), sha256(), verify=verify)
+            bundle = finished(load_file(staging / WEIGHTS_FILE))
             (staging / CONFIG_FILE).write_text(config_text(bundle.config()))
             (staging / CARD_FILE).write_text(render(bundle))
             if tower:  # last: both folders appear, or none
@@ -92,33 +107,48 @@ def convert(
     return ModelBundle.load(target)
 
 
-def _finished(
-    checkpoint: Checkpoint, plan: Plan, state_dict: Mapping[str, Tensor], sha256: Mapping[str, str], *, verify: bool
-) -> ModelBundle:
-    """The bundle of a plan and its weights, with the report."""
-    called = checkpoint.called
-    # the folder of a file is nobody's business
-    source = called if called.startswith(HUB_PREFIX) else Path(called).resolve().name
+def _report(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    state_dict: Mapping[str, Tensor],
+    sha256: Mapping[str, str],
+    *,
+    told: Sequence[str],
+    license: str | None,
+    verify: bool,
+) -> ConversionReport:
     dropped = {**plan.assembly.tensors.dropped, **plan.assembly.lost()}
-    report = ConversionReport(
-        source=source,
+    return ConversionReport(
+        source=checkpoint.source,
         sha256=sha256,
         format=plan.fmt.name,
         arch=plan.spec.name,
         num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
         dropped=dropped,
-        notes=plan.notes,
-        untrained_registers=plan.assembly.num_untrained_registers,
         network=plan.network(),
+        license=license,
+        notes=(*plan.notes, *_license_notes(told, license)),
+        untrained_registers=plan.assembly.num_untrained_registers,
         measured=measure(checkpoint, plan, state_dict) if verify else {},
     )
-    libraries = ("vitreg_hub", "torch", "timm", "safetensors")
-    provenance = Provenance(
-        origin=f"converted from {source} ({plan.fmt.title})",
-        license=plan.license,
+
+
+def _license_notes(told: Sequence[str], license: str | None) -> Iterator[str]:
+    if len(told) > 1:
+        yield f"the license is as asked for: the source names {' and '.join(told)}"
+    elif not told and license:
+        yield "the license is as asked for: the source tells none"
+
+
+def _provenance(plan: Plan, report: ConversionReport, *, seconds: float) -> Provenance:
+    return Provenance(
+        origin=f"converted from {report.source} ({plan.fmt.title})",
+        license=report.license,
         settings=report.as_settings(),
-        versions={name: version(name) for name in libraries},
+        versions=environment.versions("safetensors"),
+        command=environment.command(),
+        commit=environment.commit(),
+        created=environment.now(),
+        hardware=environment.hardware(),
+        seconds=round(seconds, 2),
     )
-    bundle = plan.bundle(state_dict, provenance)
-    bundle.require_consistent()
-    return bundle

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from vitreg_hub.bundle import ModelBundle
@@ -17,7 +18,8 @@ from vitreg_hub.conversion.formats import find_format
 from vitreg_hub.conversion.rules import CheckpointFormat, Rule
 from vitreg_hub.conversion.stream import write_safetensors
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.hub_access import CONFIG_FILE, WEIGHTS_FILE
+from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from vitreg_hub.licenses import is_noncommercial, metadata
 from vitreg_hub.residual_scale import WRITES_TO_STREAM
 
 logger = logging.getLogger(__name__)
@@ -158,7 +160,8 @@ def export(bundle: ModelBundle | str | Path, out: str | Path, *, format: str) ->
     """Write a bundle in the form of another lineage, from which `convert` makes a bundle with equal outputs.
 
     The class token keeps the position that was folded into it, so its row of the position table is zero; weights that
-    a bundle does not have, such as the mask token, are zero.
+    a bundle does not have, such as the mask token, are zero. License and origin go on in a folder's card and in a
+    .safetensors file's header; a .pth file has no place for them.
 
     Args:
         bundle: A bundle, or what `ModelBundle.load` takes.
@@ -199,13 +202,24 @@ def export(bundle: ModelBundle | str | Path, out: str | Path, *, format: str) ->
             write_safetensors(staging / WEIGHTS_FILE, exported.shapes, exported.make)
             for name, content in settings.items():
                 (staging / name).write_text(config_text(content))
+            (staging / CARD_FILE).write_text(_card(bundle), encoding="utf-8")
 
         return write_folder(out, fill)
     if out.suffix == ".safetensors":
-        return write_file(out, lambda path: write_safetensors(path, exported.shapes, exported.make))
+        origin = bundle.provenance
+        told = {"origin": origin.origin} | ({"license": origin.license} if origin.license else {})
+        return write_file(out, lambda path: write_safetensors(path, exported.shapes, exported.make, metadata=told))
+    if bundle.provenance.license and is_noncommercial(bundle.provenance.license):
+        logger.warning("%s does not tell the license of these weights, which is %s", out, bundle.provenance.license)
     weights: dict[str, Any] = {name: exported.make(name) for name in exported.shapes}
     content = {CONTAINERS[format]: weights} if format in CONTAINERS else weights
     return write_file(out, lambda path: torch.save(content, path))
+
+
+def _card(bundle: ModelBundle) -> str:
+    """README.md, which tells whose weights these are."""
+    data = ModelCardData(library_name="transformers", **metadata(bundle.provenance.license))
+    return f"---\n{data.to_yaml()}\n---\n\n{bundle.arch}, exported with vitreg_hub; {bundle.provenance.origin}.\n"
 
 
 def _transformers_config(exported: _Export) -> Mapping[str, Any]:

@@ -167,7 +167,6 @@ class Told:
         residual_scale: How many times larger the residual stream is stored; see `vitreg_hub.residual_scale`.
         preprocess: Fields of `Preprocess`, without the input size.
         label_names: Names of the classes.
-        license: SPDX identifier.
         shape: Facts of `Structure` that the config gives too, for comparison.
     """
 
@@ -182,7 +181,6 @@ class Told:
     residual_scale: float = 1.0
     preprocess: Mapping[str, Any]
     label_names: tuple[str, ...] | None = None
-    license: str | None = None
     shape: Mapping[str, Any]
 
 
@@ -329,7 +327,6 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
         residual_scale=ours.get("residual_scale"),
         family=ARCHS[ours["arch"]].family if ours else None,
         label_names=tuple(map(str, labels)) if isinstance(labels, list) else None,
-        license=cfg.get("license"),
     )
 
 

@@ -34,7 +34,6 @@ class Plan:
         positions: How positions are resampled.
         residual_scale: How many times larger the residual stream is stored.
         label_names: Names of the classes.
-        license: SPDX identifier, where the source gives one.
         request: What the user asked for.
         assembly: Reads or makes every tensor.
         notes: What the user should know, a sentence each.
@@ -47,7 +46,6 @@ class Plan:
     positions: PositionRule
     residual_scale: float
     label_names: tuple[str, ...] | None
-    license: str | None
     request: Request
     assembly: Assembly = field(repr=False)
     notes: tuple[str, ...]
@@ -150,7 +148,6 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         positions=rule,
         residual_scale=scale,
         label_names=told.label_names if len(told.label_names or ()) == structure.num_classes else None,
-        license=told.license,
         assembly=assembly,
         request=request,
         notes=(*_notes(checkpoint, assembly), *_assumptions(checkpoint, choice)),

@@ -106,6 +106,7 @@ class SafetensorsReader(_Mapped):
         super().__init__(lambda: safe_open(path, "pt").get_tensor)
         try:
             with safe_open(path, "pt") as file:
+                self.metadata = file.metadata() or {}
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
                 self.infos = {name: TensorInfo(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.licenses import UNKNOWN
 
 SETTING = "conversion"
 """Key of `Provenance.settings` under which the report stands."""
@@ -17,10 +18,11 @@ class ConversionReport:
     """One conversion.
 
     Attributes:
-        source: File, folder or repository, without the path to it.
+        source: File or folder, without the path to it, or repository with its commit.
         sha256: Checksum of every weights file.
         format: Name of the format.
         arch: Name of the row of the table.
+        license: Under which the weights went on; None if nobody knows.
         num_mapped: Tensors of the source that the bundle holds.
         dropped: Tensors that it does not, by reason.
         network: What no tensor tells, as the bundle has it now.
@@ -37,6 +39,7 @@ class ConversionReport:
     num_mapped: int
     dropped: Mapping[str, tuple[str, ...]]
     network: Mapping[str, Any] = field(default_factory=dict)
+    license: str | None = None
     notes: tuple[str, ...] = ()
     untrained_registers: int = 0
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -60,6 +63,7 @@ class ConversionReport:
             more = f", ... {len(names) - 3} more" if len(names) > 3 else ""
             rows.append(("dropped", f"{len(names)} ({', '.join(names[:3])}{more}): {why}"))
         rows.append(("network", ", ".join(f"{name} {value}" for name, value in self.network.items())))
+        rows.append(("license", self.license or UNKNOWN))
         rows += [("note", note) for note in self.notes]
         differences = {name: value for name, value in self.measured.items() if name != "reference"}
         rows += [

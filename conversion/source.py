@@ -25,8 +25,9 @@ from vitreg_hub.hub_access import (
     OPENCLIP_CONFIG,
     OPENCLIP_WEIGHTS,
     WEIGHTS_FILE,
-    download_checkpoint,
+    parse_repo,
 )
+from vitreg_hub.hub_download import download_checkpoint
 
 WEIGHT_NAMES = (
     WEIGHTS_FILE,
@@ -50,24 +51,29 @@ class Checkpoint:
 
     Attributes:
         called: As the user named it.
+        source: The repository with its commit, or the name of the file or folder, for the folders of a machine are
+            nobody's business.
         files: Weights files.
         infos: Shape and type of every tensor, by name without what wrappers such as DDP add.
         names: Name in the file, by name.
         readers: The open file that has a tensor, by name.
         container: Key of the dictionary that held the weights, "torchscript" for an archive.
         left_out: What a file holds beside the weights.
+        metadata: Texts by name in the header of a .safetensors file.
         config: config.json beside the weights, empty without one.
         openclip_config: open_clip_config.json beside the weights, empty without one.
         preprocessor: preprocessor_config.json beside the weights, empty without one.
     """
 
     called: str
+    source: str
     files: tuple[Path, ...]
     infos: Mapping[str, TensorInfo]
     names: Mapping[str, str] = field(repr=False)
     readers: Mapping[str, Reader] = field(repr=False)
     container: str
     left_out: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any]
     openclip_config: Mapping[str, Any]
     preprocessor: Mapping[str, Any]
@@ -131,10 +137,10 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         ConversionError: Nothing there, several checkpoints, a damaged file, or a pickle with code.
         HubError: No such repository, no permission, or no network.
     """
-    called = str(source)
+    called, named = str(source), Path(source).resolve().name
     if called.startswith(HUB_PREFIX):
         folder, names = download_checkpoint(called, lambda names: _choose(names, called, prefer), _weight_map)
-        files = [folder / name for name in names]
+        files, named = [folder / name for name in names], f"{HUB_PREFIX}{parse_repo(called)[0]}@{folder.name}"
     elif os.path.isdir(source):
         names = [path.name for path in Path(source).iterdir() if path.is_file()]
         files = [Path(source) / _choose(names, called, prefer)]
@@ -147,10 +153,11 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
             f"{called} is neither a file nor a folder; a repository of the Hub needs the prefix 'hf-hub:'."
         )
     shards = _shards(files[0]) if files[0].name.endswith(".index.json") else {files[0]: None}
-    readers, infos, container, left_out = {}, {}, "", ()
+    readers, infos, container, left_out, metadata = {}, {}, "", (), {}
     for path, listed in shards.items():
         reader = _reader(path)
         container, left_out = getattr(reader, "container", ""), getattr(reader, "left_out", ())
+        metadata = getattr(reader, "metadata", {})
         if listed is not None and (lacking := sorted(listed - reader.infos.keys())):
             raise ConversionError(f"{path} lacks {len(lacking)} tensors that the index lists, first {lacking[0]}.")
         for name, info in reader.infos.items():
@@ -163,12 +170,14 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
     beside = files[0].parent
     return Checkpoint(
         called=called,
+        source=named,
         files=tuple(shards),
         infos={new: infos[old] for new, old in names.items()},
         names=names,
         readers={new: readers[old] for new, old in names.items()},
         container=container,
         left_out=left_out,
+        metadata=metadata,
         config=_json(beside / CONFIG_FILE),
         openclip_config=_json(beside / OPENCLIP_CONFIG),
         preprocessor=_json(beside / "preprocessor_config.json"),

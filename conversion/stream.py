@@ -12,18 +12,25 @@ BYTES = 4  # float32
 ALIGNMENT = 8
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) -> None:
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    make: Callable[[str], Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write float32 tensors in the format of safetensors (github.com/huggingface/safetensors, README, "Format").
 
     Args:
         path: The new file.
         shapes: Shape of every tensor, in the order of the file.
         make: Gives the contiguous tensor of a name; it is called once for each, and its result is not kept.
+        metadata: Texts by name for the header.
 
     Raises:
         OSError: The disk is full, or the file cannot be written.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
         size = BYTES

@@ -3,15 +3,20 @@
 import json
 import os
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vitreg_hub import conversion
+
 GOLDEN = Path(__file__).parent / "golden"
 DINOV2 = dict(num_heads=2)
 
+convert = partial(conversion.convert, license="unknown")
+"""For sources that tell no license."""
 
 OPENCLIP_CONFIG = {
     "model_cfg": json.loads((GOLDEN / "openclip_full_plain/meta.json").read_text())["constructor"],

@@ -15,13 +15,12 @@ os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 
 import pytest
 import torch
-from checkpoints import files_below
+from checkpoints import convert, files_below
 from hub_server import HubServer, User
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import vitreg_hub  # noqa: F401  (registers the models)
-from vitreg_hub.conversion import convert
 from vitreg_hub.errors import ConversionError, VitregError
 
 HUB_TOKENS = {"hf_good": User("alice", orgs=("lab",)), "hf_reader": User("alice", ("lab",), read_only=True)}

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from checkpoints import GOLDEN as FOLDER
+from checkpoints import convert
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import Tensor
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.conversion import convert
 from vitreg_hub.tokens import block_tokens
 
 ARGUMENTS: dict[str, dict[str, Any]] = {

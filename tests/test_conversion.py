@@ -5,27 +5,31 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import transformers
+from checkpoints import convert
 from golden_cases import ARGUMENTS, FOLDER, NORMED, bundle, images, native, outputs, recorded, source
 from models import randomised
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
+from vitreg_hub import environment
 from vitreg_hub.arch import REGISTER_INIT_STD
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.cli import main
-from vitreg_hub.conversion import convert
 from vitreg_hub.conversion.formats import FORMATS
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.positions import PositionRule
+
+NO_LICENSE = ("--license", "unknown")
 
 
 @pytest.mark.parametrize("case", ["dinov2_vit_mlp_hub", "deit3_ls", "openclip_vision_gelu", "hf_vit", "hf_clip_vision"])
@@ -47,7 +51,7 @@ def test_new_registers_are_drawn_and_nothing_else_changes(case):
 
 
 def test_new_registers_are_announced(folder, capsys):
-    main(["convert", str(source("deit3_ls")), str(folder), "--num-heads", "4", "--registers", "2"])
+    main(["convert", str(source("deit3_ls")), str(folder), "--num-heads", "4", "--registers", "2", *NO_LICENSE])
     printed = capsys.readouterr().out
     report = ConversionReport.of(ModelBundle.load(folder))
     card = (folder / "README.md").read_text()
@@ -118,7 +122,9 @@ def test_timm_folders_convert_with_their_facts(arch, tmp_path):
     small = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 56 if "14" in arch else 64}
     model = timm.create_model(arch, num_classes=7, **small).eval()
     timm.models.save_for_hf(model, tmp_path / "timm", model_args=small)
-    converted = convert(tmp_path / "timm")
+    license = timm.get_pretrained_cfg(arch).license  # of one it is non-commercial
+    converted = convert(tmp_path / "timm", license=license)
+    assert converted.provenance.license == license is not None
     x = torch.randn(2, 3, small["img_size"], small["img_size"])
     with torch.no_grad():
         torch.testing.assert_close(converted.build()(x), model(x), rtol=0, atol=1e-6)
@@ -158,6 +164,20 @@ def test_the_report_accounts_for_every_tensor(folder):
     assert report.measured["output"] < 5e-6
     assert report.measured["reference"].startswith("open_clip")
     assert str(source(case).parent) not in (folder / "config.json").read_text() + (folder / "README.md").read_text()
+
+
+def test_a_conversion_tells_how_it_was_made(folder, monkeypatch):
+    words = ["convert", str(source("dinov2_reg4")), str(folder), "--num-heads", "4", *NO_LICENSE]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vitreg", *words])
+    before = datetime.now(UTC).replace(microsecond=0)
+    main()
+    made = ModelBundle.load(folder).provenance
+    assert before <= datetime.fromisoformat(made.created) <= datetime.now(UTC)
+    assert made.command == "vitreg convert checkpoint.pth bundle --num-heads 4 --license unknown"
+    assert made.commit == environment.commit()
+    assert made.hardware == environment.hardware()
+    assert 0 < made.seconds < 600
+    assert made.versions["torch"] == torch.__version__.partition("+")[0]
 
 
 def test_the_card_is_that_of_the_loaded_bundle(folder):
@@ -329,7 +349,7 @@ def peak():
 
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
-convert(sys.argv[1], sys.argv[2])
+convert(sys.argv[1], sys.argv[2], license="unknown")
 print(peak() - before)
 """
 
@@ -361,7 +381,17 @@ def test_help_shows_every_format_and_option(capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    for word in (*FORMATS, "--arch", "--img-size", "--registers", "--verify", "--text-tower", "--num-heads", "--act"):
+    for word in (
+        *FORMATS,
+        "--arch",
+        "--img-size",
+        "--registers",
+        "--verify",
+        "--text-tower",
+        "--num-heads",
+        "--act",
+        "--license",
+    ):
         assert word in printed
 
 
@@ -376,13 +406,16 @@ def test_command_line_round_trip(folder, tmp_path, capsys):
             "--img-size",
             "84,42",
             "--verify",
+            "--license",
+            "mit",
         ]
     )
     printed = capsys.readouterr().out
     assert "difference   0 in tokens, to timm" in printed
+    assert "license      mit\n" in printed
     assert "4x4 patches were resampled to 6x3" in printed
     assert ModelBundle.load(folder).preprocess.input_size == (3, 84, 42)
-    main(["convert", str(source("dinov2_reg4")), str(tmp_path / "reg"), "--num-heads", "4"])
+    main(["convert", str(source("dinov2_reg4")), str(tmp_path / "reg"), "--num-heads", "4", *NO_LICENSE])
     main(["export", str(tmp_path / "reg"), str(tmp_path / "hf"), "--format", "hf-dinov2-with-registers"])
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_register_tokens"] == 4
 
@@ -393,6 +426,8 @@ def test_command_line_round_trip(folder, tmp_path, capsys):
         (["nowhere.pth", "out"], "nowhere.pth is neither a file nor a folder"),
         ([str(source("hf_vit") / "config.json"), "out"], "config.json holds no weights: give the folder"),
         ([str(source("dinov2_reg4")), "out"], "give --num-heads"),
+        ([str(source("dinov2_reg4")), "out", "--num-heads", "4"], "give it with --license"),
+        ([str(source("dinov2_reg4")), "out", "--num-heads", "4", "--license", "apache2"], "did you mean apache-2.0?"),
         ([str(source("dinov2_reg4")), "out", "--format", "dinov4"], "no format 'dinov4'"),
         ([str(source("dinov2_reg4")), "out", "--arch", "vit_larg_reg4"], "closest: vit_large_reg4"),
         ([str(source("dinov2_reg4")), "out", "--num-heads", "4", "--img-size", "0"], "--img-size takes a side"),

@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import DINOV2, GOLDEN, Payload, openai_archive, replaced, shards, tensors_of
+from checkpoints import DINOV2, GOLDEN, Payload, convert, openai_archive, replaced, shards, tensors_of
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.conversion import convert
 from vitreg_hub.errors import HubError
 
 
@@ -173,7 +172,8 @@ def test_hub_prefers_safetensors_and_works_offline(hub, dinov2, saved, tmp_path,
     requests = len(hub.requests)
     offline = convert("hf-hub:lab/both", **DINOV2)
     assert_same(offline, wanted)
-    assert offline.provenance.settings["conversion"]["source"] == "hf-hub:lab/both"
+    commit = hub.repos["lab/both"].branches["main"]
+    assert offline.provenance.settings["conversion"]["source"] == f"hf-hub:lab/both@{commit}"
     assert len(hub.requests) == requests
 
 

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
+from checkpoints import convert
 from golden_cases import ARGUMENTS, bundle, images, native, source
 from open_clip.transformer import VisionTransformer as OpenClipTower
 from PIL import Image
@@ -17,7 +18,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.conversion import convert, export
+from vitreg_hub.conversion import export
 from vitreg_hub.conversion.exporter import EXPORTS
 from vitreg_hub.errors import BundleError, ConversionError
 

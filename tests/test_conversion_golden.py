@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import timm
 import torch
+from checkpoints import convert
 from golden_cases import ARGUMENTS, NORMED, bundle, differences, images, native, outputs, source, too_large
 from timm.models import VisionTransformer
 from transformers import AutoModel, AutoModelForImageClassification
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.conversion import convert
 from vitreg_hub.conversion import formats as all_formats
 from vitreg_hub.doors import verify
 from vitreg_hub.errors import ConversionError

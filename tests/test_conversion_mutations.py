@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import GOLDEN
+from checkpoints import GOLDEN, convert
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from plain_vit import CASES, IN_MEMORY, Case, Reference, Tensors
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.conversion import convert
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import VitregError
 

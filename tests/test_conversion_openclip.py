@@ -6,10 +6,10 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from checkpoints import convert
 from golden_cases import ARGUMENTS, FOLDER, NORMED, images, native, recorded, source
 from safetensors.torch import load_file, save_file
 
-from vitreg_hub.conversion import convert
 from vitreg_hub.errors import ConversionError
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DINOV2, GOLDEN, OPENCLIP_CONFIG, Payload, random_tensors, tensors_of, vit
+from checkpoints import DINOV2, GOLDEN, OPENCLIP_CONFIG, Payload, convert, random_tensors, tensors_of, vit
 from safetensors.torch import save_file
 
-from vitreg_hub.conversion import convert
 from vitreg_hub.errors import BundleError, ConversionError, UnknownArchError, VitregError
 
 # Requests

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from checkpoints import convert
 from models import randomised
 from transformers import (
     CLIPConfig,
@@ -13,8 +14,6 @@ from transformers import (
     PreTrainedModel,
     ViTConfig,
 )
-
-from vitreg_hub.conversion import convert
 
 SHAPE = {
     "hidden_size": 32,

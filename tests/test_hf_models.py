@@ -6,6 +6,7 @@ The oracle is timm's own model with the same weights; under sdpa the difference 
 import copy
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from models import randomised
 from PIL import Image
 from timm.models import VisionTransformer
@@ -286,11 +288,18 @@ def test_distillation_token(folder):
     assert torch.equal(ModelBundle.load(folder).build()(pixels), logits)
 
 
+def assert_same_bundle(second: Path, first: Path) -> None:
+    """Equal files, but for the time."""
+    assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    texts = [(path / "config.json").read_text() for path in (second, first)]
+    created = [json.loads(text)["vitreg"]["provenance"]["created"] for text in texts]
+    assert texts[0].replace(created[0], created[1]) == texts[1]
+
+
 def test_second_save_is_identical(saved, tmp_path):
     _, folder = saved
     AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path / "second")
-    for name in "config.json", "model.safetensors":
-        assert (tmp_path / "second" / name).read_bytes() == (folder / name).read_bytes()
+    assert_same_bundle(tmp_path / "second", folder)
 
 
 def test_what_a_saved_model_says_of_itself(folder, tmp_path):
@@ -303,7 +312,11 @@ def test_what_a_saved_model_says_of_itself(folder, tmp_path):
     for second in tmp_path / "second", tmp_path / "third":
         model.save_pretrained(second)
         bundle = ModelBundle.load(second)
-        assert bundle.provenance == Provenance(origin="saved by transformers, started from: a converter", license="mit")
+        assert bundle.provenance.origin == "saved by transformers, started from: a converter"
+        assert bundle.provenance.license == "mit"
+        assert not bundle.provenance.metrics
+        assert bundle.provenance.versions["transformers"] == transformers.__version__
+        assert datetime.fromisoformat(bundle.provenance.created).tzinfo is not None
         assert bundle.label_names == names
         model = AutoModelForImageClassification.from_pretrained(second)
     model.config.save_pretrained(tmp_path / "config")
@@ -519,8 +532,7 @@ def test_blocks_on_disk(saved, tmp_path):
     assert offloaded.timm_model.blocks[1].mlp.fc1.weight.is_meta
     assert torch.equal(offloaded(pixels).logits, model(pixels).logits)
     offloaded.save_pretrained(tmp_path / "second")
-    for name in "config.json", "model.safetensors":
-        assert (tmp_path / "second" / name).read_bytes() == (folder / name).read_bytes()
+    assert_same_bundle(tmp_path / "second", folder)
 
 
 @torch.no_grad()

@@ -229,10 +229,8 @@ def vitreg_problems(entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"no architecture {arch!r}; a newer vitreg_hub may have it"
     if not isinstance(provenance, dict) or "origin" not in provenance:
         yield "vitreg.provenance does not say the origin of the weights"
-    elif unknown := sorted(provenance.keys() - {f.name for f in dataclasses.fields(Provenance)}):
-        yield f"vitreg.provenance holds {unknown}; a newer vitreg_hub may know them"
-    elif not all(isinstance(value, int | float) for value in (provenance.get("metrics") or {}).values()):
-        yield f"vitreg.provenance.metrics must be numbers, not {provenance['metrics']}"
+    else:
+        yield from _provenance_problems(provenance)
     if unknown := sorted(entry.keys() - {"arch", "provenance", "positions", "residual_scale"}):
         yield f"vitreg holds {unknown}; a newer vitreg_hub may know them"
     scale = entry.get("residual_scale", 1.0)
@@ -242,6 +240,28 @@ def vitreg_problems(entry: Mapping[str, Any]) -> Iterator[str]:
         PositionRule.from_dict(entry.get("positions", {}))
     except BundleError as error:
         yield f"vitreg.{error}"
+
+
+def _provenance_problems(provenance: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what in a provenance has another kind than it must have."""
+    if unknown := sorted(provenance.keys() - {f.name for f in dataclasses.fields(Provenance)}):
+        yield f"vitreg.provenance holds {unknown}; a newer vitreg_hub may know them"
+    seconds, texts = provenance.get("seconds"), ("license", "dataset", "command", "commit", "created", "hardware")
+    wrong = {key: "text" for key in texts if not isinstance(provenance.get(key), str | None)}
+    if not isinstance(provenance["origin"], str):
+        wrong["origin"] = "text"
+    if seconds is not None and (type(seconds) not in (int, float) or not 0 <= seconds < math.inf):
+        wrong["seconds"] = "a positive number"
+    for key, kinds, wanted in (
+        ("metrics", (int, float), "numbers by name"),
+        ("settings", None, "an object"),
+        ("versions", (str,), "texts by name"),
+    ):
+        found = provenance.get(key, {})
+        if not isinstance(found, dict) or not all(kinds is None or type(value) in kinds for value in found.values()):
+            wrong[key] = wanted
+    for key, wanted in wrong.items():
+        yield f"vitreg.provenance.{key} must be {wanted}, not {provenance[key]!r}"
 
 
 def _kind_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -13,8 +14,20 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parent
-PROGRAMS = {"vitreg": "vitreg", "vitreg_hub": "vitreg", "training": "python -m vitreg_hub.training"}
-"""Ways to start this package, by the name of the script or of the folder of its `__main__.py`."""
+SCRIPTS = ("vitreg", "vitreg.exe")
+MODULES = {
+    PACKAGE: "vitreg",
+    PACKAGE / "training": "python -m vitreg_hub.training",
+    PACKAGE.parent / "training": "python -m vitreg_hub.training",  # in a checkout
+}
+"""Programs of this package, by the folder of their `__main__.py`."""
+
+BETWEEN = re.compile(r"""((?:[=,;:"'()\[\]{}]+\s*)+)""")
+"""What separates an option from its value, and values from each other."""
+SECRET_OPTION = re.compile(r"--?(.*[._-])?(token|password|secret|api[-_]?key)", re.IGNORECASE)
+TOKEN, LONG_TOKEN = re.compile(r"hf_\w+"), re.compile(r"hf_\w{16,}")
+"""An access token of the Hub, as a value and anywhere else."""
+HIDDEN = "***"
 
 
 def now() -> str:
@@ -31,29 +44,46 @@ def versions(*libraries: str) -> dict[str, str]:
 def command(argv: Sequence[str] | None = None) -> str | None:
     """The command line that runs, None where this package is called from a program of someone else.
 
-    Of paths only the last part is kept: the folders of a machine are nobody's business.
+    Of paths outside the current folder only the last part is kept, for the folders of a machine are nobody's business,
+    and of secrets nothing.
 
     Args:
         argv: `sys.argv` by default.
     """
     program, *args = sys.argv if argv is None else argv
     path = Path(program)
-    name = path.parent.name if path.name == "__main__.py" else path.stem
-    if name not in PROGRAMS:
+    name = "vitreg" if path.name in SCRIPTS else None
+    if path.name == "__main__.py":
+        name = MODULES.get(path.parent)
+    if name is None:
         return None
-    return f"{PROGRAMS[name]} {shlex.join(map(_without_folders, args))}".rstrip()
+    shown = (_shown(arg, after=before) for before, arg in zip([program, *args], args, strict=False))
+    return f"{name} {shlex.join(shown)}".rstrip()
 
 
-def _without_folders(arg: str) -> str:
-    """An argument, or an option with a value after "=", without the folders of an absolute path or a home."""
-    option, equals, value = arg.rpartition("=")
-    return f"{option}{equals}{os.path.basename(value.rstrip('/'))}" if value.startswith(("/", "~")) else arg
+def _shown(arg: str, *, after: str) -> str:
+    """An argument as others may see it; `after` is the one before it."""
+    option, equals, _ = arg.partition("=")
+    if equals and SECRET_OPTION.fullmatch(option):
+        return f"{option}={HIDDEN}"
+    if SECRET_OPTION.fullmatch(after):
+        return HIDDEN
+    if "://" in arg and "file://" not in arg:
+        return LONG_TOKEN.sub(HIDDEN, re.sub(r"://[^/@]*@", f"://{HIDDEN}@", arg))
+    return LONG_TOKEN.sub(HIDDEN, "".join(_without_folders(part) for part in BETWEEN.split(arg)))
+
+
+def _without_folders(part: str) -> str:
+    if TOKEN.fullmatch(part):
+        return HIDDEN
+    leaves = part.startswith(("/", "~")) or os.path.normpath(part).startswith("..")
+    return os.path.basename(part.rstrip("/")) if leaves else part
 
 
 def commit() -> str | None:
     """The commit of this package's source, with `-dirty` if it was changed since; None if it is no checkout."""
     root = PACKAGE.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or not (root / "training").exists():  # a wheel has that folder in the package
         return None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -24,6 +24,7 @@ from transformers.models import auto
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from vitreg_hub import environment
 from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
 from vitreg_hub.bundle_form import Preprocess, Provenance, make_config, vitreg_problems
 from vitreg_hub.errors import BundleError
@@ -88,7 +89,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
             model_args=args,
             num_classes=0,
             preprocess=Preprocess.from_cfg(cfg | {"input_size": [args["in_chans"], *args["img_size"]]}),
-            provenance=Provenance(origin="random initialisation", license=cfg["license"]),
+            provenance=Provenance(origin="random initialisation"),
         )
         defaults = json.loads(json.dumps(defaults))  # lists in place of tuples, as when read from disk
         self.architecture, self.model_args = spec.base, defaults["model_args"]
@@ -278,7 +279,14 @@ class VitRegPreTrainedModel(PreTrainedModel):
         old = config.vitreg["provenance"]
         origin = SAVED_BY_TRANSFORMERS + old["origin"].removeprefix(SAVED_BY_TRANSFORMERS)
         # no figures: the weights may have changed since they were measured
-        self.config.vitreg["provenance"] = dataclasses.asdict(Provenance(origin=origin, license=old.get("license")))
+        provenance = Provenance(
+            origin=origin,
+            license=old.get("license"),
+            versions=environment.versions("transformers"),
+            command=environment.command(),
+            created=environment.now(),
+        )
+        self.config.vitreg["provenance"] = dataclasses.asdict(provenance)
         try:
             super().save_pretrained(*args, **kwargs)
         finally:

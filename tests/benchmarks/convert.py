@@ -32,7 +32,7 @@ def write_source(arch: str, path: Path) -> None:
 
 def ours(source: Path, out: Path, arch: str) -> None:
     """Checksum included."""
-    convert(source, out)
+    convert(source, out, license="unknown")
 
 
 def usual(source: Path, out: Path, arch: str) -> None:

@@ -1,0 +1,164 @@
+"""By what something is made: the command without folders and secrets, the commit, versions, hardware, the time."""
+
+import os
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitreg_hub import environment
+from vitreg_hub.environment import command, commit, hardware, now, versions
+
+ROOT = Path(__file__).parents[1]
+SHOWN = {
+    "plain": "plain",
+    "runs/base": "runs/base",
+    "./here": "./here",
+    "/home/me/secret project/weights.pth": "weights.pth",
+    "/home/me/run/": "run",
+    "~/run": "run",
+    "~me/run": "run",
+    "../../home/me/run": "run",
+    "a/../../other/run": "run",
+    "--out=/home/me/run": "--out=run",
+    "--data.train=[/data/a,/data/b]": "'--data.train=[a,b]'",
+    "{'train': '/data/my photos/a', \"test\": ~/b}": "'{'\"'\"'train'\"'\"': '\"'\"'a'\"'\"', \"test\": b}'",
+    "/data/shards-{000..099}.tar": "'shards-{000..099}.tar'",
+    "file:///home/me/a": "file:a",
+    "hf-hub:org/name@main": "hf-hub:org/name@main",
+    "https://huggingface.co/org/name": "https://huggingface.co/org/name",
+    "https://me:pass@host/a/b": "'https://***@host/a/b'",
+    "https://host/a?token=hf_0123456789abcdefghij": "'https://host/a?token=***'",
+    "hf_abc": "'***'",
+    "--hub=hf_abc": "'--hub=***'",
+    "x-hf_0123456789abcdefghij": "'x-***'",
+    "--hub.token=abc": "'--hub.token=***'",
+    "--API_KEY=/a/b": "'--API_KEY=***'",
+    "vit_*_reg4": "'vit_*_reg4'",
+    "": "''",
+}
+
+
+@pytest.mark.parametrize("arg", SHOWN)
+def test_what_others_see_of_an_argument(arg):
+    assert command(["/usr/bin/vitreg", "convert", arg, "last"]) == f"vitreg convert {SHOWN[arg]} last"
+
+
+def test_the_value_after_a_secret_option_is_hidden():
+    shown = command(["vitreg", "push", "--token", "abc", "--password", "/a/b", "--pool", "token", "x"])
+    assert shown == "vitreg push --token '***' --password '***' --pool token x"
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [
+        ("/venv/bin/vitreg", "vitreg"),
+        ("vitreg.exe", "vitreg"),
+        (str(ROOT / "vitreg_hub/__main__.py"), "vitreg"),
+        (str(ROOT / "training/__main__.py"), "python -m vitreg_hub.training"),
+        (str(ROOT / "vitreg_hub/training/__main__.py"), "python -m vitreg_hub.training"),
+        ("/elsewhere/training/__main__.py", None),
+        ("/elsewhere/vitreg.py", None),
+        ("/venv/bin/pytest", None),
+        ("script.py", None),
+        ("-c", None),
+        ("", None),
+    ],
+)
+def test_programs_of_this_package_and_others(program, name):
+    assert command([program, "a"]) == (name and f"{name} a")
+    assert command([program]) == name
+
+
+def test_nobody_typed_a_command_of_ours_in_a_test():
+    assert command() is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("vitreg_hub", "vitreg"), ("vitreg_hub.training", "python -m vitreg_hub.training")]
+)
+def test_modules_where_python_finds_them(module, name):
+    """`python -m` puts the path of this file into `sys.argv`."""
+    assert command([find_spec(f"{module}.__main__").origin, "list", "/a/b"]) == f"{name} list b"
+
+
+def git(folder: Path, *args: str) -> str:
+    who = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
+    done = ["git", "-C", str(folder), *args]
+    return subprocess.run(done, env=os.environ | who, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A checkout with this package's folders, in which `environment` believes to be."""
+    for name in ("vitreg_hub", "training"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    git(tmp_path, "tag", "v1")
+    monkeypatch.setattr(environment, "PACKAGE", tmp_path / "vitreg_hub")
+    return tmp_path
+
+
+def test_commit_of_a_checkout(checkout):
+    head = git(checkout, "rev-parse", "HEAD")
+    assert commit() == head
+    (checkout / "notes.txt").write_text("not tracked")
+    assert commit() == head
+    (checkout / "training/__init__.py").write_text("changed = True\n")
+    assert commit() == f"{head}-dirty"
+
+
+def test_no_commit_outside_a_checkout(checkout):
+    shutil.rmtree(checkout / ".git")
+    assert commit() is None
+
+
+def test_no_commit_of_the_project_that_a_wheel_was_installed_into(checkout):
+    (checkout / "training").rename(checkout / "vitreg_hub/training")
+    assert commit() is None
+
+
+def test_no_commit_without_git_or_with_a_broken_repository(checkout, monkeypatch):
+    with monkeypatch.context() as path:
+        path.setenv("PATH", str(checkout))
+        assert commit() is None
+    assert commit() is not None
+    (checkout / ".git/HEAD").write_text("nonsense")
+    assert commit() is None
+
+
+def test_versions_are_those_that_are_installed():
+    found = versions("safetensors")
+    assert found.pop("python") == ".".join(map(str, sys.version_info[:3]))
+    assert found == {name: version(name) for name in ("vitreg_hub", "torch", "timm", "safetensors")}
+
+
+def test_hardware_on_a_cpu():
+    torch.set_num_threads(1)
+    one = hardware()
+    assert one.endswith(", 1 thread")
+    assert len(one) > len(", 1 thread")
+    assert hardware(torch.device("cpu"), num_processes=4) == f"{one} in each of 4 processes"
+    torch.set_num_threads(2)
+    assert hardware().endswith(", 2 threads")
+
+
+def test_hardware_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert hardware(torch.device("cuda", 3), num_processes=8) == "8 x GPU 3"
+
+
+def test_time_is_in_utc_to_the_second():
+    told = datetime.fromisoformat(now())
+    assert told.utcoffset() == timedelta(0)
+    assert told.microsecond == 0
+    assert abs(datetime.now(UTC) - told) < timedelta(minutes=1)
