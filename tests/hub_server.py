@@ -1,112 +1,24 @@
 """An in-process stand-in for the Hugging Face Hub, which the real clients publish models to and load them from."""
 
 import base64
-import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_state import Blob, HubError, Repository, Response, User
 
 LFS_PATTERNS = ("*.bin", "*.onnx", "*.pt", "*.safetensors")
 LFS_THRESHOLD = 10 * 2**20
-Response = tuple[int, Mapping[str, str], bytes]  # Status, headers, body; a given Content-Length may cut it short.
-
-
-class HubError(Exception):
-    """A refusal as the Hub words it: the client picks its exception by status and `X-Error-Code`."""
-
-    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] = {}, **details: str):
-        headers = {"X-Error-Message": message, "X-Error-Code": code, **headers}
-        self.response: Response = (status, headers, json.dumps({"error": message, **details}).encode())
+COMMITS_A_PAGE = 50
 
 
 class Drop(Exception):
     """Raised by a fault hook to close the connection without an answer."""
-
-
-@dataclass(frozen=True)
-class User:
-    """The owner of a token, at home below its own name and its organizations, where it writes unless `read_only`."""
-
-    name: str
-    orgs: tuple[str, ...] = ()
-    read_only: bool = False
-
-
-@dataclass(frozen=True)
-class Blob:
-    """One version of a file: its bytes, and whether Git holds those or a pointer to an LFS object."""
-
-    content: bytes
-    lfs: bool = False
-
-    @cached_property
-    def metadata(self) -> dict[str, Any]:
-        """The file's description in listings, of which there are two kinds with names of their own."""
-        size, stored, extra = len(self.content), self.content, {}
-        if self.lfs:
-            sha256 = hashlib.sha256(self.content).hexdigest()
-            stored = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-            extra = {"lfs": {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": len(stored)}}
-        oid = hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
-        return {"oid": oid, "blobId": oid, "size": size, **extra}
-
-    @property
-    def etag(self) -> str:
-        """The sha256 of an LFS object, or else the id of the Git blob; clients find unchanged files by it."""
-        return self.metadata["lfs"]["sha256"] if self.lfs else self.metadata["oid"]
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One immutable snapshot of a repository."""
-
-    oid: str
-    parent: str | None
-    title: str
-    files: Mapping[str, Blob]
-
-
-@dataclass
-class Repository:
-    """One model repository: its commits, the refs to them by name, and the uploaded LFS objects by sha256."""
-
-    private: bool = False
-    commits: list[Commit] = field(default_factory=list)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    lfs_objects: dict[str, Blob] = field(default_factory=dict)
-
-    def files(self, revision: str = "main") -> dict[str, bytes]:
-        """The content of every file at a branch, tag or commit."""
-        return {path: blob.content for path, blob in self.resolve(revision).files.items()}
-
-    def resolve(self, revision: str) -> Commit:
-        """The commit that a branch, a tag or a full oid stands for."""
-        for commit in self.commits:
-            if commit.oid in (self.branches.get(revision), self.tags.get(revision), revision):
-                return commit
-        raise HubError(404, f"Invalid rev id: {revision!a}", "RevisionNotFound")
-
-    def commit(self, branch: str, title: str, files: Mapping[str, Blob]) -> Commit:
-        """Moves `branch` to a new commit that holds exactly `files`."""
-        parent, tree = self.branches.get(branch), sorted((path, blob.etag) for path, blob in files.items())
-        oid = hashlib.sha1(repr((len(self.commits), parent, title, tree)).encode()).hexdigest()
-        self.commits.append(Commit(oid, parent, title, files))
-        self.branches[branch] = oid
-        return self.commits[-1]
-
-    def lfs_object(self, oid: str, size: int) -> Blob:
-        """The LFS object, which must have been uploaded."""
-        if oid in self.lfs_objects and len(self.lfs_objects[oid].content) == size:
-            return self.lfs_objects[oid]
-        raise HubError(400, f"LFS object {oid} of {size} bytes was not uploaded")
 
 
 class Request(BaseHTTPRequestHandler):
@@ -124,10 +36,12 @@ class Request(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, self.path, status))
         if status:
             self.send_response_only(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            size = {"Content-Length": str(len(body))} if isinstance(body, bytes) else {}
+            for name, value in (size | dict(headers)).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body if self.command != "HEAD" else b"")
+            if self.command != "HEAD":
+                self.wfile.writelines([body] if isinstance(body, bytes) else body)
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve
 
@@ -154,6 +68,11 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         super().__exit__(*exc_info)
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is no error of the server's."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def env(self, token: str = "") -> dict[str, str]:
         """The environment variables with which a fresh process talks to this server, as the owner of `token`."""
         disabled = {f"HF_HUB_DISABLE_{part}": "1" for part in ("XET", "TELEMETRY", "PROGRESS_BARS")}
@@ -175,13 +94,14 @@ class HubServer(ThreadingHTTPServer):
             raise HubError(401, "Invalid credentials in Authorization header")
         return self.tokens.get(token)
 
-    def _repository(self, request: Request, repo: str, write: bool = False) -> Repository:
+    def _repository(self, request: Request, repo: str, write: bool = False, propose: bool = False) -> Repository:
+        """The repository, if the request may read it, or `write` to it, or `propose` changes, which any user may."""
         user, repository = self._user(request, required=False), self.repos.get(repo)
         member = user is not None and repo.split("/")[0] in (user.name, *user.orgs)
-        if repository is None or (repository.private and not member) or (write and user is None):
+        if repository is None or (repository.private and not member) or ((write or propose) and user is None):
             # The Hub sends no code for a refused write, as the client infers it from the URL, but only for https.
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
-        if write and (user.read_only or not member):
+        if (write and not member) or ((write or propose) and user.read_only):
             raise HubError(403, f"You don't have the rights to write to {repo}")
         return repository
 
@@ -208,7 +128,64 @@ class HubServer(ThreadingHTTPServer):
     def _model_info(self, request: Request, repo: str, rev: str = "main") -> dict:
         commit, blobs = self._repository(request, repo).resolve(rev), "blobs" in request.query
         siblings = [{"rfilename": path, **(blob.metadata if blobs else {})} for path, blob in commit.files.items()]
-        return {"id": repo, "sha": commit.oid, "private": self.repos[repo].private, "siblings": siblings, "tags": []}
+        return {**self._listed(repo), "sha": commit.oid, "siblings": siblings}
+
+    def _listed(self, repo: str) -> dict:
+        repository = self.repos[repo]
+        told = {"id": repo, "private": repository.private, "tags": repository.tags_of_card}
+        popularity = {"downloads": repository.downloads, "likes": repository.likes}
+        return {**told, **popularity, "lastModified": repository.resolve("main").date}
+
+    def _list_models(self, request: Request) -> list[dict]:
+        user, query = self._user(request, required=False), request.query
+        homes = (user.name, *user.orgs) if user else ()
+        listed = [self._listed(repo) for repo in self.repos]
+        found = [
+            model
+            for model in listed
+            if set(query.get("filter", ())) <= set(model["tags"])
+            and query.get("author", [model["id"].split("/")[0]]) == [model["id"].split("/")[0]]
+            and query.get("search", [""])[0].lower() in model["id"].lower()
+            and (not model["private"] or model["id"].split("/")[0] in homes)  # Others' are not listed.
+        ]
+        if "sort" in query:
+            found.sort(key=lambda model: model[query["sort"][0]], reverse=True)
+        return found[: int(query.get("limit", [1000])[0])]
+
+    def _refs(self, request: Request, repo: str) -> dict:
+        def listed(refs: Mapping[str, str], prefix: str) -> list[dict]:
+            return [{"name": name, "ref": prefix + name, "targetCommit": oid} for name, oid in refs.items()]
+
+        repository = self._repository(request, repo)
+        found = {"branches": listed(repository.branches, "refs/heads/"), "tags": listed(repository.tags, "refs/tags/")}
+        proposed = {"pullRequests": listed(repository.pull_requests, "")} if "include_prs" in request.query else {}
+        return {**found, "converts": [], **proposed}
+
+    def _commits(self, request: Request, repo: str, rev: str) -> Response:
+        history, page = self._repository(request, repo).history(rev), int(request.query.get("p", ["0"])[0])
+        start, stop = page * COMMITS_A_PAGE, (page + 1) * COMMITS_A_PAGE
+        told = [
+            {"id": c.oid, "title": c.title, "message": "", "date": c.date, "authors": []} for c in history[start:stop]
+        ]
+        more = {"Link": f'<{self.endpoint}{request.path}?p={page + 1}>; rel="next"'} if history[stop:] else {}
+        return 200, more, json.dumps(told).encode()
+
+    def _create_branch(self, request: Request, repo: str, branch: str) -> dict:
+        repository = self._repository(request, repo, write=True)
+        start = json.loads(request.body).get("startingPoint", "main")
+        if branch in repository.branches:
+            raise HubError(409, f"Reference already exists: refs/heads/{branch}")
+        if branch.startswith("refs/") or re.search(r"\.\.|[\s~^:?*\[]", branch):
+            raise HubError(400, f"Invalid reference for a branch: {branch!a}")
+        repository.branches[branch] = repository.resolve(start).oid
+        return {}
+
+    def _create_tag(self, request: Request, repo: str, rev: str) -> dict:
+        repository, tag = self._repository(request, repo, write=True), json.loads(request.body)["tag"]
+        if tag in repository.tags:
+            raise HubError(409, f"Tag reference exists already: refs/tags/{tag}")
+        repository.tags[tag] = repository.resolve(rev).oid
+        return {}
 
     def _tree(self, request: Request, repo: str, rev: str, folder: str = "") -> list[dict]:
         files, prefix = self._repository(request, repo).resolve(rev).files, f"{folder}/" if folder else ""
@@ -220,7 +197,8 @@ class HubServer(ThreadingHTTPServer):
         return [{"type": "file", "path": path, **files[path].metadata} for path in below]
 
     def _preupload(self, request: Request, repo: str, rev: str) -> dict:
-        head = self._repository(request, repo, write=True).resolve(rev)
+        proposed = "create_pr" in request.query
+        head = self._repository(request, repo, write=not proposed, propose=proposed).resolve(rev)
         payload, files = json.loads(request.body), []
         for path, size in ((file["path"], file["size"]) for file in payload["files"]):
             mode = "lfs" if size > LFS_THRESHOLD or any(fnmatch(path, name) for name in LFS_PATTERNS) else "regular"
@@ -230,7 +208,7 @@ class HubServer(ThreadingHTTPServer):
         return {"files": files}
 
     def _lfs_batch(self, request: Request, repo: str) -> dict:
-        repository, objects = self._repository(request, repo, write=True), []
+        repository, objects = self._repository(request, repo, propose=True), []  # It knows of no pull requests.
         for oid, size in ((item["oid"], item["size"]) for item in json.loads(request.body)["objects"]):
             target = {"href": f"{self.endpoint}/lfs/{repo}/{oid}"}
             missing = {} if oid in repository.lfs_objects else {"actions": {"upload": target, "verify": target}}
@@ -246,15 +224,18 @@ class HubServer(ThreadingHTTPServer):
         return {}
 
     def _lfs_verify(self, request: Request, repo: str, oid: str) -> dict:
-        return self._repository(request, repo, write=True).lfs_object(oid, json.loads(request.body)["size"]).metadata
+        return self._repository(request, repo, propose=True).lfs_object(oid, json.loads(request.body)["size"]).metadata
 
     def _commit(self, request: Request, repo: str, rev: str) -> dict:
-        repository = self._repository(request, repo, write=True)
+        proposed = "create_pr" in request.query
+        repository = self._repository(request, repo, write=not proposed, propose=proposed)
         header, *changes = (json.loads(line) for line in request.body.splitlines())
-        if rev not in repository.branches or "create_pr" in request.query:
+        if rev not in repository.branches:
             raise HubError(404, f"Not a branch that takes commits: {rev!a}", "RevisionNotFound")
-        head = repository.resolve(rev)
-        if not head.oid.startswith(header["value"].get("parentCommit", "")):
+        # A pull request starts from the parent that it names, a commit must find it at the head.
+        parent = header["value"].get("parentCommit", "")
+        head = repository.resolve(parent if proposed and parent else rev)
+        if not head.oid.startswith(parent):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
         for key, value in ((change["key"], change["value"]) for change in changes):
@@ -264,8 +245,15 @@ class HubServer(ThreadingHTTPServer):
                 files[value["path"]] = repository.lfs_object(value["oid"], value["size"])
             elif key != "deletedFile" or files.pop(value["path"], None) is None:
                 raise HubError(404, f"Cannot do {key} for {value['path']!a}", "EntryNotFound")
-        oid = repository.commit(rev, header["value"]["summary"], files).oid
-        return {"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{repo}/commit/{oid}"}
+        commit, request_url = repository.add(head.oid, header["value"]["summary"], files), {}
+        if proposed:
+            number = len(repository.pull_requests) + 1
+            repository.pull_requests[f"refs/pr/{number}"] = commit.oid
+            request_url = {"pullRequestUrl": f"{self.endpoint}/{repo}/discussions/{number}"}
+        else:
+            repository.branches[rev] = commit.oid
+        url = f"{self.endpoint}/{repo}/commit/{commit.oid}"
+        return {"success": True, "commitOid": commit.oid, "commitUrl": url, **request_url}
 
     def _resolve(self, request: Request, repo: str, rev: str, path: str) -> Response:
         commit = self._repository(request, repo).resolve(rev)
@@ -289,7 +277,12 @@ class HubServer(ThreadingHTTPServer):
         ("GET", "/api/whoami-v2", _whoami),
         ("POST", "/api/validate-yaml", lambda hub, request: {"errors": [], "warnings": []}),
         ("POST", "/api/repos/create", _create_repo),
+        ("GET", "/api/models", _list_models),
         ("GET", f"/api/models/{_REPO}(?:/revision/([^/]+))?", _model_info),
+        ("GET", f"/api/models/{_REPO}/refs", _refs),
+        ("GET", f"/api/models/{_REPO}/commits/([^/]+)", _commits),
+        ("POST", f"/api/models/{_REPO}/branch/([^/]+)", _create_branch),
+        ("POST", f"/api/models/{_REPO}/tag/([^/]+)", _create_tag),
         ("GET", f"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", _tree),  # Of files only: no client needs the folders.
         ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", _preupload),
         ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _lfs_batch),

@@ -40,4 +40,5 @@ def random_bundle(arch: str = "vit_nano_reg4", *, num_classes: int = 10, **timm_
     """A bundle of an architecture with random weights."""
     model = randomised(timm.create_model(arch, num_classes=num_classes, **timm_kwargs))
     labels = tuple(f"class {i}" for i in range(num_classes)) or None
-    return ModelBundle.from_timm(model, arch=arch, provenance=Provenance(origin="random weights"), label_names=labels)
+    told = Provenance(origin="random weights", license="mit")
+    return ModelBundle.from_timm(model, arch=arch, provenance=told, label_names=labels)

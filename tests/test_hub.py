@@ -1,20 +1,20 @@
 """Push and pull with huggingface_hub's real client, against the stand-in Hub."""
 
-import json
-import os
-import subprocess
-import sys
+import hashlib
+import re
 
 import pytest
 import timm
 import torch
+from hub_faults import sentence
 from hub_server import Drop
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from models import random_bundle
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.errors import BundleError, HubError
-from vitreg_hub.hub import pull, push
+from vitreg_hub.cli import main
+from vitreg_hub.errors import BundleError, HubError, UnknownArchError
+from vitreg_hub.hub import list_models, plan, pull, push
 from vitreg_hub.model_cards.card import render
 
 REPO = "lab/vit_nano_reg4"
@@ -29,58 +29,35 @@ def saved(folder):
 def verified(monkeypatch):
     """Skip the doors, which take seconds: other tests open them."""
     asked = []
-    monkeypatch.setattr("vitreg_hub.hub.verify", asked.append)
+    monkeypatch.setattr("vitreg_hub.hub.verify", lambda folder: asked.append(folder) or {})
     return asked
 
 
-def test_published_bundle_is_the_same_through_every_door_in_fresh_processes(hub, saved, tmp_path):
-    push(saved, REPO)
-    images = torch.randn(2, 3, 32, 32)
-    torch.save(images, tmp_path / "images.pt")
-    script = """
-import json, sys
-{plugin}
-import timm, torch
-from PIL import Image
-from transformers import AutoBackbone, AutoImageProcessor, AutoModel
-images = torch.load(sys.argv[2], weights_only=True)
-timm_model = timm.create_model("hf-hub:" + sys.argv[1], pretrained=True).eval()
-hf_model = AutoModel.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad():
-    found = {{"timm": timm_model.forward_features(images), "transformers": hf_model(images).last_hidden_state}}
-    processor = AutoImageProcessor.from_pretrained(sys.argv[1])
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(timm_model))
-    picture = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50).convert("RGB")
-    assert torch.equal(processor(picture).pixel_values[0], transform(picture))
-    if {backbone}:
-        backbone = AutoBackbone.from_pretrained(sys.argv[1], out_indices=[4], reshape_hidden_states=False).eval()
-        found["backbone"] = backbone(images).feature_maps[0]
-print(json.dumps([type(hf_model).__name__, {{door: x.flatten().tolist() for door, x in found.items()}}]))
-"""
-    ours = ModelBundle.load(saved).build().forward_features(images).flatten()
-    for plugin, model_name in (("import vitreg_hub", "VitRegModel"), ("", "TimmWrapperModel")):
-        source = script.format(plugin=plugin, backbone=bool(plugin))
-        env = {**os.environ, "HF_HOME": str(tmp_path / f"home{bool(plugin)}")}
-        run = [sys.executable, "-c", source, REPO, str(tmp_path / "images.pt")]
-        name, doors = json.loads(subprocess.run(run, env=env, check=True, stdout=subprocess.PIPE).stdout)
-        assert name == model_name
-        assert len(doors) == (3 if plugin else 2)
-        for door, values in doors.items():
-            assert torch.equal(torch.tensor(values), ours), door
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch):
+    """Wait for nothing between one try and the next."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def writes(hub):
+    """Requests that change something, or try to."""
+    return [entry for entry in hub.requests if entry[0] in ("POST", "PUT")]
 
 
 def test_push_is_one_commit_with_a_card(hub, saved, verified):
-    url = push(saved, REPO)
+    pushed = push(saved, REPO)
     repo = hub.repos[REPO]
     assert verified == [saved]
     assert len(repo.commits) == 2  # the Hub's own first one, and ours
-    assert url.endswith(repo.commits[-1].oid)
+    assert pushed.commit == repo.branches["main"] == repo.commits[-1].oid
+    assert pushed.url == f"{hub.endpoint}/{REPO}/commit/{pushed.commit}"
+    assert (pushed.sent, pushed.pull_request) == (("README.md", "config.json", "model.safetensors"), None)
     files = repo.files()
     assert set(files) - {".gitattributes"} == {"config.json", "model.safetensors", "README.md"}
     assert files["model.safetensors"] == (saved / "model.safetensors").read_bytes()
     card = files["README.md"].decode()
     assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in card
-    assert "**Measured:** not measured" in card
+    assert "ot measured" in card
 
 
 def test_card_of_the_folder_is_sent_and_the_repositorys_own_kept(hub, tmp_path, verified):
@@ -96,13 +73,25 @@ def test_card_without_a_repository_gets_the_real_one(hub, tmp_path, verified):
     push(bundle.save(tmp_path / "quickstart", card=render(bundle)), REPO)
     card = hub.repos[REPO].files()["README.md"].decode()
     assert "your-name" not in card
-    assert card.count(REPO) == 3
+    assert f'timm.create_model("hf-hub:{REPO}"' in card
 
 
 def test_nothing_is_sent_of_a_folder_that_fails_a_door(hub, saved):
-    (saved / "pytorch_model.bin").write_bytes(b"pickle")
+    (saved / "other.safetensors").write_bytes(b"weights")
     with pytest.raises(BundleError, match="R6"):
         push(saved, REPO)
+    assert not hub.requests
+
+
+PICKLES = ("pytorch_model.bin", "training_args.bin", "a.pt", "b.pth", "c.ckpt", "d.pkl", "e.pickle", "f.npy", "g.H5")
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_are_refused_by_name(hub, saved, verified, name):
+    (saved / name).write_bytes(b"pickle")
+    with pytest.raises(BundleError, match=rf"holds {name}: .*only safetensors are published") as caught:
+        push(saved, REPO)
+    sentence(caught)
     assert not hub.requests
 
 
@@ -128,7 +117,7 @@ def test_revisions(hub, saved, verified, tmp_path):
     assert ModelBundle.load(f"hf-hub:{REPO}@{first}").arch == "vit_nano_reg4"
     with pytest.raises(HubError, match="no such branch, tag or commit") as caught:
         pull(f"{REPO}@nothing", tmp_path / "pulled")
-    one_sentence(caught)
+    sentence(caught)
     assert not (tmp_path / "pulled").exists()
 
 
@@ -139,33 +128,26 @@ def test_pull_into_an_existing_folder_asks_nothing_of_the_hub(hub, tmp_path):
 
 
 @pytest.mark.parametrize(("answer", "says"), [(403, "sending to lab/vit_nano_reg4 failed"), (500, "sending to")])
-def test_upload_that_breaks_off_is_one_sentence(answer, says, hub, saved, verified, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
+def test_upload_that_breaks_off_is_sentence(answer, says, hub, saved, verified):
     hub.fault = lambda request: (answer, {}, b"") if request.command == "PUT" else None
     with pytest.raises(HubError, match=says) as caught:
         push(saved, REPO)
-    one_sentence(caught)
+    sentence(caught)
     assert len(hub.repos[REPO].commits) == 1  # the Hub's own
 
 
-def test_refused_commit_is_one_sentence(hub, saved, verified):
+def test_refused_commit_is_sentence(hub, saved, verified):
     hub.fault = lambda request: (400, {}, b"no\nsuch\nluck") if "/commit/" in request.path else None
     with pytest.raises(HubError, match="refused the request for lab/vit_nano_reg4 with status 400") as caught:
         push(saved, REPO)
-    one_sentence(caught)
-
-
-def one_sentence(caught) -> str:
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    sentence(caught)
 
 
 def test_push_without_a_token(hub, saved, verified, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="no access token: run `hf auth login` or set HF_TOKEN") as caught:
         push(saved, REPO)
-    one_sentence(caught)
+    sentence(caught)
     assert not hub.requests
 
 
@@ -174,7 +156,7 @@ def test_push_with_a_token_that_does_not_do(token, says, hub, saved, verified, m
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubError, match=says) as caught:
         push(saved, REPO)
-    one_sentence(caught)
+    sentence(caught)
     assert REPO not in hub.repos
 
 
@@ -188,7 +170,7 @@ def test_push_to_someone_elses_name(hub, saved, verified):
 def test_pull_of_a_missing_repository(hub, tmp_path):
     with pytest.raises(HubError, match=r"no repository lab/nothing at http://127\.0\.0\.1") as caught:
         pull("lab/nothing", tmp_path / "pulled")
-    one_sentence(caught)
+    sentence(caught)
 
 
 def test_no_network(hub, saved, verified, tmp_path):
@@ -196,7 +178,7 @@ def test_no_network(hub, saved, verified, tmp_path):
     for act in (lambda: push(saved, REPO), lambda: pull(REPO, tmp_path / "pulled")):
         with pytest.raises(HubError, match="cannot be reached") as caught:
             act()
-        one_sentence(caught)
+        sentence(caught)
 
 
 def test_dropped_download_leaves_nothing(hub, saved, verified, tmp_path):
@@ -214,8 +196,35 @@ def test_dropped_download_leaves_nothing(hub, saved, verified, tmp_path):
 
 def test_repository_that_is_no_bundle(hub, tmp_path):
     timm.models.push_to_hf_hub(timm.create_model("test_vit"), "lab/plain", safe_serialization=True)
-    with pytest.raises(BundleError, match=r"no bundle: its config\.json has no 'vitreg' entry"):
+    with pytest.raises(BundleError, match=r"lab/plain is no bundle but a timm model \(test_vit\)") as caught:
         pull("lab/plain", tmp_path / "pulled")
+    sentence(caught)
+    assert not [path for _, path, _ in hub.requests if path.endswith("resolve/main/model.safetensors")]
+
+
+KINDS = {
+    "a transformers model of type dinov2: make it one with": {"config.json": b'{"model_type": "dinov2"}', "x.bin": b""},
+    "a transformers model of type bert.": {"config.json": b'{"model_type": "bert"}', "model.safetensors": b""},
+    "a timm model (vit_base_patch16_224): make": {"config.json": b'{"architecture": "vit_base_patch16_224"}'},
+    "an OpenCLIP model with both towers: make it": {"open_clip_config.json": b"{}", "open_clip_model.safetensors": b""},
+    "a repository with the checkpoint dino.pth: make it": {"dino.pth": b""},
+    "a repository of data without a model.": {"train/part.parquet": b"", "README.md": b""},
+    "a repository without a model.": {},
+}
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_repository_without_a_bundle_says_what_it_is(hub, tmp_path, what):
+    api = HfApi(endpoint=hub.endpoint, token="hf_good")
+    api.create_repo("lab/thing")
+    for name, content in KINDS[what].items():
+        api.upload_file(repo_id="lab/thing", path_or_fileobj=content or b"much", path_in_repo=name)
+    asked = len(hub.requests)
+    with pytest.raises(BundleError, match=re.escape(f"hf-hub:lab/thing is no bundle but {what}")) as caught:
+        pull("lab/thing", tmp_path / "pulled")
+    assert ("`vitreg convert hf-hub:lab/thing FOLDER`" in sentence(caught)) == ("make" in what)
+    fetched = {path.rpartition("/")[2] for verb, path, _ in hub.requests[asked:] if "/resolve/" in path}
+    assert fetched <= {"config.json", "open_clip_config.json"}  # nothing large
 
 
 def test_published_dinov2_weights_come_from_timms_repository(hub):
@@ -223,9 +232,92 @@ def test_published_dinov2_weights_come_from_timms_repository(hub):
     timm.models.push_to_hf_hub(source, "lab/source", safe_serialization=True)
     hub.repos["timm/vit_small_patch14_reg4_dinov2.lvd142m"] = hub.repos["lab/source"]
     bundle = ModelBundle.load("vit_small_reg4")
-    assert bundle.provenance.origin == "weights of hf-hub:timm/vit_small_patch14_reg4_dinov2.lvd142m"
+    commit = hub.repos["lab/source"].branches["main"]
+    assert bundle.provenance.origin == f"weights of hf-hub:timm/vit_small_patch14_reg4_dinov2.lvd142m@{commit}"
     assert bundle.provenance.license == "apache-2.0"
     by_name = timm.create_model("vit_small_reg4", pretrained=True)
     for name, tensor in source.state_dict().items():
         assert torch.equal(bundle.state_dict[name], tensor)
         assert torch.equal(by_name.state_dict()[name], tensor)
+
+
+# Without doing it
+
+
+def test_plan_writes_nothing_and_says_what_a_push_does(hub, saved, verified, tmp_path):
+    (saved / "notes.txt").write_text("mine")
+    (saved / "state").mkdir()
+    planned = plan(saved, REPO)
+    assert not writes(hub)
+    assert (planned.makes_repository, planned.makes_branch, planned.license) == (True, False, "mit")
+    assert planned.left_out == ("notes.txt", "state/")
+    assert {file.name: file.state for file in planned.files} == {
+        name: "new" for name in ("README.md", "config.json", "model.safetensors")
+    }
+    push(saved, REPO)
+    for file in planned.files:
+        assert file.size == len(hub.repos[REPO].files()[file.name])
+    other, before = random_bundle("vit_nano_reg8").save(tmp_path / "other"), len(writes(hub))
+    (other / "recipe.yaml").write_text("epochs: 1")
+    planned = plan(other, REPO, branch="best")
+    assert (planned.makes_repository, planned.makes_branch) == (False, True)
+    assert {file.name: file.state for file in planned.files} == {
+        "README.md": "changed",
+        "config.json": "changed",
+        "model.safetensors": "changed",
+        "recipe.yaml": "new",
+    }
+    assert {file.state for file in plan(saved, REPO).files} == {"unchanged"}
+    assert len(writes(hub)) == before
+    assert hub.repos[REPO].branches.keys() == {"main"}
+
+
+# Finding them
+
+
+def test_published_models_are_found_by_their_tag(hub, tmp_path, verified, capsys):
+    for arch in ("vit_nano_reg4", "vit_nano_reg8"):
+        push(random_bundle(arch).save(tmp_path / arch), f"lab/{arch}", private=arch == "vit_nano_reg8")
+    HfApi(endpoint=hub.endpoint, token="hf_good").create_repo("lab/empty")
+    hub.repos["lab/vit_nano_reg8"].downloads = 12
+    found = list_models()
+    assert [model.repo_id for model in found] == ["lab/vit_nano_reg8", "lab/vit_nano_reg4"]
+    assert (found[0].license, found[0].downloads, found[0].private) == ("mit", 12, True)
+    assert "vit_nano_reg8" in found[0].tags
+    assert found[0].last_modified is not None
+    assert [model.repo_id for model in list_models(arch="vit_nano_reg4")] == ["lab/vit_nano_reg4"]
+    assert [model.repo_id for model in list_models(search="reg8", author="lab", limit=1)] == ["lab/vit_nano_reg8"]
+    assert list_models(author="bob") == ()
+    with pytest.raises(UnknownArchError):
+        list_models(arch="vit_nano_reg5")
+    main(["list", "--hub", "*reg4"])
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["repository", "architecture", "license", "downloads", "likes", "updated"]
+    assert row.split()[:5] == ["lab/vit_nano_reg4", "vit_nano_reg4", "mit", "0", "0"]
+    with pytest.raises(SystemExit, match="none of the 2 published models matches 'other'"):
+        main(["list", "--hub", "other"])
+
+
+# The command
+
+
+def test_command_prints_the_commit_last(hub, saved, verified, capsys, tmp_path):
+    main(["push", str(saved), REPO, "--dry-run"])
+    assert not hub.repos
+    shown = capsys.readouterr().out
+    assert f"{REPO}, branch main (new), license mit" in shown
+    size = f"{(saved / 'model.safetensors').stat().st_size:,} bytes"
+    assert re.search(rf"new +{size}  model\.safetensors", shown)
+    main(["push", str(saved), REPO, "--branch", "best", "--tag", "v1", "--private", "--license", "mit"])
+    repo = hub.repos[REPO]
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.endpoint}/{REPO}/commit/{repo.branches['best']}"
+    assert repo.tags == {"v1": repo.branches["best"]}
+    assert repo.private
+    main(["push", str(saved), REPO, "--create-pr"])
+    *_, request, commit = capsys.readouterr().out.splitlines()
+    assert request == f"pull request {hub.endpoint}/{REPO}/discussions/1"
+    assert commit.endswith(repo.pull_requests["refs/pr/1"])
+    main(["pull", f"{REPO}@v1", str(tmp_path / "pulled")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "pulled")
+    weights = (tmp_path / "pulled" / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).digest() == hashlib.sha256((saved / "model.safetensors").read_bytes()).digest()

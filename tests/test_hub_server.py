@@ -181,9 +181,78 @@ def test_revisions(hub, api, published, tmp_path):
         path = api.hf_hub_download(REPO, "config.json", revision=revision, cache_dir=tmp_path / "cache")
         with open(path) as file:
             assert file.read() == content
-    for refused in ({"revision": "v1"}, {"create_pr": True}):
-        with pytest.raises(RevisionNotFoundError):
-            api.upload_file(repo_id=REPO, path_or_fileobj=b"x", path_in_repo="x.txt", **refused)
+    with pytest.raises(RevisionNotFoundError):
+        api.upload_file(repo_id=REPO, path_or_fileobj=b"x", path_in_repo="x.txt", revision="v1")
+
+
+def test_branches_and_tags_are_made_once(hub, api, published):
+    api.create_branch(REPO, branch="dev/next")
+    api.create_branch(REPO, branch="first", revision=hub.repos[REPO].commits[0].oid)
+    api.create_tag(REPO, tag="v1", revision="dev/next")
+    refs = api.list_repo_refs(REPO)
+    assert {ref.name: ref.target_commit for ref in refs.branches} == {
+        "main": published.oid,
+        "dev/next": published.oid,
+        "first": hub.repos[REPO].commits[0].oid,
+    }
+    assert [(ref.name, ref.ref, ref.target_commit) for ref in refs.tags] == [("v1", "refs/tags/v1", published.oid)]
+    for again in (lambda: api.create_branch(REPO, branch="first"), lambda: api.create_tag(REPO, tag="v1")):
+        with pytest.raises(HfHubHTTPError) as refused:
+            again()
+        assert refused.value.response.status_code == 409
+    api.create_branch(REPO, branch="first", exist_ok=True)
+    api.create_tag(REPO, tag="v1", exist_ok=True)
+    with pytest.raises(RevisionNotFoundError):
+        api.create_tag(REPO, tag="v2", revision="none")
+    with pytest.raises(BadRequestError):
+        api.create_branch(REPO, branch="refs/pr/5")
+
+
+def test_history_of_a_branch_is_listed_in_pages(hub, api, published, monkeypatch):
+    monkeypatch.setattr("hub_server.COMMITS_A_PAGE", 2)
+    api.create_branch(REPO, branch="old")
+    for number in range(3):
+        api.upload_file(repo_id=REPO, path_or_fileobj=b"%d" % number, path_in_repo="x.txt", commit_message=f"{number}")
+    titles = [commit.title for commit in api.list_repo_commits(REPO)]
+    assert titles == ["2", "1", "0", "Upload folder using huggingface_hub", "initial commit"]
+    assert next(commit.commit_id for commit in api.list_repo_commits(REPO, revision="old")) == published.oid
+    assert len(requested(hub, "GET", "/commits/main")) == 3
+
+
+def test_anyone_may_open_a_pull_request(hub, published):
+    bob = HfApi(endpoint=hub.endpoint, token="hf_bob")
+    info = bob.upload_file(repo_id=REPO, path_or_fileobj=b"new", path_in_repo="new.bin", create_pr=True)
+    assert (info.pr_url, info.pr_revision) == (f"{hub.endpoint}/{REPO}/discussions/1", "refs/pr/1")
+    assert hub.repos[REPO].branches == {"main": published.oid}
+    assert hub.repos[REPO].files("refs/pr/1")["new.bin"] == b"new"
+    refs = bob.list_repo_refs(REPO, include_pull_requests=True)
+    assert [(ref.name, ref.target_commit) for ref in refs.pull_requests] == [("refs/pr/1", info.oid)]
+    reader = HfApi(endpoint=hub.endpoint, token="hf_reader")
+    with pytest.raises(HfHubHTTPError) as refused:
+        reader.upload_file(repo_id=REPO, path_or_fileobj=b"x", path_in_repo="x.txt", create_pr=True)
+    assert refused.value.response.status_code == 403
+
+
+def test_models_are_found_by_tag_author_and_name(hub, api, published):
+    card = b"---\nlicense: mit\nlibrary_name: timm\ntags: [registers, tiny]\n---\n# other\n"
+    for repo, private in (("lab/other", False), ("alice/secret", True)):
+        api.create_repo(repo, private=private)
+        api.upload_file(repo_id=repo, path_or_fileobj=card, path_in_repo="README.md")
+    hub.repos["lab/other"].downloads = 7
+
+    def found(who=api, **how):
+        return [model.id for model in who.list_models(**how)]
+
+    assert found() == [REPO, "lab/other", "alice/secret"]
+    assert found(filter=["registers", "tiny"]) == ["lab/other", "alice/secret"]
+    assert found(filter=["registers", "huge"]) == []
+    assert found(filter="license:mit", author="lab") == [REPO, "lab/other"]
+    assert found(search="OTH") == ["lab/other"]
+    assert found(sort="downloads", limit=1) == ["lab/other"]
+    assert found(HfApi(endpoint=hub.endpoint, token="hf_bob"), filter="registers") == ["lab/other"]
+    (model,) = api.list_models(search="other", expand=["tags", "downloads", "lastModified"])
+    assert (model.tags, model.downloads) == (["registers", "tiny", "license:mit", "timm"], 7)
+    assert model.last_modified is not None
 
 
 def test_delete_file(hub, api, published):

@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from hub_server import HubServer
 
 from vitreg_hub.cli import main
 from vitreg_hub.training.recipes import RECIPES
@@ -28,23 +30,34 @@ TESTS = 'pip install -e ".[test]" && pytest'
 pytestmark = pytest.mark.timeout(900)
 
 
-def run(command: list[str] | str, folder: Path) -> str:
-    """Standard output of a program, or of a line for the shell, that must succeed."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    shell = isinstance(command, str)
-    done = subprocess.run(
-        command, shell=shell, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where everything is run."""
+    return tmp_path_factory.mktemp("readme")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Where the README's first command was run; what it printed is in printed.txt."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "printed.txt").write_text(run(SETUP.partition("&& ")[2], folder))
-    return folder
+def run(folder) -> Iterator[Callable[[list[str] | str], str]]:
+    """Standard output of a program, or of a line for the shell, that must succeed; with a Hub."""
+    with HubServer({"hf_reader_of_this": "your-name"}) as hub:
+        path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = os.environ | path | hub.env("hf_reader_of_this")
+
+        def run(command: list[str] | str) -> str:
+            shell = isinstance(command, str)
+            done = subprocess.run(
+                command, shell=shell, cwd=folder, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def printed(run) -> str:
+    """What the README's first command printed."""
+    return run(SETUP.partition("&& ")[2])
 
 
 def test_every_block_is_accounted_for():
@@ -56,22 +69,21 @@ def test_every_block_is_accounted_for():
     assert "\npytest" in ci
 
 
-def test_quickstart_reaches_97_percent(folder):
-    printed = (folder / "printed.txt").read_text()
+def test_quickstart_reaches_97_percent(printed):
     assert float(re.search(r"held-out accuracy (\S+)", printed)[1]) >= 0.97
     assert printed.count("largest difference 0\n") == 4
 
 
-def test_what_the_quickstart_says_to_type_next_works(folder):
-    timm_line, auto_line, push_line = (folder / "printed.txt").read_text().partition("next:\n")[2].splitlines()
-    assert run(timm_line, folder).startswith("VisionTransformer(")
-    assert run(auto_line, folder).startswith("VitRegModel(")
+def test_what_the_quickstart_says_to_type_next_works(printed, run):
+    timm_line, auto_line, push_line = printed.partition("next:\n")[2].splitlines()
+    assert run(timm_line).startswith("VisionTransformer(")
+    assert run(auto_line).startswith("VitRegModel(")
     assert push_line.split() == ["vitreg", "push", "quickstart/model", "your-name/vit_nano_reg4.digits"]
 
 
 @pytest.mark.parametrize("line", SHELL[2:])
-def test_shell_line(line, folder):
-    assert run(line, folder)
+def test_shell_line(line, run, printed):
+    assert run(line)
 
 
 @pytest.mark.parametrize("line", LARGE)
@@ -94,7 +106,7 @@ def test_every_recipe_is_in_the_table(recipe):
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python_block(code, folder):
-    printed = run([sys.executable, "-c", code], folder)
+def test_python_block(code, run, printed):
+    shown = run([sys.executable, "-c", code])
     for shape in re.findall(r"\[[\d, ]+\]", " ".join(re.findall(r"# (.*)", code))):
-        assert f"torch.Size({shape})" in printed
+        assert f"torch.Size({shape})" in shown

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import huggingface_hub as hf
 import timm
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from timm.models import VisionTransformer, adapt_input_conv, get_model_args, loa
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from vitreg_hub import environment
 from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
 from vitreg_hub.bundle_form import (
     Preprocess,
@@ -30,7 +32,8 @@ from vitreg_hub.bundle_form import (
     write_folder,
 )
 from vitreg_hub.errors import BundleError, UnknownArchError
-from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, download, hub_errors
+from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, hub_errors
+from vitreg_hub.hub_download import download
 from vitreg_hub.positions import TIMM_RULE, PositionRule, follow, rule_of
 from vitreg_hub.residual_scale import scale_for, scaled, stream_norms
 
@@ -175,7 +178,11 @@ class ModelBundle:
             num_classes=cfg.num_classes,
             state_dict=state_dict,
             preprocess=Preprocess.from_cfg(dataclasses.asdict(cfg)),
-            provenance=Provenance(origin=f"weights of hf-hub:{cfg.hf_hub_id}", license=cfg.license),
+            provenance=Provenance(
+                origin=f"weights of {HUB_PREFIX}{cfg.hf_hub_id}{_cached_commit(cfg.hf_hub_id)}",
+                license=cfg.license,
+                versions=environment.versions(),
+            ),
         )
 
     def config(self) -> dict[str, Any]:
@@ -293,3 +300,9 @@ class ModelBundle:
         if self.weights_file is not None and self.weights_file.exists():
             return load_file(self.weights_file)
         return {name: tensor.clone() for name, tensor in self.state_dict.items()}
+
+
+def _cached_commit(repo_id: str) -> str:
+    """What names the commit of weights that were just loaded, ``@`` and its hash; empty if the cache does not tell."""
+    found = hf.try_to_load_from_cache(repo_id, WEIGHTS_FILE)
+    return f"@{Path(found).parent.name}" if isinstance(found, str) else ""

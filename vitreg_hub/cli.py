@@ -3,16 +3,20 @@
 import fnmatch
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
+from json import dumps as to_json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub as hf
 import timm
 import torch
 from accelerate import PartialState
 from jsonargparse import ArgumentParser
 
-from vitreg_hub import conversion, doors, hub
+from vitreg_hub import conversion, doors
+from vitreg_hub import hub as publishing
 from vitreg_hub.analysis.checkpoints import analyze_all
 from vitreg_hub.analysis.report_files import REPORT_PAGE, draw_attention, write_report
 from vitreg_hub.analysis.wording import names, verdict
@@ -23,6 +27,7 @@ from vitreg_hub.conversion.formats import FORMATS
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import VitregError
 from vitreg_hub.hub_access import CONFIG_FILE, TOWER_SUFFIX
+from vitreg_hub.info import describe
 from vitreg_hub.model_cards.artifacts import record
 from vitreg_hub.training import command as train_command
 from vitreg_hub.training import quickstart as quickstart_run
@@ -32,23 +37,28 @@ TRAIN = "train"
 EXAMPLES = """examples:
   vitreg quickstart                          train a register ViT on real digits, bundle, verify, draw (about 2 minutes)
   vitreg list 'vit_*_reg4*'                  architectures with four registers
+  vitreg info hf-hub:org/name                what a model is and where it came from; also a folder, or a name of `list`
   vitreg train supervised_digits --registers 0 --out plain   any recipe; run it again and it goes on where it stopped
   vitreg train dinov2_vitl14 --help          its settings; `vitreg train --help` lists the recipes
   vitreg train deit3_base --config mine.yaml --optim.lr 2e-3 --out runs/base --push org/name
   vitreg verify quickstart/model             open a bundle through timm and transformers, with and without vitreg_hub
-  vitreg convert dinov2_vitl14_pretrain.pth vitl   a checkpoint of DINOv2, DINO, DeiT, OpenCLIP, transformers, timm
+  vitreg convert dinov2_vitl14_pretrain.pth vitl --license apache-2.0   or of DINO, DeiT, OpenCLIP, transformers, timm
   vitreg convert hf-hub:org/name folder --registers 4 --verify
   vitreg export folder dinov2.pth --format dinov2    and back
   vitreg analyze quickstart/model --images digits    are there high-norm artifacts? report.html, figures, numbers
   vitreg analyze vit_small_reg0 vit_small_reg4 runs/vitl --out report   side by side, and over a run's checkpoints
   vitreg attention quickstart/model cat.png  what the class token and each register attend to
-  vitreg push quickstart/model org/name      publish it in one commit
+  vitreg push quickstart/model org/name      publish it in one commit; --dry-run lists what would be sent
+  vitreg list --hub 'org/*'                  published models
   vitreg pull org/name folder                fetch a published bundle
 """
 
 
-def list_archs(pattern: str) -> None:
-    """Print the table of architectures."""
+def list_archs(pattern: str, hub: bool) -> None:
+    """Print the table of architectures, or the published models."""
+    if hub:
+        _list_published(pattern)
+        return
     chosen = [spec for name, spec in ARCHS.items() if fnmatch.fnmatch(name, pattern)]
     if not chosen:
         raise VitregError(f"no architecture matches {pattern!r}; `vitreg list` prints all {len(ARCHS)}.")
@@ -58,9 +68,33 @@ def list_archs(pattern: str) -> None:
         shape = f"{spec.embed_dim}/{spec.depth}/{spec.num_heads}"
         params = f"{spec.num_params / 1e6:.1f}M"
         rows.append((spec.name, params, shape, str(spec.patch_size), str(spec.img_size), ", ".join(tags)))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    _print_table(rows)
+
+
+def _list_published(pattern: str) -> None:
+    models = publishing.list_models()
+    chosen = [m for m in models if any(fnmatch.fnmatch(n, pattern) for n in (m.repo_id, m.repo_id.split("/")[-1]))]
+    if not chosen:
+        raise VitregError(f"none of the {len(models)} published models matches {pattern!r}.")
+    rows = [("repository", "architecture", "license", "downloads", "likes", "updated")]
+    for model in chosen:
+        arch = next((tag for tag in model.tags if tag in ARCHS), "?")
+        updated = f"{model.last_modified:%Y-%m-%d}" if model.last_modified else "?"
+        row = (model.repo_id, arch, model.license or "unknown", str(model.downloads), str(model.likes), updated)
+        rows.append(row if not model.private else (*row[:-1], f"{updated} (private)"))
+    _print_table(rows)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
+
+
+def info(model: str, json: bool) -> None:
+    """Tell what a model is and where it came from, without its weights."""
+    described = describe(model)
+    print(to_json(asdict(described), indent=2) if json else described)
 
 
 def quickstart(out: str, push: str | None) -> None:
@@ -93,6 +127,7 @@ def convert(
     registers: int | None,
     num_heads: int | None,
     act: str | None,
+    license: str | None,
     text_tower: bool,
     verify: bool,
 ) -> None:
@@ -106,6 +141,7 @@ def convert(
         num_registers=registers,
         num_heads=num_heads,
         act=act,
+        license=license,
         text_tower=text_tower,
         verify=verify,
     )
@@ -157,14 +193,41 @@ def attention(model: str, images: list[str], out: str, heads: bool, dtype: str, 
     print(draw_attention(model, images, out, heads=heads, **options))
 
 
-def push(folder: str, repo: str, private: bool) -> None:
+def push(folder: str, repo: str, dry_run: bool, **options: Any) -> None:
     """Verify a bundle and publish it in one commit."""
-    print(hub.push(folder, repo, private=private))
+    _show_progress()
+    if dry_run:
+        _print_plan(publishing.plan(folder, repo, **options))
+        return
+    pushed = publishing.push(folder, repo, **options)
+    for done in filter(None, (pushed.text_tower, pushed)):  # the bundle's address is the last line
+        print(f"{done.repo_id}: {', '.join(done.sent) or 'nothing had changed'}")
+        if done.pull_request:
+            print(f"pull request {done.pull_request}")
+        print(done.url)
+
+
+def _print_plan(plan: publishing.PushPlan) -> None:
+    made = " (new)" if plan.makes_repository else " (new branch)" if plan.makes_branch else ""
+    print(f"{plan.repo_id}, branch {plan.branch}{made}, license {plan.license or 'unknown'}")
+    for file in plan.files:
+        print(f"  {file.state.ljust(9)}  {file.size:>13,} bytes  {file.name}")
+    if plan.left_out:
+        print(f"  left out: {', '.join(plan.left_out)}")
+    if plan.text_tower:
+        _print_plan(plan.text_tower)
 
 
 def pull(repo: str, folder: str) -> None:
     """Fetch a published bundle into a new folder."""
-    print(hub.pull(repo, folder))
+    _show_progress()
+    print(publishing.pull(repo, folder))
+
+
+def _show_progress() -> None:
+    """Show the Hub's bars, which go with transformers' when those are turned off, where someone can see them."""
+    if sys.stderr.isatty() and hf.constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        hf.utils.enable_progress_bars()
 
 
 def _print_doors(differences: dict[str, float]) -> None:
@@ -183,6 +246,10 @@ CONVERT = [
     ("--registers", {"type": int, "metavar": "N", "help": "add untrained registers to a checkpoint that has none"}),
     ("--num-heads", {"type": int, "metavar": "N", "help": "attention heads, where nothing else tells"}),
     ("--act", {"help": "gelu or quick_gelu, where nothing else tells"}),
+    (
+        "--license",
+        {"metavar": "ID", "help": "where the source tells none, or one that does not allow every use; or unknown"},
+    ),
     ("--text-tower", {"action": "store_true", "help": "keep OpenCLIP's whole model beside the bundle"}),
     ("--verify", {"action": "store_true", "help": "measure the difference to a reference implementation"}),
 ]
@@ -228,7 +295,20 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]
             ("--push", {"metavar": "ORG/NAME", "help": "publish to the Hub that HF_ENDPOINT names, and load back"}),
         ],
     ),
-    "list": (list_archs, [("pattern", {"nargs": "?", "default": "*", "help": "shell-style pattern of names"})]),
+    "list": (
+        list_archs,
+        [
+            ("pattern", {"nargs": "?", "default": "*", "help": "shell-style pattern of names"}),
+            ("--hub", {"action": "store_true", "help": "published models instead of architectures"}),
+        ],
+    ),
+    "info": (
+        info,
+        [
+            ("model", {"help": "an architecture with or without the tag of its weights, folder, or hf-hub:org/name"}),
+            ("--json", {"action": "store_true", "help": "print the same as JSON"}),
+        ],
+    ),
     "verify": (verify, [FOLDER]),
     "convert": (convert, CONVERT),
     "export": (
@@ -259,6 +339,14 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[tuple[str, dict[str, Any]]]]
             FOLDER,
             ("repo", {"help": "org/name; made if it does not exist"}),
             ("--private", {"action": "store_true", "help": "a new repository can be seen by its owner alone"}),
+            ("--branch", {"default": "main", "help": "where the commit goes; a new one starts from main"}),
+            ("--create-pr", {"action": "store_true", "help": "open a pull request instead"}),
+            ("--tag", {"help": "name for the commit, such as v1"}),
+            (
+                "--license",
+                {"help": "of the weights, where the bundle does not tell, or a non-commercial one to agree to"},
+            ),
+            ("--dry-run", {"action": "store_true", "help": "check everything, list what would be sent, send nothing"}),
         ],
     ),
     "pull": (pull, [("repo", {"help": "org/name or org/name@revision"}), ("folder", {"help": "must not exist"})]),

@@ -1,16 +1,122 @@
 """Bundles to the Hub and back. The token is huggingface_hub's: `hf auth login` or HF_TOKEN."""
 
+import dataclasses
+import re
 import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub as hf
 
+from vitreg_hub import licenses
+from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import require_absent, write_folder
 from vitreg_hub.doors import verify
 from vitreg_hub.errors import HubError
-from vitreg_hub.hub_access import BUNDLE_FILES, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, download, hub_errors
-from vitreg_hub.model_cards.card import render
+from vitreg_hub.hub_access import BUNDLE_FILES, CARD_FILE, EXTRA_FILES, hub_errors, patiently
+from vitreg_hub.hub_commit import Files, Refs, Tree, commit_files, open_pull_request, read_refs, read_tree, set_tag
+from vitreg_hub.hub_download import download, require_space
+from vitreg_hub.hub_shipment import Shipment, bundle_shipment, refuse_pickles, tower_shipment
+from vitreg_hub.hub_tower import find_tower
+from vitreg_hub.model_cards.card import decoded, encoded, with_doors
+
+REF_NAME = re.compile(r"(?!refs/|[-/.])(?!.*(\.\.|//|@\{|/\.))[^\s~^:?*\[\\]+(?<![./])(?<!\.lock)")
+"""Names of branches and tags. Source: git check-ref-format."""
+TAG = "vitreg"
+"""Of every card that this package writes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pushed:
+    """What a push left on the Hub.
+
+    Attributes:
+        repo_id: ``org/name``.
+        commit: Id of the commit that holds the bundle: a new one, or the old one if nothing had changed.
+        url: Its address.
+        pull_request: Address of the pull request, if one was asked for.
+        sent: Names of the files that were new or had changed.
+        text_tower: The same of both towers' repository, if the bundle has one.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    pull_request: str | None = None
+    sent: tuple[str, ...] = ()
+    text_tower: "Pushed | None" = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedFile:
+    """One file of a push that was not made: its size in bytes, and whether it is new, changed or unchanged."""
+
+    name: str
+    size: int
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushPlan:
+    """What a push would do.
+
+    Attributes:
+        repo_id: ``org/name``.
+        branch: Where the commit would go.
+        makes_repository: Whether the repository would be made.
+        makes_branch: Whether the branch would be made.
+        license: Under which it would be published; None if nobody knows.
+        files: All files of the bundle.
+        left_out: Names in the folder that are not published.
+        text_tower: The same for both towers' repository.
+    """
+
+    repo_id: str
+    branch: str
+    makes_repository: bool
+    makes_branch: bool
+    license: str | None
+    files: tuple[PlannedFile, ...]
+    left_out: tuple[str, ...]
+    text_tower: "PushPlan | None" = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedModel:
+    """A model on the Hub, as its listing tells it."""
+
+    repo_id: str
+    license: str | None
+    tags: tuple[str, ...]
+    downloads: int
+    likes: int
+    last_modified: datetime | None
+    private: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Target:
+    """Where a push goes, as it was asked for."""
+
+    branch: str
+    private: bool = False
+    create_pr: bool = False
+    tag: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """What is in a target's place: nothing, or a branch, or the one that a new branch will start from."""
+
+    refs: Refs | None = None
+    tree: Tree | None = None
+
+    def changes(self, files: Files) -> dict[str, Path | bytes]:
+        """The files that have to be sent."""
+        return dict(files) if self.tree is None else self.tree.changed(files)
 
 
 def require_token(repo_id: str) -> None:
@@ -19,68 +125,259 @@ def require_token(repo_id: str) -> None:
     Raises:
         HubError: No token, or no repository id.
     """
-    with hub_errors(repo_id):
-        hf.utils.validate_repo_id(repo_id)
+    _require_repo_id(repo_id)
     if hf.get_token() is None:
         raise HubError("no access token: run `hf auth login` or set HF_TOKEN, then try again.")
 
 
-def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
-    """Verify a bundle and publish it in one commit; the repository is made if it does not exist.
+def _require_repo_id(repo_id: str) -> None:
+    with hub_errors(repo_id):
+        hf.utils.validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise HubError(f"{repo_id!r} is no repository id: give it as organisation/name.")
 
-    A card is written where neither the folder nor the repository has one; one in the repository is never touched.
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    branch: str = "main",
+    create_pr: bool = False,
+    tag: str | None = None,
+    license: str | None = None,
+) -> Pushed:
+    """Verify a bundle and publish it in one commit; what is missing of repository and branch is made.
+
+    Only files that are new or changed are sent; if there are none, no commit is made. The commit fails if someone else
+    pushes at the same time. Of a card on the Hub only this package's blocks change. Both towers of a CLIP model, in the
+    folder's neighbour with `-open_clip`, follow in a repository of their own.
 
     Args:
         folder: A bundle's folder.
         repo_id: ``org/name``.
         private: Whether a new repository can be seen by its owner alone.
-
-    Returns:
-        Address of the commit.
+        branch: Where the commit goes; a new branch starts from main.
+        create_pr: Open a pull request instead.
+        tag: Name for the commit.
+        license: Of the weights, where the bundle does not tell, or tells a non-commercial one.
 
     Raises:
-        BundleError: The folder fails a door; nothing was sent.
-        HubError: No token, no permission, or no network.
+        BundleError: The folder fails a door or holds pickles; nothing was sent.
+        LicenseError: Nobody tells the license, or it is a non-commercial one and `license` does not say so.
+        HubError: No token, no permission, no network, or someone else pushed. The repository is as it was, or the
+            message says otherwise.
     """
-    folder = Path(folder)
     require_token(repo_id)
-    verify(folder)
-    with hub_errors(repo_id):
-        api = hf.HfApi(library_name="vitreg_hub")
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        files: dict[str, str | bytes] = {name: str(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        if not api.file_exists(repo_id, CARD_FILE):
-            files[CARD_FILE] = _card(folder, repo_id).encode()
-        operations = [hf.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-        return api.create_commit(repo_id, operations, commit_message="Add model with vitreg_hub").commit_url
+    target = _Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
+    _require_target(target)
+    shipment, towers = _shipments(Path(folder), repo_id, branch=branch, license=license)
+    pushed = _publish(shipment, target)
+    if towers is None:
+        return pushed
+    try:
+        return dataclasses.replace(pushed, text_tower=_publish(towers, target))
+    except HubError as error:
+        raise HubError(f"the bundle is pushed ({pushed.url}), but not its text tower: {error}") from error
 
 
-def _card(folder: Path, repo_id: str) -> str:
-    """The folder's own card, or a new one where it has none, or still the one that names no repository."""
-    bundle, own = ModelBundle.load(folder), folder / CARD_FILE
-    if own.exists() and own.read_text() != render(bundle):
-        return own.read_text()
-    return render(bundle, repo=repo_id)
+def plan(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    branch: str = "main",
+    create_pr: bool = False,
+    tag: str | None = None,
+    license: str | None = None,
+) -> PushPlan:
+    """Everything that `push` does before it writes anything: checks, doors, and what it would send.
+
+    Args and raised errors are those of `push`.
+    """
+    _require_repo_id(repo_id)
+    target = _Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
+    _require_target(target)
+    shipment, towers = _shipments(Path(folder), repo_id, branch=branch, license=license)
+    planned = _plan(shipment, target)
+    return planned if towers is None else dataclasses.replace(planned, text_tower=_plan(towers, target))
 
 
 def pull(name: str, folder: str | Path) -> Path:
-    """Fetch a bundle into a new folder, which appears complete or not at all.
+    """Fetch a bundle, with the figures and the recipe that lie beside it, into a new folder.
+
+    The folder appears complete or not at all.
 
     Args:
         name: ``[hf-hub:]org/name[@revision]``.
         folder: Must not exist.
 
     Raises:
-        BundleError: The repository is no bundle, or the folder exists.
-        HubError: No such repository or revision, no permission, or no network.
+        BundleError: The repository is no bundle, or the folder exists or cannot be written.
+        HubError: No such repository or revision, no permission, no network, no room, or damage that stays.
     """
-    require_absent(Path(folder))
+    target = Path(folder)
+    require_absent(target)
     cached = download(name)
     ModelBundle.load(cached)
+    files = [cached / file for file in (*BUNDLE_FILES, *EXTRA_FILES) if (cached / file).exists()]
+    require_space(target, sum(file.stat().st_size for file in files), what=name)
 
     def fill(staging: Path) -> None:
-        for file in BUNDLE_FILES:
-            if (cached / file).exists():
-                shutil.copyfile(cached / file, staging / file)
+        for file in files:
+            shutil.copyfile(file, staging / file.name)
 
-    return write_folder(Path(folder), fill)
+    return write_folder(target, fill)
+
+
+def list_models(
+    *, author: str | None = None, search: str | None = None, arch: str | None = None, limit: int | None = None
+) -> tuple[PublishedModel, ...]:
+    """Find published models, most downloaded first.
+
+    Args:
+        author: User or organisation.
+        search: Part of the repository's name.
+        arch: Name of an architecture.
+        limit: How many at most.
+
+    Raises:
+        HubError: No network.
+        UnknownArchError: No such architecture.
+    """
+    tags = [TAG] if arch is None else [TAG, get_arch(arch).name]
+    told = ["tags", "downloads", "likes", "lastModified", "private"]
+    ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, filter=tags, author=author, search=search)
+    with hub_errors("the list of models"):
+        found = patiently(lambda: list(ask(sort="downloads", limit=limit, expand=told)))
+    return tuple(
+        PublishedModel(
+            repo_id=model.id,
+            license=next((t.removeprefix("license:") for t in model.tags or () if t.startswith("license:")), None),
+            tags=tuple(model.tags or ()),
+            downloads=model.downloads or 0,
+            likes=model.likes or 0,
+            last_modified=model.last_modified,
+            private=bool(model.private),
+        )
+        for model in found
+    )
+
+
+def _require_target(target: _Target) -> None:
+    for kind, name in (("branch", target.branch), ("tag", target.tag)):
+        if name is not None and not REF_NAME.fullmatch(name):
+            raise HubError(f"{name!r} is no name of a {kind}: take letters, digits, '-', '_', '.' and '/'.")
+    if target.create_pr and target.tag:
+        raise HubError("a pull request is no commit of a branch yet: leave --tag out, or --create-pr.")
+
+
+def _shipments(folder: Path, repo_id: str, *, branch: str, license: str | None) -> tuple[Shipment, Shipment | None]:
+    """What the repositories of a bundle, and of its text tower, are to hold. Asks nothing of the Hub."""
+    towers = find_tower(folder)
+    for checked in filter(None, (folder, towers)):
+        refuse_pickles(checked)
+    differences = verify(folder)
+    bundle = ModelBundle.load(folder)
+    settled = licenses.settle(bundle.provenance.license, license, called=str(folder))
+    shipment = bundle_shipment(folder, with_doors(bundle, differences), repo_id, license=settled)
+    return shipment, towers and tower_shipment(towers, repo_id, branch=branch, license=settled)
+
+
+def _look(api: hf.HfApi, repo_id: str, target: _Target) -> _Found:
+    """Read what is there, and refuse what cannot become what was asked for."""
+    refs = read_refs(api, repo_id)
+    if refs is None:
+        if target.create_pr:
+            raise HubError(f"there is no repository {repo_id} that takes a pull request: leave --create-pr out.")
+        return _Found()
+    if target.branch in refs.tags:
+        raise HubError(f"{target.branch} is a tag of {repo_id}, which takes no commits: choose another branch.")
+    if target.create_pr and target.branch not in refs.branches:
+        raise HubError(f"{repo_id} has no branch {target.branch} for a pull request: choose one that is there.")
+    tree = read_tree(api, repo_id, refs.branches.get(target.branch, refs.branches["main"]))
+    if target.private and not tree.private:
+        raise HubError(f"{repo_id} is public already: make it private on the Hub first, or leave --private out.")
+    return _Found(refs=refs, tree=tree)
+
+
+def _with_card(shipment: Shipment, found: _Found) -> dict[str, Path | bytes]:
+    """All files of a shipment; the card is the one on the Hub, brought up to date."""
+    existing = None
+    if found.tree is not None and CARD_FILE in found.tree.checksums:
+        fetch = partial(hf.hf_hub_download, shipment.repo_id, CARD_FILE, revision=found.tree.commit)
+        file = Path(patiently(fetch))
+        if found.tree.changed({CARD_FILE: file}):  # damaged in the cache
+            file = Path(patiently(partial(fetch, force_download=True)))
+        existing = decoded(file.read_bytes())
+    return {**shipment.files, CARD_FILE: encoded(shipment.card(existing))}
+
+
+def _refuse_tag(shipment: Shipment, target: _Target, found: _Found, *, moves: bool) -> None:
+    taken = found.refs.tags.get(target.tag) if found.refs is not None and target.tag else None
+    if taken is not None and (moves or taken != found.tree.commit):
+        raise HubError(f"{shipment.repo_id} has a tag {target.tag} already: choose another one.")
+
+
+def _plan(shipment: Shipment, target: _Target) -> PushPlan:
+    api = hf.HfApi(library_name="vitreg_hub")
+    with hub_errors(shipment.repo_id):
+        found = _look(api, shipment.repo_id, target)
+        files = _with_card(shipment, found)
+    changed = found.changes(files)
+    _refuse_tag(shipment, target, found, moves=bool(changed))
+    there = found.tree.checksums if found.tree is not None else {}
+    return PushPlan(
+        repo_id=shipment.repo_id,
+        branch=target.branch,
+        makes_repository=found.refs is None,
+        makes_branch=target.branch not in (found.refs.branches if found.refs is not None else ("main",)),
+        license=shipment.license,
+        files=tuple(
+            PlannedFile(
+                name=name,
+                size=len(content) if isinstance(content, bytes) else content.stat().st_size,
+                state="unchanged" if name not in changed else "changed" if name in there else "new",
+            )
+            for name, content in sorted(files.items())
+        ),
+        left_out=shipment.left_out,
+    )
+
+
+def _publish(shipment: Shipment, target: _Target) -> Pushed:
+    """Bring a repository to what it is to hold."""
+    api, repo_id = hf.HfApi(library_name="vitreg_hub"), shipment.repo_id
+    with hub_errors(repo_id):
+        found = _look(api, repo_id, target)
+        if found.refs is None:
+            patiently(partial(api.create_repo, repo_id, private=target.private, exist_ok=True))
+            found = _look(api, repo_id, target)
+            if found.refs is None:
+                raise HubError(f"{repo_id} was made but cannot be read: use a token that may read it, too.")
+        files = found.changes(_with_card(shipment, found))
+        _refuse_tag(shipment, target, found, moves=bool(files))
+        if target.branch not in found.refs.branches:
+            start = found.tree.commit
+            patiently(partial(api.create_branch, repo_id, branch=target.branch, revision=start, exist_ok=True))
+        commit, request = found.tree.commit, None
+        where = dict(branch=target.branch, parent=found.tree, message=shipment.title)
+        if files and target.create_pr:
+            info = open_pull_request(api, repo_id, files, **where)
+            commit, request = info.oid, info.pr_url
+        elif files:
+            commit = commit_files(api, repo_id, files, **where)
+        url = f"{api.endpoint}/{repo_id}/commit/{commit}"
+        if target.tag:
+            _tag(api, repo_id, target.tag, commit, url)
+    return Pushed(repo_id=repo_id, commit=commit, url=url, pull_request=request, sent=tuple(sorted(files)))
+
+
+def _tag(api: hf.HfApi, repo_id: str, tag: str, commit: str, url: str) -> None:
+    try:
+        with hub_errors(repo_id):
+            set_tag(api, repo_id, tag, commit)
+    except HubError as error:
+        raise HubError(
+            f"the commit is there ({url}), but not the tag {tag}: {error} The same push again sets it."
+        ) from error

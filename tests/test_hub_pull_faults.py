@@ -1,0 +1,321 @@
+"""Pulls that go wrong: the folder is whole or not there, the cache is sound, and one sentence says why."""
+
+import errno
+import hashlib
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub as hf
+import pytest
+from hub_faults import ALWAYS, DROP, HTML, Fault, sentence
+from hub_state import Blob, User
+from huggingface_hub import constants
+from models import random_bundle
+
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.errors import BundleError, HubError, VitregError
+from vitreg_hub.hub import list_models, pull, push
+
+REPO = "lab/model"
+SAVED = ("README.md", "config.json", "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    return random_bundle().save(tmp_path_factory.mktemp("old") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory):
+    return random_bundle("vit_nano_reg8").save(tmp_path_factory.mktemp("new") / "bundle")
+
+
+@pytest.fixture(autouse=True)
+def waited(monkeypatch):
+    """Skip the doors, which other tests open, and all waiting; the seconds are kept."""
+    seconds = []
+    monkeypatch.setattr("vitreg_hub.hub.verify", lambda folder: {})
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
+
+
+@pytest.fixture
+def published(hub, old):
+    """The commit of the old bundle."""
+    return push(old, REPO).commit
+
+
+# Who may read what
+
+PULLERS = {
+    "a missing repository": ("lab/none", "hf_good", "no repository lab/none at .*check the name"),
+    "a missing revision": (f"{REPO}@none", "hf_good", "lab/model has no such branch, tag or commit"),
+    "a private one without a token": ("lab/secret", "", "no repository lab/secret .*private.*hf auth login"),
+    "a private one of others": ("lab/secret", "hf_bob", "no repository lab/secret .*private.*hf auth login"),
+    "a wrong token": (REPO, "hf_wrong", "access token for lab/model is missing or invalid"),
+    "a gated one": ("lab/gated", "hf_good", "lab/gated is gated: ask for access at .*/lab/gated"),
+    "no name": ("a/b/c", "hf_good", "'a/b/c' is no repository id"),
+}
+
+
+@pytest.mark.parametrize("what", PULLERS)
+def test_pull_without_permission(hub, published, old, monkeypatch, tmp_path, what):
+    name, token, says = PULLERS[what]
+    push(old, "lab/secret", private=True)
+    push(old, "lab/gated")
+    hub.tokens["hf_bob"] = User("bob")
+    monkeypatch.setenv("HF_TOKEN", token)
+    # The Hub shows a gated repository's listing to everyone, and its files to those who have asked for access.
+    gated = 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}, b""
+    hub.fault = lambda request: gated if "lab/gated/resolve" in request.path else None
+    with pytest.raises(HubError, match=says) as caught:
+        pull(name, tmp_path / "pulled")
+    sentence(caught)
+    require_nothing(tmp_path)
+
+
+# Downloads
+
+
+def blobs() -> dict[str, bytes]:
+    """What the cache holds of the repository's files, by name."""
+    cache = Path(constants.HF_HUB_CACHE)
+    return {path.name: path.read_bytes() for path in cache.glob("models--*/blobs/*")}
+
+
+def require_sound_cache():
+    """Every cached file is whole: it has the checksum by which it is called, and no half of another lies beside it."""
+    for name, content in blobs().items():
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        assert name in (git, hashlib.sha256(content).hexdigest())
+
+
+def require_nothing(tmp_path):
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+    require_sound_cache()
+
+
+def require_pulled(hub, folder):
+    files = hub.repos[REPO].files()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: files[name] for name in SAVED}
+    require_sound_cache()
+
+
+def cut(times):
+    """Bodies of weights that end too early; the client asks for the rest in a range."""
+    left = times
+
+    def fault(hub):
+        def hook(request):
+            nonlocal left
+            if request.command == "GET" and request.path.endswith("/model.safetensors") and left:
+                left -= 1
+                status, headers, body = hub.respond(request)
+                return status, {**headers, "Content-Length": str(len(body))}, [body[: len(body) // 2]]
+            return None
+
+        return hook
+
+    return fault
+
+
+def slow(times):
+    """Weights that do not come in time."""
+    left = times
+
+    def fault(hub):
+        def hook(request):
+            nonlocal left
+            if request.command == "GET" and request.path.endswith("/model.safetensors") and left:
+                left -= 1
+                threading.Event().wait(0.3)
+            return None
+
+        return hook
+
+    return fault
+
+
+def spoiled(hub):
+    """Weights of the right size that are not those of the listing."""
+
+    def hook(request):
+        if request.command == "GET" and request.path.endswith("/model.safetensors"):
+            status, headers, body = hub.respond(request)
+            return status, headers, body[:-1] + bytes([body[-1] ^ 1])
+        return None
+
+    return hook
+
+
+WEIGHTS = dict(method="GET", path="/model.safetensors")
+DOWNLOADED = {
+    "the weights are cut": cut(1),
+    "the weights are cut again and again": cut(4),
+    "the weights do not come in time": slow(1),
+    "the weights are dropped": Fault(**WEIGHTS, act=DROP, times=3).on,
+    "the weights fail after the listing": Fault(**WEIGHTS, act=503, times=2).on,
+    "the weights' size fails after the listing": Fault(method="HEAD", path="/model.safetensors", act=500, times=2).on,
+    "the config fails for a moment": Fault(method="GET", path="/config.json", act=500, times=2).on,
+    "the head fails for a moment": Fault(method="GET", path="/revision/main", act=503, times=2).on,
+    "the listing fails for a moment": Fault(method="GET", path="/tree/", act=502, times=2).on,
+    "too many downloads for a moment": Fault(**WEIGHTS, act=429, times=2).on,
+    "the head is another's for a moment": Fault(method="GET", path="/revision/main", act=200, body=HTML, times=1).on,
+}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
+
+
+@pytest.mark.parametrize("what", DOWNLOADED)
+def test_pull_gets_over(hub, published, tmp_path, impatient, what):
+    hub.fault = DOWNLOADED[what](hub)
+    require_pulled(hub, pull(REPO, tmp_path / "pulled"))
+
+
+NOT_DOWNLOADED = {
+    "the weights are always cut": (cut(ALWAYS), "cannot be reached"),
+    "the weights never come": (slow(ALWAYS), "cannot be reached .*Timeout"),
+    "the weights always fail": (Fault(**WEIGHTS, act=503).on, "status 503 .*try again later"),
+    "the head always fails": (Fault(method="GET", path="/revision/main", act=500).on, "status 500 .*try again"),
+    "the listing always fails": (Fault(method="GET", path="/tree/", act=503).on, "status 503 .*try again later"),
+    "the head is another's": (Fault(method="GET", path="/revision/main", act=200, body=HTML).on, "not what a Hub does"),
+    "files are another's": (Fault(method="HEAD", path="/resolve/", act=200, body=HTML).on, "not what a Hub does"),
+    "the weights are not the listing's": (spoiled, "has not the checksum that the Hub told, fetched twice"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_DOWNLOADED)
+def test_pull_gives_up_and_leaves_nothing(hub, published, tmp_path, impatient, what):
+    fault, says = NOT_DOWNLOADED[what]
+    hub.fault = fault(hub)
+    with pytest.raises(HubError, match=says) as caught:
+        pull(REPO, tmp_path / "pulled")
+    sentence(caught)
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+    if fault is not spoiled:
+        require_sound_cache()
+    hub.fault = lambda request: None
+    require_pulled(hub, pull(REPO, tmp_path / "pulled"))
+
+
+def damage(commit, name):
+    snapshot = Path(constants.HF_HUB_CACHE, "models--lab--model", "snapshots", commit)
+    blob = (snapshot / name).resolve()
+    content = blob.read_bytes()
+    blob.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_damage_in_the_cache_is_mended_or_told(hub, published, tmp_path, monkeypatch, name):
+    pull(REPO, tmp_path / "first")
+    damage(published, name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=rf"{name} of lab/model is damaged in the cache, and .* check the n") as caught:
+        ModelBundle.load(f"hf-hub:{REPO}")
+    sentence(caught)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    require_pulled(hub, pull(REPO, tmp_path / "second"))
+
+
+def test_damaged_card_in_the_cache_does_not_get_to_the_hub(hub, published, new, tmp_path):
+    pull(REPO, tmp_path / "pulled")
+    damage(published, "README.md")
+    before = hub.repos[REPO].files()["README.md"].decode()
+    push(new, REPO)
+    after = hub.repos[REPO].files()["README.md"].decode()
+    assert "\0" not in after
+    assert after.partition("<!--")[0].count("\n") == before.partition("<!--")[0].count("\n")
+
+
+def test_part_of_a_snapshot_without_its_listing(hub, published, tmp_path, monkeypatch):
+    # As timm or AutoConfig leave it. `snapshot_download` takes it for all there is when the Hub fails.
+    hf.hf_hub_download(REPO, "config.json")
+    hub.fault = lambda request: (503, {}, b"")
+    with pytest.raises(HubError, match="status 503") as caught:
+        pull(REPO, tmp_path / "pulled")
+    sentence(caught)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="lab/model is not in the cache: check the network or HF_HUB_OFFLINE") as caught:
+        ModelBundle.load(f"hf-hub:{REPO}")
+    sentence(caught)
+    require_nothing(tmp_path)
+
+
+def test_part_of_a_snapshot_with_its_listing(hub, published, tmp_path, monkeypatch):
+    hf.snapshot_download(REPO, allow_patterns=["config.json"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"lab/model .*in the cache: check the network or HF_HUB_OFFLINE") as caught:
+        ModelBundle.load(f"hf-hub:{REPO}")
+    sentence(caught)
+
+
+def test_offline_without_a_cache(hub, published, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in (f"hf-hub:{REPO}", f"hf-hub:{REPO}@{published}"):
+        with pytest.raises(HubError, match="lab/model is not in the cache: check the network or HF_HUB_OFF") as caught:
+            ModelBundle.load(name)
+        sentence(caught)
+
+
+def test_offline_nothing_is_pushed_or_listed(hub, published, new, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for act in (lambda: push(new, REPO), list_models):
+        with pytest.raises(HubError, match=r"cannot be reached .*HF_HUB_OFFLINE") as caught:
+            act()
+        sentence(caught)
+
+
+# Full disks
+
+
+def no_room(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_cache_on_a_full_disk(hub, published, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.file_download.http_get", no_room)
+        with pytest.raises(HubError, match=r"cannot be written \(No space left on device\): make room") as caught:
+            pull(REPO, tmp_path / "pulled")
+    sentence(caught)
+    require_nothing(tmp_path)
+    require_pulled(hub, pull(REPO, tmp_path / "pulled"))
+
+
+def test_target_on_a_full_disk(hub, published, tmp_path, monkeypatch):
+    def half(source, target):
+        Path(target).write_bytes(b"half")
+        no_room()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", half)
+        with pytest.raises(BundleError, match=r"cannot write .*pulled: No space left on device"):
+            pull(REPO, tmp_path / "new" / "pulled")
+    require_nothing(tmp_path)
+    require_pulled(hub, pull(REPO, tmp_path / "pulled"))
+
+
+def test_too_little_room_is_seen_before_the_weights_are_fetched(hub, published, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(VitregError, match=r"lab/model takes 3\.\d MB, but at .*only 0\.1 MB are free: make") as caught:
+        pull(REPO, tmp_path / "pulled")
+    sentence(caught)
+    assert not [path for _, path, _ in hub.requests if path.endswith("/model.safetensors")]
+    require_nothing(tmp_path)
+
+
+def test_broken_config_on_the_hub(hub, published, tmp_path):
+    files = hub.repos[REPO].resolve("main").files
+    for content in (b"{", json.dumps([1]).encode()):
+        hub.repos[REPO].commit("main", "broken", {**files, "config.json": Blob(content)})
+        with pytest.raises(
+            BundleError, match="hf-hub:lab/model is no bundle but a repository with the checkp"
+        ) as caught:
+            pull(REPO, tmp_path / "pulled")
+        sentence(caught)
