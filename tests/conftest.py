@@ -18,10 +18,12 @@ import torch
 from checkpoints import convert, files_below
 from hub_server import HubServer, User
 from huggingface_hub import constants
+from models import random_bundle
 from safetensors.torch import save_file
 
 import vitreg_hub  # noqa: F401  (registers the models)
 from vitreg_hub.errors import ConversionError, VitregError
+from vitreg_hub.hub import push
 
 HUB_TOKENS = {"hf_good": User("alice", orgs=("lab",)), "hf_reader": User("alice", ("lab",), read_only=True)}
 
@@ -93,3 +95,37 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Pushes skip the doors, which take seconds and which other tests open; the folders that they were asked for."""
+    asked: list[Path] = []
+    monkeypatch.setattr("vitreg_hub.hub.verify", lambda folder: asked.append(folder) or {})
+    return asked
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Nothing waits between one try and the next; the seconds that it would have."""
+    seconds: list[float] = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
+
+
+@pytest.fixture(scope="session")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle's folder."""
+    return random_bundle().save(tmp_path_factory.mktemp("old") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bundle of another network."""
+    return random_bundle("vit_nano_reg8").save(tmp_path_factory.mktemp("new") / "bundle")
+
+
+@pytest.fixture
+def published(hub: HubServer, old: Path, verified: list[Path]) -> str:
+    """The commit that holds the old bundle, in lab/model."""
+    return push(old, "lab/model").commit

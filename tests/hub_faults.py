@@ -45,3 +45,8 @@ def sentence(caught) -> str:
     assert "\n" not in text
     assert text.endswith(".")
     return text
+
+
+def writes(hub):
+    """Requests that change something, or try to."""
+    return [entry for entry in hub.requests if entry[0] in ("POST", "PUT")]

@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from hub_faults import sentence
+from hub_faults import sentence, writes
 from hub_server import Drop
 from huggingface_hub import HfApi, constants
 from models import random_bundle
@@ -19,29 +19,12 @@ from vitreg_hub.model_cards.card import render
 
 REPO = "lab/vit_nano_reg4"
 
+pytestmark = pytest.mark.usefixtures("waited")
+
 
 @pytest.fixture
 def saved(folder):
     return random_bundle().save(folder)
-
-
-@pytest.fixture
-def verified(monkeypatch):
-    """Skip the doors, which take seconds: other tests open them."""
-    asked = []
-    monkeypatch.setattr("vitreg_hub.hub.verify", lambda folder: asked.append(folder) or {})
-    return asked
-
-
-@pytest.fixture(autouse=True)
-def _hurried(monkeypatch):
-    """Wait for nothing between one try and the next."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-
-
-def writes(hub):
-    """Requests that change something, or try to."""
-    return [entry for entry in hub.requests if entry[0] in ("POST", "PUT")]
 
 
 def test_push_is_one_commit_with_a_card(hub, saved, verified):

@@ -4,37 +4,13 @@ import pytest
 from hub_faults import DROP, HTML, LOSE, LOSE_IN_GATEWAY, LOSE_IN_PORTAL, Fault, sentence
 from hub_server import Drop
 from hub_state import Blob, User
-from models import random_bundle
 
 from vitreg_hub.errors import HubError
 from vitreg_hub.hub import push
 
 REPO = "lab/model"
 
-
-@pytest.fixture(scope="module")
-def old(tmp_path_factory):
-    return random_bundle().save(tmp_path_factory.mktemp("old") / "bundle")
-
-
-@pytest.fixture(scope="module")
-def new(tmp_path_factory):
-    return random_bundle("vit_nano_reg8").save(tmp_path_factory.mktemp("new") / "bundle")
-
-
-@pytest.fixture(autouse=True)
-def waited(monkeypatch):
-    """Skip the doors, which other tests open, and all waiting; the seconds are kept."""
-    seconds = []
-    monkeypatch.setattr("vitreg_hub.hub.verify", lambda folder: {})
-    monkeypatch.setattr("time.sleep", seconds.append)
-    return seconds
-
-
-@pytest.fixture
-def published(hub, old):
-    """The commit of the old bundle."""
-    return push(old, REPO).commit
+pytestmark = pytest.mark.usefixtures("waited", "verified")
 
 
 def require_new(repo, folder, branch="main"):

@@ -12,7 +12,6 @@ import pytest
 from hub_faults import ALWAYS, DROP, HTML, Fault, sentence
 from hub_state import Blob, User
 from huggingface_hub import constants
-from models import random_bundle
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.errors import BundleError, HubError, VitregError
@@ -21,30 +20,7 @@ from vitreg_hub.hub import list_models, pull, push
 REPO = "lab/model"
 SAVED = ("README.md", "config.json", "model.safetensors")
 
-
-@pytest.fixture(scope="module")
-def old(tmp_path_factory):
-    return random_bundle().save(tmp_path_factory.mktemp("old") / "bundle")
-
-
-@pytest.fixture(scope="module")
-def new(tmp_path_factory):
-    return random_bundle("vit_nano_reg8").save(tmp_path_factory.mktemp("new") / "bundle")
-
-
-@pytest.fixture(autouse=True)
-def waited(monkeypatch):
-    """Skip the doors, which other tests open, and all waiting; the seconds are kept."""
-    seconds = []
-    monkeypatch.setattr("vitreg_hub.hub.verify", lambda folder: {})
-    monkeypatch.setattr("time.sleep", seconds.append)
-    return seconds
-
-
-@pytest.fixture
-def published(hub, old):
-    """The commit of the old bundle."""
-    return push(old, REPO).commit
+pytestmark = pytest.mark.usefixtures("waited", "verified")
 
 
 # Who may read what
