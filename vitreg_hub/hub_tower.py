@@ -6,6 +6,7 @@ from typing import Any
 
 import huggingface_hub as hf
 
+from vitreg_hub import licenses
 from vitreg_hub.errors import BundleError
 from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, TOWER_SUFFIX
 from vitreg_hub.hub_commit import Files
@@ -86,8 +87,8 @@ def _card(repo: str, bundle_repo: str, license: str | None) -> str:
     metadata = hf.ModelCardData(
         library_name="open_clip",
         pipeline_tag="zero-shot-image-classification",
-        license=license,
         tags=["open_clip", "clip", "registers"],
+        **licenses.metadata(license),
     )
     return CARD.format(
         metadata=metadata.to_yaml(),
