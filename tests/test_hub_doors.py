@@ -8,14 +8,14 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from models import TINY, random_bundle
 from safetensors.torch import load_file, save_file
 
 from vitreg_hub import plain_doors
 from vitreg_hub.arch import ARCHS, FAMILIES, REGISTER_COUNTS
 from vitreg_hub.bundle_form import config_text
-from vitreg_hub.errors import BundleError
+from vitreg_hub.errors import BundleError, HubError, LicenseError
 from vitreg_hub.hub import list_models, plan, pull, push
 
 SHAPES = {
@@ -157,6 +157,52 @@ def test_towers_on_a_branch_name_it_and_an_unchanged_one_is_not_sent(hub, towers
     again = push(folder, "lab/m", branch="best")
     assert again.text_tower.commit == first.text_tower.commit
     assert len(repo.commits) == 2
+
+
+def test_towers_are_as_private_as_the_bundle(hub, towers):
+    folder, _ = towers
+    both = folder.with_name("model-open_clip")
+    both.rename(both.with_name("later"))
+    push(folder, "lab/m", private=True)
+    both.with_name("later").rename(both)
+    assert push(folder, "lab/m").text_tower.private
+    assert hub.repos["lab/m-open_clip"].private
+
+
+def test_what_the_towers_cannot_be_stops_the_push_before_it_starts(hub, towers, tmp_path):
+    folder, _ = towers
+    push(folder, "lab/m", tag="v1")
+    before = {name: dict(repo.branches) for name, repo in hub.repos.items()}
+    del hub.repos["lab/m"].tags["v1"]
+    push(random_bundle("vit_nano_reg8", num_classes=0).save(tmp_path / "other"), "lab/other")
+    (folder / "recipe.yaml").write_text("epochs: 1\n")
+    config = folder.with_name("model-open_clip") / "open_clip_config.json"
+    config.write_text(config.read_text().replace("bicubic", "bilinear"))
+    with pytest.raises(HubError, match="m-open_clip has a tag v1 already"):
+        push(folder, "lab/m", tag="v1")
+    folder.with_name("model-open_clip").rename(tmp_path / "other-open_clip")
+    with pytest.raises(HubError, match="no repository lab/other-open_clip that takes a pull request"):
+        push(tmp_path / "other", "lab/other", create_pr=True)
+    assert {name: dict(hub.repos[name].branches) for name in before} == before
+    assert not hub.repos["lab/other"].pull_requests
+
+
+def test_towers_card_follows_the_license_and_keeps_its_authors_words(hub, towers):
+    folder, _ = towers
+    push(folder, "lab/m")
+    card = hub.repos["lab/m-open_clip"].files()["README.md"].decode()
+    api = HfApi(endpoint=hub.endpoint, token="hf_good")
+    api.upload_file(repo_id="lab/m-open_clip", path_or_fileobj=f"{card}\nMine.\n".encode(), path_in_repo="README.md")
+    assert push(folder, "lab/m").text_tower.sent == ()
+    for name in ("lab/m", "lab/m-open_clip"):
+        text = hub.repos[name].files()["README.md"].decode().replace("license: mit", "license: cc-by-4.0")
+        api.upload_file(repo_id=name, path_or_fileobj=text.encode(), path_in_repo="README.md")
+    with pytest.raises(LicenseError, match="several licenses"):
+        push(folder, "lab/m")
+    push(folder, "lab/m", license="mit")
+    after = hub.repos["lab/m-open_clip"].files()["README.md"].decode()
+    assert ModelCard(after).data.license == "mit"
+    assert after.endswith("\nMine.\n")
 
 
 BROKEN = {

@@ -216,7 +216,7 @@ def test_branch_that_cannot_be_made(hub, published, new):
 def test_tag_that_cannot_be_set_is_set_by_the_next_push(hub, published, new):
     hub.fault = Fault(method="POST", path="/tag/", act=500).on(hub)
     with pytest.raises(
-        HubError, match=r"the commit is there .*but not the tag v1: .*same push again sets it"
+        HubError, match=r"the commit is there .*but not the tag v1, which the same push again sets"
     ) as caught:
         push(new, REPO, tag="v1")
     repo = hub.repos[REPO]

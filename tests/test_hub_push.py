@@ -1,10 +1,12 @@
 """What a push sends, where it goes and under which license."""
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from hub_faults import sentence, writes
+from hub_faults import LOSE, Fault, sentence, writes
 from hub_server import User
 from huggingface_hub import HfApi, ModelCard
 from models import random_bundle
@@ -12,7 +14,7 @@ from models import random_bundle
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import Provenance
 from vitreg_hub.errors import HubError, LicenseError
-from vitreg_hub.hub import pull, push
+from vitreg_hub.hub import plan, pull, push
 
 REPO = "lab/vit_nano_reg4"
 
@@ -91,6 +93,51 @@ def test_authors_text_on_the_hub_is_kept_and_our_blocks_follow(hub, tmp_path, ve
     assert "vit_nano_reg8" in after
 
 
+def test_what_tells_of_earlier_weights_goes_with_them(hub, tmp_path, verified):
+    first = random_bundle().save(tmp_path / "first")
+    for name in ("artifacts.png", "metrics.jsonl"):
+        (first / name).write_bytes(b"of the first")
+    push(first, REPO)
+    HfApi(endpoint=hub.endpoint, token="hf_good").upload_file(
+        repo_id=REPO, path_or_fileobj=b"mine", path_in_repo="notes.txt"
+    )
+    second = random_bundle("vit_nano_reg8").save(tmp_path / "second")
+    (second / "metrics.jsonl").write_bytes(b"of the second")
+    states = {file.name: file.state for file in plan(second, REPO).files}
+    assert states["artifacts.png"] == "deleted"
+    assert states["metrics.jsonl"] == states["config.json"] == "changed"
+    assert "curves.png" not in states
+    pushed = push(second, REPO)
+    files = hub.repos[REPO].files()
+    assert "artifacts.png" in pushed.sent
+    assert "artifacts.png" not in files
+    assert (files["metrics.jsonl"], files["notes.txt"]) == (b"of the second", b"mine")
+    assert push(second, REPO).sent == ()
+
+
+def test_lost_reply_to_a_commit_that_deletes_is_found(hub, tmp_path, verified):
+    first = random_bundle().save(tmp_path / "first")
+    (first / "artifacts.png").write_bytes(b"of the first")
+    push(first, REPO)
+    hub.fault = Fault(method="POST", path="/commit/", act=LOSE, times=1).on(hub)
+    pushed = push(random_bundle("vit_nano_reg8").save(tmp_path / "second"), REPO)
+    assert len(hub.repos[REPO].commits) == 3
+    assert hub.repos[REPO].branches["main"] == pushed.commit
+    assert "artifacts.png" not in hub.repos[REPO].files()
+
+
+def test_folders_card_that_differs_from_the_hubs_is_told(hub, saved, verified, caplog):
+    push(saved, REPO)
+    (saved / "README.md").write_bytes(hub.repos[REPO].files()["README.md"])
+    push(saved, REPO)
+    assert not caplog.records
+    (saved / "README.md").write_bytes(hub.repos[REPO].files()["README.md"] + b"\nMy words.\n")
+    push(saved, REPO)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{REPO} keeps its card: the author's text in the folder's README.md differs."
+    ]
+
+
 # Where it goes
 
 
@@ -143,12 +190,16 @@ REFUSED_TARGETS = {
     "v1 is a tag of": {"branch": "v1"},
     "has no branch none for a pull request": {"branch": "none", "create_pr": True},
     "is public already: make it private": {"private": True},
+    "main is a branch, and a tag of that name would hide it": {"tag": "main"},
+    "new is a branch, and a tag of that name would hide it": {"branch": "new", "tag": "new"},
+    "has a branch other, which a tag of that name would hide": {"tag": "other"},
 }
 
 
 @pytest.mark.parametrize("says", REFUSED_TARGETS)
 def test_targets_that_cannot_be_are_refused_before_anything_is_written(hub, saved, verified, tmp_path, says):
     push(saved, REPO, tag="v1")
+    push(saved, REPO, branch="other")
     other, before = random_bundle("vit_nano_reg8").save(tmp_path / "other"), len(writes(hub))
     with pytest.raises(HubError, match=says) as caught:
         push(other, REPO, **REFUSED_TARGETS[says])
@@ -168,6 +219,38 @@ def test_private_repository(hub, saved, verified):
     push(saved, REPO, private=True)
     push(saved, REPO)
     assert hub.repos[REPO].private
+
+
+def test_organisation_decides_who_sees_a_repository_unless_it_is_asked_for(hub, saved, verified):
+    bodies = []
+    hub.fault = lambda request: bodies.append(json.loads(request.body)) if "/repos/create" in request.path else None
+    push(saved, "lab/a")
+    push(saved, "lab/b", private=True)
+    assert [body.get("visibility") for body in bodies] == [None, "private"]
+
+
+def test_repository_without_a_main_branch(hub, saved, verified):
+    push(saved, REPO, branch="other")
+    del hub.repos[REPO].branches["main"]
+    with pytest.raises(HubError, match="has no branch main to start new from") as caught:
+        push(saved, REPO, branch="new")
+    sentence(caught)
+
+
+def test_file_that_cannot_be_read_is_named(hub, saved, verified, monkeypatch):
+    (saved / "recipe.yaml").write_text("epochs: 1\n")
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "recipe.yaml":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    push(saved, REPO)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(HubError, match=r"recipe\.yaml cannot be used \(Permission denied\)") as caught:
+        push(saved, REPO)
+    sentence(caught)
 
 
 # Under which license
@@ -190,3 +273,60 @@ def test_unknown_license_has_to_be_told(hub, folder, verified):
     assert ModelBundle.load(f"hf-hub:{REPO}").provenance.license == "apache-2.0"
     push(saved, "lab/nobody-knows", license="unknown")
     assert hub.repos["lab/nobody-knows"].files()["config.json"] == before["config.json"]
+
+
+def card_with(license: str, *, text: str = "# Mine\n") -> str:
+    return f"---\nlicense: {license}\n---\n{text}"
+
+
+def test_folders_card_tells_the_license_too(hub, saved, verified):
+    (saved / "README.md").write_text(card_with("cc-by-nc-4.0"))
+    with pytest.raises(LicenseError, match=r"several licenses, cc-by-nc-4\.0, mit: say with --license") as caught:
+        push(saved, REPO)
+    sentence(caught)
+    assert not hub.requests
+    push(saved, REPO, license="cc-by-nc-4.0")
+    files = hub.repos[REPO].files()
+    assert json.loads(files["config.json"])["vitreg"]["provenance"]["license"] == "cc-by-nc-4.0"
+
+
+def test_card_on_the_hub_may_not_contradict_the_weights(hub, saved, verified, tmp_path):
+    told = ModelBundle.load(saved).provenance.license
+    push(saved, REPO)
+    api = HfApi(endpoint=hub.endpoint, token="hf_good")
+    card = hub.repos[REPO].files()["README.md"].decode()
+    changed = card.replace(f"\nlicense: {told}\n", "\nlicense: cc-by-nc-4.0\n")
+    assert changed != card
+    api.upload_file(repo_id=REPO, path_or_fileobj=changed.encode(), path_in_repo="README.md")
+    before = len(writes(hub))
+    with pytest.raises(LicenseError, match="several licenses") as caught:
+        push(saved, REPO)
+    sentence(caught)
+    assert len(writes(hub)) == before
+    push(saved, REPO, license=told)
+    files = hub.repos[REPO].files()
+    assert ModelCard(files["README.md"].decode()).data.license == told
+    assert "cc-by-nc" not in files["README.md"].decode()
+
+
+def test_authors_own_card_with_another_license_has_to_be_changed_by_its_author(hub, saved, verified):
+    told = ModelBundle.load(saved).provenance.license
+    api = HfApi(endpoint=hub.endpoint, token="hf_good")
+    api.create_repo(REPO)
+    api.upload_file(repo_id=REPO, path_or_fileobj=card_with("gpl-3.0").encode(), path_in_repo="README.md")
+    for license, says in ((None, "several licenses"), (told, "is its author's and tells the license gpl-3.0")):
+        with pytest.raises(LicenseError, match=says) as caught:
+            push(saved, REPO, license=license)
+        sentence(caught)
+    assert len(hub.repos[REPO].commits) == 2
+    unknown = replace(random_bundle(), provenance=Provenance(origin="somewhere")).save(saved.parent / "unknown")
+    with pytest.raises(LicenseError, match=r"tells the license gpl-3\.0: push with --license gpl-3\.0"):
+        push(unknown, REPO, license="unknown")
+
+
+def test_card_of_a_branch_loads_the_branch(hub, saved, verified):
+    push(saved, REPO, branch="best")
+    card = hub.repos[REPO].files("best")["README.md"].decode()
+    assert f'"hf-hub:{REPO}@best"' in card
+    assert f'"hf-hub:{REPO}"' not in card
+    assert 'revision="best"' in card

@@ -25,6 +25,10 @@ class HubError(VitregError):
     """A Hub that refused, or could not be reached."""
 
 
+class HubRefusedError(HubError):
+    """A Hub that says no, and would again."""
+
+
 class LicenseError(VitregError):
     """Weights whose license nobody told, or that do not allow every use."""
 

@@ -1,32 +1,45 @@
 """Bundles to the Hub and back. The token is huggingface_hub's: `hf auth login` or HF_TOKEN."""
 
 import dataclasses
+import logging
 import re
 import shutil
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import huggingface_hub as hf
 
 from vitreg_hub import licenses
-from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import require_absent, write_folder
 from vitreg_hub.doors import verify
-from vitreg_hub.errors import HubError
+from vitreg_hub.errors import HubError, LicenseError
 from vitreg_hub.hub_access import BUNDLE_FILES, CARD_FILE, EXTRA_FILES, hub_errors, patiently
 from vitreg_hub.hub_commit import Files, Refs, Tree, commit_files, open_pull_request, read_refs, read_tree, set_tag
-from vitreg_hub.hub_download import download, require_space
+from vitreg_hub.hub_download import download, fetch_file, require_space
+from vitreg_hub.hub_listing import PublishedModel, list_models
 from vitreg_hub.hub_shipment import Shipment, bundle_shipment, refuse_pickles, tower_shipment
 from vitreg_hub.hub_tower import find_tower
 from vitreg_hub.model_cards.card import decoded, encoded, with_doors
 
+__all__ = [
+    "PlannedFile",
+    "PublishedModel",
+    "PushPlan",
+    "Pushed",
+    "list_models",
+    "plan",
+    "pull",
+    "push",
+    "require_token",
+]
+
+logger = logging.getLogger(__name__)
+
 REF_NAME = re.compile(r"(?!refs/|[-/.])(?!.*(\.\.|//|@\{|/\.))[^\s~^:?*\[\\]+(?<![./])(?<!\.lock)")
 """Names of branches and tags. Source: git check-ref-format."""
-TAG = "vitreg"
-"""Of every card that this package writes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +50,16 @@ class Pushed:
         repo_id: ``org/name``.
         commit: Id of the commit that holds the bundle: a new one, or the old one if nothing had changed.
         url: Its address.
+        private: Whether the repository can be seen by its owner alone.
         pull_request: Address of the pull request, if one was asked for.
-        sent: Names of the files that were new or had changed.
+        sent: Names of the files that were new, had changed or were deleted.
         text_tower: The same of both towers' repository, if the bundle has one.
     """
 
     repo_id: str
     commit: str
     url: str
+    private: bool
     pull_request: str | None = None
     sent: tuple[str, ...] = ()
     text_tower: "Pushed | None" = None
@@ -52,7 +67,7 @@ class Pushed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedFile:
-    """One file of a push that was not made: its size in bytes, and whether it is new, changed or unchanged."""
+    """One file of a push that was not made: its size in bytes; new, changed, unchanged or deleted."""
 
     name: str
     size: int
@@ -85,19 +100,6 @@ class PushPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedModel:
-    """A model on the Hub, as its listing tells it."""
-
-    repo_id: str
-    license: str | None
-    tags: tuple[str, ...]
-    downloads: int
-    likes: int
-    last_modified: datetime | None
-    private: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Target:
     """Where a push goes, as it was asked for."""
 
@@ -114,9 +116,11 @@ class _Found:
     refs: Refs | None = None
     tree: Tree | None = None
 
-    def changes(self, files: Files) -> dict[str, Path | bytes]:
-        """The files that have to be sent."""
-        return dict(files) if self.tree is None else self.tree.changed(files)
+    def changes(self, files: Files) -> Files:
+        """The files that have to be sent or deleted."""
+        if self.tree is None:
+            return {name: content for name, content in files.items() if content is not None}
+        return self.tree.changed(files)
 
 
 def require_token(repo_id: str) -> None:
@@ -158,7 +162,7 @@ def push(
         repo_id: ``org/name``.
         private: Whether a new repository can be seen by its owner alone.
         branch: Where the commit goes; a new branch starts from main.
-        create_pr: Open a pull request instead.
+        create_pr: Open a pull request instead, another one each time.
         tag: Name for the commit.
         license: Of the weights, where the bundle does not tell, or tells a non-commercial one.
 
@@ -172,11 +176,13 @@ def push(
     target = _Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
     _require_target(target)
     shipment, towers = _shipments(Path(folder), repo_id, branch=branch, license=license)
+    if towers is not None:
+        _plan(towers, target)  # what it cannot be is found before the bundle is sent
     pushed = _publish(shipment, target)
     if towers is None:
         return pushed
     try:
-        return dataclasses.replace(pushed, text_tower=_publish(towers, target))
+        return dataclasses.replace(pushed, text_tower=_publish(towers, target, private=pushed.private))
     except HubError as error:
         raise HubError(f"the bundle is pushed ({pushed.url}), but not its text tower: {error}") from error
 
@@ -193,7 +199,7 @@ def plan(
 ) -> PushPlan:
     """Everything that `push` does before it writes anything: checks, doors, and what it would send.
 
-    Args and raised errors are those of `push`.
+    It needs no token and does not tell whether the Hub would take the files. Args and other errors are those of `push`.
     """
     _require_repo_id(repo_id)
     target = _Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
@@ -230,58 +236,25 @@ def pull(name: str, folder: str | Path) -> Path:
     return write_folder(target, fill)
 
 
-def list_models(
-    *, author: str | None = None, search: str | None = None, arch: str | None = None, limit: int | None = None
-) -> tuple[PublishedModel, ...]:
-    """Find published models, most downloaded first.
-
-    Args:
-        author: User or organisation.
-        search: Part of the repository's name.
-        arch: Name of an architecture.
-        limit: How many at most.
-
-    Raises:
-        HubError: No network.
-        UnknownArchError: No such architecture.
-    """
-    tags = [TAG] if arch is None else [TAG, get_arch(arch).name]
-    told = ["tags", "downloads", "likes", "lastModified", "private"]
-    ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, filter=tags, author=author, search=search)
-    with hub_errors("the list of models"):
-        found = patiently(lambda: list(ask(sort="downloads", limit=limit, expand=told)))
-    return tuple(
-        PublishedModel(
-            repo_id=model.id,
-            license=next((t.removeprefix("license:") for t in model.tags or () if t.startswith("license:")), None),
-            tags=tuple(model.tags or ()),
-            downloads=model.downloads or 0,
-            likes=model.likes or 0,
-            last_modified=model.last_modified,
-            private=bool(model.private),
-        )
-        for model in found
-    )
-
-
 def _require_target(target: _Target) -> None:
     for kind, name in (("branch", target.branch), ("tag", target.tag)):
         if name is not None and not REF_NAME.fullmatch(name):
             raise HubError(f"{name!r} is no name of a {kind}: take letters, digits, '-', '_', '.' and '/'.")
+    if target.tag is not None and target.tag in ("main", target.branch):
+        raise HubError(f"{target.tag} is a branch, and a tag of that name would hide it: choose another tag.")
     if target.create_pr and target.tag:
         raise HubError("a pull request is no commit of a branch yet: leave --tag out, or --create-pr.")
 
 
 def _shipments(folder: Path, repo_id: str, *, branch: str, license: str | None) -> tuple[Shipment, Shipment | None]:
-    """What the repositories of a bundle, and of its text tower, are to hold. Asks nothing of the Hub."""
+    """What the repositories of a bundle, and of its text tower, are to hold, after all checks but those of the Hub."""
     towers = find_tower(folder)
     for checked in filter(None, (folder, towers)):
         refuse_pickles(checked)
     differences = verify(folder)
-    bundle = ModelBundle.load(folder)
-    settled = licenses.settle(bundle.provenance.license, license, called=str(folder))
-    shipment = bundle_shipment(folder, with_doors(bundle, differences), repo_id, license=settled)
-    return shipment, towers and tower_shipment(towers, repo_id, branch=branch, license=settled)
+    bundle = with_doors(ModelBundle.load(folder), differences)
+    shipment = bundle_shipment(folder, bundle, repo_id, branch=branch, given_license=license)
+    return shipment, towers and tower_shipment(towers, repo_id, branch=branch, license=shipment.license)
 
 
 def _look(api: hf.HfApi, repo_id: str, target: _Target) -> _Found:
@@ -295,22 +268,54 @@ def _look(api: hf.HfApi, repo_id: str, target: _Target) -> _Found:
         raise HubError(f"{target.branch} is a tag of {repo_id}, which takes no commits: choose another branch.")
     if target.create_pr and target.branch not in refs.branches:
         raise HubError(f"{repo_id} has no branch {target.branch} for a pull request: choose one that is there.")
-    tree = read_tree(api, repo_id, refs.branches.get(target.branch, refs.branches["main"]))
+    if target.tag in refs.branches:
+        raise HubError(f"{repo_id} has a branch {target.tag}, which a tag of that name would hide: choose another tag.")
+    start = refs.branches.get(target.branch) or refs.branches.get("main")
+    if start is None:
+        raise HubError(f"{repo_id} has no branch main to start {target.branch} from: push to one that is there.")
+    tree = read_tree(api, repo_id, start)
     if target.private and not tree.private:
         raise HubError(f"{repo_id} is public already: make it private on the Hub first, or leave --private out.")
     return _Found(refs=refs, tree=tree)
 
 
-def _with_card(shipment: Shipment, found: _Found) -> dict[str, Path | bytes]:
-    """All files of a shipment; the card is the one on the Hub, brought up to date."""
-    existing = None
-    if found.tree is not None and CARD_FILE in found.tree.checksums:
-        fetch = partial(hf.hf_hub_download, shipment.repo_id, CARD_FILE, revision=found.tree.commit)
-        file = Path(patiently(fetch))
-        if found.tree.changed({CARD_FILE: file}):  # damaged in the cache
-            file = Path(patiently(partial(fetch, force_download=True)))
-        existing = decoded(file.read_bytes())
-    return {**shipment.files, CARD_FILE: encoded(shipment.card(existing))}
+def _with_card(shipment: Shipment, found: _Found) -> Files:
+    """All files of a shipment; the card is the one on the Hub, brought up to date.
+
+    Raises:
+        LicenseError: The card on the Hub tells another license.
+    """
+    if found.tree is None or CARD_FILE not in found.tree.checksums:
+        return {**shipment.files, CARD_FILE: encoded(shipment.card(None))}
+    told = found.tree.checksums[CARD_FILE]
+    file = fetch_file(shipment.repo_id, CARD_FILE, found.tree.commit, told=told)
+    existing = decoded(file.read_bytes())
+    card = shipment.card(existing)
+    _require_license(shipment, licenses.told_by({}, file), kept=card == existing)
+    if shipment.has_card and shipment.card(None) != card:
+        logger.warning("%s keeps its card: the author's text in the folder's %s differs.", shipment.repo_id, CARD_FILE)
+    return {**shipment.files, CARD_FILE: encoded(card)}
+
+
+def _require_license(shipment: Shipment, told: Sequence[str], *, kept: bool) -> None:
+    """Refuse to publish weights under a card that tells another license than theirs.
+
+    Args:
+        shipment: Its license is settled, without a look at the card on the Hub.
+        told: By that card.
+        kept: Whether that card stays as it is.
+    """
+    repo_id, ours = shipment.repo_id, shipment.license
+    if not told or list(told) == [ours]:
+        return
+    known = [*told, *filter(None, [ours])]
+    settled = licenses.settle(known, shipment.given_license, called=f"the card of {repo_id} and the bundle")
+    if settled != ours:
+        raise LicenseError(f"the card of {repo_id} tells the license {settled}: push with --license {settled}.")
+    if kept:
+        raise LicenseError(
+            f"the card of {repo_id} is its author's and tells the license {told[0]}, not {ours}: change it on the Hub."
+        )
 
 
 def _refuse_tag(shipment: Shipment, target: _Target, found: _Found, *, moves: bool) -> None:
@@ -334,24 +339,34 @@ def _plan(shipment: Shipment, target: _Target) -> PushPlan:
         makes_branch=target.branch not in (found.refs.branches if found.refs is not None else ("main",)),
         license=shipment.license,
         files=tuple(
-            PlannedFile(
-                name=name,
-                size=len(content) if isinstance(content, bytes) else content.stat().st_size,
-                state="unchanged" if name not in changed else "changed" if name in there else "new",
-            )
+            PlannedFile(name=name, size=_size(content), state=_state(name, content, there=there, changed=changed))
             for name, content in sorted(files.items())
+            if content is not None or name in there
         ),
         left_out=shipment.left_out,
     )
 
 
-def _publish(shipment: Shipment, target: _Target) -> Pushed:
-    """Bring a repository to what it is to hold."""
+def _size(content: Path | bytes | None) -> int:
+    if content is None:
+        return 0
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _state(name: str, content: Path | bytes | None, *, there: Collection[str], changed: Collection[str]) -> str:
+    if content is None:
+        return "deleted"
+    return "unchanged" if name not in changed else "changed" if name in there else "new"
+
+
+def _publish(shipment: Shipment, target: _Target, *, private: bool = False) -> Pushed:
+    """Bring a repository to what it is to hold; if it has to be made, `private` counts as well as the target's."""
     api, repo_id = hf.HfApi(library_name="vitreg_hub"), shipment.repo_id
     with hub_errors(repo_id):
         found = _look(api, repo_id, target)
         if found.refs is None:
-            patiently(partial(api.create_repo, repo_id, private=target.private, exist_ok=True))
+            hidden = target.private or private or None  # None: as the organisation has it
+            patiently(partial(api.create_repo, repo_id, private=hidden, exist_ok=True))
             found = _look(api, repo_id, target)
             if found.refs is None:
                 raise HubError(f"{repo_id} was made but cannot be read: use a token that may read it, too.")
@@ -370,7 +385,14 @@ def _publish(shipment: Shipment, target: _Target) -> Pushed:
         url = f"{api.endpoint}/{repo_id}/commit/{commit}"
         if target.tag:
             _tag(api, repo_id, target.tag, commit, url)
-    return Pushed(repo_id=repo_id, commit=commit, url=url, pull_request=request, sent=tuple(sorted(files)))
+    return Pushed(
+        repo_id=repo_id,
+        commit=commit,
+        url=url,
+        private=found.tree.private,
+        pull_request=request,
+        sent=tuple(sorted(files)),
+    )
 
 
 def _tag(api: hf.HfApi, repo_id: str, tag: str, commit: str, url: str) -> None:
@@ -379,5 +401,5 @@ def _tag(api: hf.HfApi, repo_id: str, tag: str, commit: str, url: str) -> None:
             set_tag(api, repo_id, tag, commit)
     except HubError as error:
         raise HubError(
-            f"the commit is there ({url}), but not the tag {tag}: {error} The same push again sets it."
+            f"the commit is there ({url}), but not the tag {tag}, which the same push again sets if it can be: {error}"
         ) from error

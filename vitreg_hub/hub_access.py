@@ -13,7 +13,7 @@ import httpx2 as httpx
 import huggingface_hub as hf
 from huggingface_hub import errors as hf_errors
 
-from vitreg_hub.errors import HubError
+from vitreg_hub.errors import HubError, HubRefusedError
 
 Result = TypeVar("Result")
 
@@ -128,7 +128,8 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except hf_errors.LocalEntryNotFoundError as error:
         raise HubError(_lacking(repo_id, error)) from error
     except hf_errors.HfHubHTTPError as error:
-        raise HubError(_refusal(repo_id, error)) from error
+        kind = HubRefusedError if error.response.status_code in (401, 403) else HubError
+        raise kind(_refusal(repo_id, error)) from error
     except (httpx.TransportError, hf_errors.OfflineModeIsEnabled) as error:
         raise HubError(
             f"{endpoint} cannot be reached ({type(error).__name__}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
@@ -136,10 +137,15 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except hf_errors.XetDownloadError as error:
         raise HubError(f"fetching {repo_id} failed ({one_line(error)}): try again.") from error
     except OSError as error:
+        cache = hf.constants.HF_HUB_CACHE
+        if error.filename is not None and not str(error.filename).startswith(cache):
+            raise HubError(
+                f"{error.filename} cannot be used ({error.strerror}): look at the file and its disk."
+            ) from error
         if error.errno not in DISK_ERRORS:
             raise
         raise HubError(
-            f"the cache of the Hub at {hf.constants.HF_HUB_CACHE} cannot be written ({error.strerror}): "
+            f"the cache of the Hub at {cache} cannot be written ({error.strerror}): "
             "make room, or set HF_HOME to another folder."
         ) from error
 

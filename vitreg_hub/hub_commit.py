@@ -17,8 +17,8 @@ from huggingface_hub import errors as hf_errors
 from vitreg_hub.errors import HubError
 from vitreg_hub.hub_access import WAITS, checksum, is_transient, no_hub, one_line, patiently, pause
 
-Files = Mapping[str, Path | bytes]
-"""Files or what is in them, by their names in the repository."""
+Files = Mapping[str, Path | bytes | None]
+"""Files or what is in them, by their names in the repository; None for one that is not to be there."""
 HUBS_OWN = ".gitattributes"
 """The Hub itself changes it in a commit, where a large file needs a line there."""
 
@@ -45,21 +45,24 @@ class Tree:
     private: bool
     checksums: Mapping[str, str]
 
-    def changed(self, files: Files) -> dict[str, Path | bytes]:
-        """Those files that the commit does not have, or has with another content."""
+    def changed(self, files: Files) -> Files:
+        """Those files that the commit does not have, has with another content, or has and is not to have."""
         return {name: content for name, content in files.items() if not self._has(name, content)}
 
     def follows(self, parent: "Tree", files: Files) -> bool:
         """Whether this commit is what writing files to another one makes of it."""
         kept = {name: told for name, told in parent.checksums.items() if name not in {*files, HUBS_OWN}}
+        written = {name for name, content in files.items() if content is not None}
         return (
-            self.checksums.keys() - {HUBS_OWN} == (kept.keys() | files.keys()) - {HUBS_OWN}
+            self.checksums.keys() - {HUBS_OWN} == (kept.keys() | written) - {HUBS_OWN}
             and all(self.checksums[name] == told for name, told in kept.items())
             and not self.changed(files)
         )
 
-    def _has(self, name: str, content: Path | bytes) -> bool:
+    def _has(self, name: str, content: Path | bytes | None) -> bool:
         told = self.checksums.get(name)
+        if content is None:
+            return told is None
         return told is not None and checksum(content, like=told) == told
 
 
@@ -169,7 +172,9 @@ def _send(
         HubError: An upload broke off, or the Hub does not take a file.
     """
     operations = [
-        hf.CommitOperationAdd(
+        hf.CommitOperationDelete(path_in_repo=name)
+        if content is None
+        else hf.CommitOperationAdd(
             path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
         )
         for name, content in files.items()

@@ -28,7 +28,7 @@ from vitreg_hub.hub_access import (
     patiently,
 )
 
-CONVERTED_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
+CONVERTED_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip", "clip_vision_model")
 """What transformers calls the models that `vitreg convert` reads."""
 CONVERTED_ARCHS = ("vit_", "deit_", "deit3_")
 """How timm's names of the networks begin that `vitreg convert` reads."""
@@ -127,12 +127,40 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str], *, re
         folder = Path(patiently(fetch))
         sizes = _sizes(repo_id, folder.name)
         names = required if sizes is None else [name for name in sizes if _fits(name, patterns)]
-        for name in names:
-            if not (folder / name).exists():  # where the Hub fails, the client gives what is cached, be it a part
-                patiently(partial(hf.hf_hub_download, repo_id, name, revision=folder.name))
-            if _is_damaged(folder / name):
-                _fetch_again(repo_id, folder, name)
+        for name in names:  # where the Hub fails, the client gives what is cached, be it a part
+            fetch_file(repo_id, name, folder.name, cached=folder / name)
     return folder
+
+
+def fetch_file(repo_id: str, name: str, commit: str, *, told: str | None = None, cached: Path | None = None) -> Path:
+    """Have one file of a commit in the cache, whole; a damaged one is fetched again, once.
+
+    Args:
+        repo_id: ``org/name``.
+        name: Of the file.
+        commit: Its id.
+        told: Its checksum; by default the one that the cache calls it by, where it can make links.
+        cached: Where it is, if it is in the cache.
+
+    Raises:
+        HubError: The Hub cannot be reached, or what comes is damaged as well; it is not left in the cache.
+    """
+    fetch = partial(hf.hf_hub_download, repo_id, name, revision=commit)
+    file = cached if cached is not None and cached.exists() else Path(patiently(fetch))
+    if not _is_damaged(file, told):
+        return file
+    try:
+        file = Path(patiently(partial(fetch, force_download=True)))
+    except ValueError as error:  # how the client says that the Hub cannot be reached
+        raise HubError(
+            f"{name} of {repo_id} is damaged in the cache, and {hf.constants.ENDPOINT} cannot be reached to fetch it "
+            "again: check the network or HF_HUB_OFFLINE."
+        ) from error
+    if _is_damaged(file, told):
+        for path in {file.resolve(), file}:  # other programs would take it for whole
+            path.unlink()
+        raise HubError(f"{name} of {repo_id} has not the checksum that the Hub told, fetched twice: try again later.")
+    return file
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
@@ -160,29 +188,11 @@ def _require_space(repo_id: str, commit: str, patterns: Sequence[str]) -> None:
     require_space(cache, sum(lacking), what=repo_id)
 
 
-def _is_damaged(file: Path) -> bool:
-    """Whether a cached file is not what the Hub sent. The cache calls it by its checksum; without links it cannot."""
-    if not file.is_symlink():
-        return False
-    told = os.path.basename(os.readlink(file))
+def _is_damaged(file: Path, told: str | None) -> bool:
+    """Whether a cached file is not what the Hub told."""
+    if told is None:
+        told = os.path.basename(os.readlink(file)) if file.is_symlink() else ""
     return len(told) in (40, 64) and checksum(file, like=told) != told
-
-
-def _fetch_again(repo_id: str, folder: Path, name: str) -> None:
-    """Replace a damaged file.
-
-    Raises:
-        HubError: The Hub cannot be reached, or what comes is damaged as well.
-    """
-    try:
-        patiently(partial(hf.hf_hub_download, repo_id, name, revision=folder.name, force_download=True))
-    except ValueError as error:  # how the client says that the Hub cannot be reached
-        raise HubError(
-            f"{name} of {repo_id} is damaged in the cache, and {hf.constants.ENDPOINT} cannot be reached to fetch it "
-            "again: check the network or HF_HUB_OFFLINE."
-        ) from error
-    if _is_damaged(folder / name):
-        raise HubError(f"{name} of {repo_id} has not the checksum that the Hub told, fetched twice: try again later.")
 
 
 def _require_bundle(name: str, folder: Path, names: Sequence[str]) -> None:

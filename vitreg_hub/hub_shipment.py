@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub as hf
+
+from vitreg_hub import licenses
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import config_text, read_config
 from vitreg_hub.errors import BundleError
@@ -19,8 +22,9 @@ from vitreg_hub.hub_access import (
     WEIGHTS_FILE,
 )
 from vitreg_hub.hub_commit import Files
-from vitreg_hub.hub_tower import tower_files
+from vitreg_hub.hub_tower import TOWERS_BLOCK, tower_files
 from vitreg_hub.model_cards.card import decoded, render, update
+from vitreg_hub.model_cards.marked import blocks_in, replace_blocks
 
 PICKLES = (
     ".bin",
@@ -48,30 +52,45 @@ class Shipment:
         repo_id: ``org/name``.
         title: Of the commit.
         license: Under which it is published; None if nobody knows.
+        given_license: What the user says of it.
         files: All but the card.
         card: Makes the card of the one that is on the Hub, if any.
+        has_card: Whether the folder has a card of its own.
         left_out: Names in the folder that are not published.
     """
 
     repo_id: str
     title: str
     license: str | None
+    given_license: str | None
     files: Files
     card: Callable[[str | None], str]
+    has_card: bool
     left_out: tuple[str, ...]
 
 
-def bundle_shipment(folder: Path, bundle: ModelBundle, repo_id: str, *, license: str | None) -> Shipment:
+def bundle_shipment(
+    folder: Path, bundle: ModelBundle, repo_id: str, *, branch: str, given_license: str | None
+) -> Shipment:
     """What a bundle's repository is to hold. Its config.json and card tell the license; the folder stays as it is.
+
+    Files that lay beside an earlier bundle, and beside this one do not, are to go: they tell of other weights.
 
     Args:
         folder: Verified.
         bundle: What is in it.
         repo_id: ``org/name``.
-        license: Under which it is published; None if nobody knows.
+        branch: Where it goes.
+        given_license: What the user says of the license.
+
+    Raises:
+        LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
     """
     extras = [name for name in EXTRA_FILES if (folder / name).is_file()]
-    files: dict[str, Path | bytes] = {name: folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, *extras)}
+    files: dict[str, Path | bytes | None] = {name: folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, *extras)}
+    files |= dict.fromkeys(set(EXTRA_FILES) - set(extras))
+    told = licenses.told_by(bundle.config(), folder / CARD_FILE)
+    license = licenses.settle(told, given_license, called=str(folder))
     if license != bundle.provenance.license:
         bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, license=license))
         config = read_config(folder, called=str(folder))
@@ -81,26 +100,30 @@ def bundle_shipment(folder: Path, bundle: ModelBundle, repo_id: str, *, license:
             del config["pretrained_cfg"]["license"]
         files[CONFIG_FILE] = config_text(config).encode()
 
+    where = {"repo": repo_id, "revision": None if branch == "main" else branch}
+
     def card(existing: str | None) -> str:
         own = folder / CARD_FILE
         if existing is None and own.is_file():
             existing = decoded(own.read_bytes())
         if existing is None:
-            return render(bundle, repo=repo_id, files=extras)
-        return update(existing, bundle, repo=repo_id, files=extras)
+            return render(bundle, files=extras, **where)
+        return update(existing, bundle, files=extras, settled_license=True, **where)
 
     return Shipment(
         repo_id=repo_id,
         title=f"Publish {bundle.arch} with vitreg_hub",
         license=license,
+        given_license=given_license,
         files=files,
         card=card,
+        has_card=(folder / CARD_FILE).is_file(),
         left_out=_others(folder, (*BUNDLE_FILES, *EXTRA_FILES)),
     )
 
 
 def tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str | None) -> Shipment:
-    """What the repository of both towers beside a bundle is to hold. A card that is there stays.
+    """What the repository of both towers beside a bundle is to hold. A card that is its author's stays.
 
     Raises:
         BundleError: Files are missing or broken.
@@ -111,10 +134,26 @@ def tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str 
         repo_id=bundle_repo + TOWER_SUFFIX,
         title=f"Publish both towers of {bundle_repo.rpartition('/')[2]} with vitreg_hub",
         license=license,
+        given_license=license,
         files=files,
-        card=lambda existing: card if existing is None else existing,
+        card=lambda existing: card if existing is None else _towers_card(existing, card, license),
+        has_card=False,
         left_out=_others(folder, (CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS)),
     )
+
+
+def _towers_card(existing: str, fresh: str, license: str | None) -> str:
+    """The card of both towers that is on the Hub, with our block and the license brought up to date."""
+    if TOWERS_BLOCK not in blocks_in(existing):
+        return existing
+    card = hf.ModelCard(replace_blocks(existing, {TOWERS_BLOCK: blocks_in(fresh)[TOWERS_BLOCK]}))
+    before = card.data.to_dict()
+    after = {name: value for name, value in before.items() if name not in ("license", "license_name")}
+    after |= licenses.metadata(license)
+    if after == before:
+        return card.content
+    card.data = hf.ModelCardData(**after)
+    return str(card)
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -18,6 +18,7 @@ CARD = """\
 ---
 {metadata}
 ---
+<!-- vitreg:towers -->
 # {name}
 
 Both towers of a contrastive model in [open_clip](https://github.com/mlfoundations/open_clip)'s own form. Its image
@@ -31,7 +32,10 @@ import open_clip
 model, preprocess = open_clip.create_model_from_pretrained("hf-hub:{repo}")
 tokenizer = open_clip.get_tokenizer("hf-hub:{repo}")
 ```
+<!-- /vitreg:towers -->
 """
+TOWERS_BLOCK = "towers"
+"""Name of the card's block, between marks as in all cards of this package."""
 
 
 def find_tower(folder: Path) -> Path | None:
