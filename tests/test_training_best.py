@@ -1,5 +1,6 @@
 """The best model of a run: which one it is, wherever the run was killed, and what lies beside it."""
 
+import json
 import logging
 import math
 import subprocess
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from training_runs import STEPS, TINY, lines
 
@@ -21,8 +24,9 @@ from vitreg_hub.errors import BundleError
 from vitreg_hub.training import folders, loop, trainer
 from vitreg_hub.training.best import Best, better, read_best
 from vitreg_hub.training.loop import train
+from vitreg_hub.training.publisher import Publisher
 from vitreg_hub.training.recipe import WatchSettings
-from vitreg_hub.training.recipe_files import recipe_from_yaml
+from vitreg_hub.training.recipe_files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.run_state import checkpoints
 from vitreg_hub.training.trainer import Trainer
 
@@ -138,6 +142,9 @@ def test_best_is_what_was_measured_best(script, tmp_path, caplog):
     told = ModelBundle.load(run / "best").provenance
     assert told.metrics == {"accuracy": 0.5, "knn_accuracy": 0.5}
     assert (told.settings["step"], told.settings["total_steps"]) == (2, STEPS)
+    assert told.settings["best"] == {"score": "accuracy", "step": 2}
+    for folder in (run / "model", *checkpoints(run)):
+        assert "best" not in ModelBundle.load(folder).provenance.settings
     assert not any(verify(run / "best").values())
     assert not hidden(run)
 
@@ -270,6 +277,104 @@ def test_best_of_a_killed_run_is_that_of_one_that_was_not(moment, best, script, 
     assert ModelBundle.load(run / "best").provenance.metrics == ModelBundle.load(whole / "best").provenance.metrics
     assert marked(run) == marked(whole) == [1, 2, *[4] * (best == 4)]
     assert not hidden(run)
+
+
+@pytest.mark.parametrize(
+    ("rerun", "best", "marks"),
+    [
+        ({3: 0.4, 4: 0.3}, (3, 0.7), [1]),  # nothing is as good as the checkpoint's best, whose weights are lost
+        ({3: 0.6, 4: 0.3}, (3, 0.6), [1, 3]),
+        ({3: 0.4, 4: 0.6}, (4, 0.6), [1, 4]),
+        ({3: 0.65, 4: 0.65}, (3, 0.65), [1, 3]),
+        ({3: 0.7, 4: 0.8}, (4, 0.8), [1, 3, 4]),
+    ],
+)
+@pytest.mark.parametrize("kills", [1, 2])
+def test_killed_run_that_finds_something_else_the_second_time(kills, rerun, best, marks, script, no_pictures, tmp_path):
+    script |= {1: 0.6, 2: 0.5, 3: 0.7}
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "do_step", before_step(3))
+        with pytest.raises(Killed):
+            train(RECIPE, run)
+    assert read_best(run, RECIPE) == Best(name="accuracy", score=0.7, step=3)
+    script |= rerun
+    recipe = replace(RECIPE, watch=replace(RECIPE.watch, save_every=1))
+    if kills == 2:  # after the checkpoint of step 3
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Trainer, "do_step", before_step(3))
+            with pytest.raises(Killed):
+                train(recipe, run)
+    result = train(recipe, run)
+    assert result.best == read_best(run, RECIPE) == Best(name="accuracy", score=best[1], step=best[0])
+    assert marked(run) == marks
+    told = ModelBundle.load(run / "best").provenance
+    assert (told.settings["step"], told.metrics["accuracy"]) == best
+    if best[0] == STEPS:
+        assert same(run / "best", run / "model")
+
+
+def test_as_good_as_a_lost_best_is_not_taken_before_what_is_better(script, no_pictures, tmp_path):
+    """Or the lines of a run that computes the same again would differ from those of one that was not killed."""
+    script |= {1: 0.5, 2: 0.4, 3: 0.5, 4: 0.8}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "save", after(2, Trainer.save))
+        with pytest.raises(Killed):
+            train(RECIPE, tmp_path / "run")
+    assert read_best(tmp_path / "run", RECIPE).step == 4
+    assert train(RECIPE, tmp_path / "run").best.step == 4
+    assert marked(tmp_path / "run") == [1, 4]
+
+
+def test_best_is_read_without_its_weights_and_a_damaged_one_is_named(script, no_pictures, tmp_path):
+    run = tmp_path / "run"
+    found = train(RECIPE, run).best
+    for folder in ("best", "model"):
+        (run / folder / "model.safetensors").unlink()
+    assert train(RECIPE, run).best == found
+    config = json.loads((run / "best" / "config.json").read_text())
+    del config["vitreg"]["provenance"]["settings"]["step"]
+    (run / "best" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BundleError, match=r"best does not tell its accuracy and its step: delete it"):
+        read_best(run, RECIPE)
+
+
+def test_nothing_that_may_be_published_names_folders_of_the_machine(script, hub, tmp_path, monkeypatch):
+    home = tmp_path / "secret_home"
+    for split in ("train", "val"):
+        for number in range(12):
+            file = home / "photos" / split / "ab"[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (20 * number, 99, 3)).save(file)
+    ModelBundle.load("vit_nano_reg4.digits").save(home / "start")
+    monkeypatch.chdir(home)
+    recipe = replace(
+        RECIPE,
+        data=replace(RECIPE.data, train=f"{home}/photos/train", test="photos/val"),
+        model=replace(RECIPE.model, arch="vit_nano_reg4", start=str(home / "start"), layer_scale=None),
+        license=None,
+    )
+    run = tmp_path / "run"
+    monkeypatch.setattr(Publisher, "submit", lambda *args, **options: None)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "_finish", killed)
+        with pytest.raises(Killed):
+            train(recipe, run, push="lab/run", push_every="save")
+    train(recipe, run)  # its own recipe still tells all that has to be the same
+    assert (run / "recipe.yaml").read_text() == recipe_to_yaml(recipe)
+    for folder in (run / "model", run / "best", *checkpoints(run)):
+        for file in folder.iterdir():
+            if file.is_file():
+                assert b"secret_home" not in file.read_bytes(), file
+        told = yaml.safe_load((folder / "recipe.yaml").read_text())
+        assert (told["data"]["train"], told["data"]["test"], told["model"]["start"]) == ("train", "photos/val", "start")
+        provenance = ModelBundle.load(folder).provenance
+        assert provenance.dataset == "train"
+        assert provenance.origin.startswith("trained on from start (")
+        assert " on train with vitreg_hub's recipe" in provenance.origin
+        assert told == {name: value for name, value in provenance.settings.items() if name in told}
+    with pytest.raises(BundleError, match="holds no run"):
+        train(recipe, run / "model")
 
 
 @pytest.mark.parametrize("renamed", ["best", "new"])

@@ -23,8 +23,9 @@ def asked(monkeypatch) -> list[SimpleNamespace]:
     """What the loop is asked for, instead of doing it."""
     calls = []
 
-    def train(recipe, out, *, resume="auto", push=None, push_every="end"):
-        calls.append(SimpleNamespace(recipe=recipe, out=out, resume=resume, push=push, push_every=push_every))
+    def train(recipe, out, *, resume="auto", push=None, push_every="end", private=False):
+        options = {"resume": resume, "push": push, "push_every": push_every, "private": private}
+        calls.append(SimpleNamespace(recipe=recipe, out=out, **options))
         metrics = {"eval/accuracy": 0.98765, "artifacts/block_0/norm_q50": 11.7}
         best = Best(name="accuracy", score=0.99, step=6)
         commits = {"main": f"hub/{push}/commit/1", "best": f"hub/{push}/commit/2"} if push else {}
@@ -73,11 +74,14 @@ def test_trains_the_recipe_and_says_what_came_of_it(asked, capsys):
 
 def test_options_of_the_run(asked, capsys):
     main(["train", "dinov2_digits", "--registers", "8", "--out", "x", "--resume", "x/checkpoints/step_3", "--push=a/b"])
-    main(["train", "dinov2_digits", "--resume=never", "--push", "a/b", "--push-every", "save", "--out", "x"])
+    main(
+        ["train", "dinov2_digits", "--resume=never", "--push", "a/b", "--push-every", "save", "--private", "--out", "x"]
+    )
     first, second = asked
     assert first.recipe == RECIPES["dinov2_digits"](registers=8)
     assert (first.resume, first.push, first.push_every) == ("x/checkpoints/step_3", "a/b", "end")
     assert (second.resume, second.push, second.push_every) == ("never", "a/b", "save")
+    assert (first.private, second.private) == (False, True)
     out = capsys.readouterr().out
     assert "pushed   hub/a/b/commit/1 (main)\npushed   hub/a/b/commit/2 (best)\n" in out
 
@@ -93,10 +97,12 @@ def test_dry_run_needs_no_folder(asked, capsys):
 
 
 def test_stopped_run(asked, capsys, monkeypatch):
-    stopped = loop.TrainResult(folder=Path("x"), step=3, total_steps=9)
+    stopped = loop.TrainResult(folder=Path("x"), step=3, total_steps=9, commits={"main": "hub/a/b/commit/1"})
     monkeypatch.setattr(loop, "train", lambda *args, **options: stopped)
     main(["train", "supervised_digits", "--out", "x"])
-    assert capsys.readouterr().out == "stopped  after step 3 of 9; the same command goes on\n"
+    assert capsys.readouterr().out == (
+        "stopped  after step 3 of 9; the same command goes on\npushed   hub/a/b/commit/1 (main)\n"
+    )
 
 
 OVERRIDES = {

@@ -4,8 +4,9 @@ import logging
 import os
 import random
 import shutil
+import signal
+import subprocess
 import threading
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,11 +17,12 @@ from training_runs import TINY
 
 from vitreg_hub import hub as publishing
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.errors import BundleError, HubError, LicenseError
+from vitreg_hub.errors import BundleError, HubError, LicenseError, VitregError
 from vitreg_hub.training import trainer
 from vitreg_hub.training.loop import train
 from vitreg_hub.training.publisher import Publisher, push_apart
 from vitreg_hub.training.run_state import checkpoints
+from vitreg_hub.training.trainer import Trainer
 
 REPO = "lab/trained"
 
@@ -130,6 +132,17 @@ def test_failure_that_stays_is_said_and_the_next_bundle_is_sent(hub, push_here, 
     assert not publisher.errors
 
 
+@pytest.mark.parametrize("kind", [BundleError, LicenseError, VitregError])
+def test_failure_that_no_try_would_change_is_tried_once(kind, token, tmp_path, caplog):
+    gated = Gated(kind("a door is shut."))
+    gated.go.set()
+    with Publisher(REPO, push=gated, waits=(3600,)) as publisher:
+        publisher.submit(checkpoint(tmp_path, "a"))
+    assert gated.weights == ["a"]
+    assert publisher.errors == {"main": "a door is shut."}
+    assert caplog.messages == [f"publishing to {REPO}@main failed, the run goes on: a door is shut."]
+
+
 def test_waits_grow_and_end(token, tmp_path, monkeypatch):
     waited = []
 
@@ -230,6 +243,30 @@ def test_folder_that_cannot_be_copied_stops_nothing(token, tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
+def test_older_bundle_does_not_stand_for_a_newer_one_that_failed(token, tmp_path):
+    gated = Gated()
+    publisher = Publisher(REPO, push=gated)
+    publisher.submit(checkpoint(tmp_path, "a"))
+    assert gated.started.wait(60)
+    publisher.submit(tmp_path / "nothing")
+    gated.go.set()
+    assert publisher.close() == {}
+    assert publisher.commits == {"main": "commit of a"}
+    assert "cannot be copied" in publisher.errors["main"]
+
+
+def test_what_is_done_is_forgotten(token, tmp_path):
+    gated = Gated("commit of a", ZeroDivisionError())
+    gated.go.set()
+    publisher = Publisher(REPO, push=gated)
+    for name, failed in (("a", None), ("b", ZeroDivisionError), ("c", None)):
+        publisher.submit(checkpoint(tmp_path, name))
+        assert isinstance(publisher._uploads[-1].future.exception(60), failed or type(None))
+    assert len(publisher._uploads) == 2  # the one that failed by a bug, which has not been told yet, and the last
+    with pytest.raises(ZeroDivisionError):
+        publisher.close()
+
+
 def test_file_systems_without_links_get_copies(token, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("not here")
@@ -277,9 +314,23 @@ def test_a_real_upload_says_in_its_sentence_why_it_failed(hub, tmp_path, monkeyp
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     saved = random_bundle().save(tmp_path / "model")
     (saved / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(HubError, match=r"^[^\n]* holds pytorch_model\.bin: [^\n]*$"):
+    with pytest.raises(VitregError, match=r"^[^\n]* holds pytorch_model\.bin: [^\n]*$") as error:
         push_apart(saved, REPO, branch="main", private=False, license="mit")
+    assert not isinstance(error.value, HubError)  # which would be tried again
+    (saved / "pytorch_model.bin").unlink()
+    with pytest.raises(VitregError, match=r"^[^\n]* may not do this with [^\n]*$") as error:
+        push_apart(saved, REPO, branch="main", private=False, license="mit")
+    assert not isinstance(error.value, HubError)
     assert not hub.repos
+
+
+@pytest.mark.parametrize(("status", "kind"), [(3, HubError), (1, VitregError), (-9, VitregError)])
+def test_exit_status_tells_what_may_pass(status, kind, tmp_path, monkeypatch):
+    done = subprocess.CompletedProcess([], status, stdout="", stderr="a warning\nvitreg: it failed.\n")
+    monkeypatch.setattr("vitreg_hub.training.publisher.subprocess.run", lambda *args, **options: done)
+    with pytest.raises(VitregError, match=r"^it failed\.$") as error:
+        push_apart(tmp_path, REPO, branch="main", private=False, license=None)
+    assert type(error.value) is kind
 
 
 RUN = replace(
@@ -298,13 +349,14 @@ def falling(monkeypatch):
 
 
 class Recorder:
-    """Sends nothing and keeps what it was given; fails for some branches."""
+    """Sends nothing and keeps what it was given; fails for some branches, from a number of calls on."""
 
     def __init__(self):
-        self.calls, self.fails = [], {}
+        self.calls, self.fails, self.succeeds, self.private = [], {}, {}, set()
 
     def __call__(self, folder, repo_id, *, branch, private, license):
-        if branch in self.fails:
+        self.private.add(private)
+        if branch in self.fails and sum(branch == sent for sent, _, _ in self.calls) >= self.succeeds.get(branch, 0):
             raise self.fails[branch]
         step = ModelBundle.load(folder).provenance.settings["step"]
         self.calls.append((branch, step, license))
@@ -330,12 +382,24 @@ def test_last_model_goes_to_main_and_the_best_to_its_branch(falling, recorder, t
     assert not [path.name for path in tmp_path.rglob(".*")]
 
 
-def test_checkpoints_are_published_with_the_best_so_far(falling, recorder, tmp_path):
+@pytest.fixture
+def at_once(monkeypatch):
+    """The run waits for every upload, so that none is dropped for a newer one."""
+    submit = Publisher.submit
+
+    def wait(self, folder, **options):
+        submit(self, folder, **options)
+        self._uploads[-1].future.result()
+
+    monkeypatch.setattr(Publisher, "submit", wait)
+
+
+def test_checkpoints_are_published_with_the_best_so_far(falling, recorder, at_once, tmp_path):
     train(RUN, tmp_path / "run", push=REPO, push_every="save")
-    sent = Counter(branch for branch, _, _ in recorder.calls)
-    assert recorder.calls[-2:] == [("main", 4, "mit"), ("best", 1, "mit")]
-    assert 1 <= sent["main"] <= 4
-    assert 1 <= sent["best"] <= 2  # once when it was found, unless the end came sooner, and once at the end
+    assert [(branch, step) for branch, step, _ in recorder.calls] == [
+        *(("main", 1), ("best", 1), ("main", 2), ("main", 3)),
+        *(("main", 4), ("best", 1)),
+    ]
     for folder in checkpoints(tmp_path / "run"):
         assert {path.name for path in folder.iterdir()} >= BESIDE
 
@@ -345,21 +409,63 @@ def test_without_evaluations_there_is_one_branch(recorder, tmp_path, monkeypatch
     assert train(RUN, tmp_path / "run", push=REPO).commits == {"main": f"{REPO}/commit/4"}
 
 
-@pytest.mark.parametrize(("fails", "folder"), [("best", "best"), ("main", "model")])
-def test_which_of_the_two_is_not_on_the_hub_is_said(fails, folder, falling, recorder, tmp_path, caplog):
-    recorder.fails = {fails: HubError("no space for you.")}
-    result = train(RUN, tmp_path / "run", push=REPO)
-    assert result.commits.keys() == {"main", "best"} - {fails}
-    missing = tmp_path / "run" / folder
-    by_hand = f"vitreg push {missing} {REPO} --branch {fails}"
-    assert caplog.messages[-1] == f"{missing} is not on the Hub (no space for you.): {by_hand}"
+@pytest.mark.parametrize("older", [False, True])
+def test_best_model_that_is_not_on_the_hub_is_said(older, falling, recorder, at_once, tmp_path, caplog):
+    recorder.fails, recorder.succeeds = {"best": HubError("no space for you.")}, {"best": int(older)}
+    result = train(RUN, tmp_path / "run", push=REPO, push_every="save" if older else "end")
+    assert ("best" in [branch for branch, _, _ in recorder.calls]) == older
+    assert result.commits == {"main": f"{REPO}/commit/4"}
+    missing = tmp_path / "run" / "best"
+    by_hand = f"vitreg push {missing} {REPO} --branch best --license mit"
+    assert caplog.messages[-1] == f"{missing} is not on the Hub (no space for you): {by_hand}"
 
 
-def test_a_hub_that_refuses_everything_is_told_at_the_end(falling, recorder, tmp_path):
-    recorder.fails = {branch: HubError("no space for you.") for branch in ("main", "best")}
-    with pytest.raises(HubError, match=r"nothing could be published \(no space for you"):
-        train(RUN, tmp_path / "run", push=REPO)
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+@pytest.mark.parametrize(
+    ("fails", "push_every", "says"),
+    [
+        (("main", "best"), "end", "nothing could be published (no space for you)"),
+        (("main",), "end", "MODEL could not be published (no space for you), only the best model on best (lab/1)"),
+        (
+            ("main",),
+            "save",
+            "MODEL could not be published (no space for you), only an older checkpoint on main (lab/2) and the best "
+            "model on best (lab/1)",
+        ),
+        (
+            ("main", "best"),
+            "save",
+            "MODEL could not be published (no space for you), only an older checkpoint on main (lab/2)",
+        ),
+    ],
+)
+def test_last_model_that_is_not_on_the_hub_ends_the_run_with_an_error(
+    fails, push_every, says, falling, recorder, at_once, tmp_path
+):
+    recorder.fails = {branch: HubError("no space for you.") for branch in fails}
+    recorder.succeeds = {"main": 2 * (push_every == "save")}
+    with pytest.raises(HubError) as error:
+        train(RUN, tmp_path / "run", push=REPO, push_every=push_every, private=True)
+    run = tmp_path / "run"
+    by_hand = f"vitreg push {run / 'model'} {REPO} --branch main --private --license mit"
+    says = says.replace("MODEL", str(run / "model")).replace("lab/", f"{REPO}/commit/")
+    assert str(error.value) == f"{says}: {run} is complete, send it with `{by_hand}`."
+    assert (run / "model" / "model.safetensors").exists()
+    assert recorder.private == {True}
+
+
+def test_run_that_is_asked_to_stop_tells_what_it_published(falling, recorder, at_once, tmp_path, monkeypatch):
+    do_step = Trainer.do_step
+
+    def stopping(self, step, *args):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return do_step(self, step, *args)
+
+    monkeypatch.setattr(Trainer, "do_step", stopping)
+    result = train(RUN, tmp_path / "run", push=REPO, push_every="save")
+    assert (result.step, result.model) == (2, None)
+    assert result.commits == {"main": f"{REPO}/commit/2", "best": f"{REPO}/commit/1"}
+    assert recorder.private == {False}
 
 
 def licensed(start, license, tmp_path):

@@ -10,10 +10,13 @@ from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.recipe import Contrastive, DinoV2, Distill, MultiCrop, Supervised, WatchSettings, require_start
 from vitreg_hub.training.recipe_files import (
     RECIPE_FILE,
+    public_settings,
+    public_text,
     recipe_from_yaml,
     recipe_to_yaml,
     require_same_recipe,
     updated,
+    with_kinds,
     write_recipe,
 )
 from vitreg_hub.training.recipes import RECIPES
@@ -263,6 +266,51 @@ def test_file_that_is_no_whole_recipe(says):
         recipe_from_yaml(yaml.safe_dump(NO_RECIPES[says](plain)))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("/home/me/photos/train", "train"),
+        ("/home/me/my photos/", "my photos"),
+        ("~/photos", "photos"),
+        ("~me/photos", "photos"),
+        ("../photos", "photos"),
+        ("runs/../../photos", "photos"),
+        ("/home/me/train-{0000..0099}.tar", "train-{0000..0099}.tar"),
+        ("{/home/me/a,/mnt/b}/train.tar", "train.tar"),
+        ("data/a.tar,/home/me/b.tar", "b.tar"),
+        ("local-dir:/home/me/model", "model"),
+        ("file:///home/me/train.tar", "train.tar"),
+        ("https://me:secret@host/a/train-{00..99}.tar?X-Amz-Signature=secret", "https://host/a/train-{00..99}.tar"),
+        *(
+            (text, text)
+            for text in (
+                *("photos/train", "./photos", "digits", "lab/photos:train", "hf-hub:lab/model@best", "..."),
+                *("vit_nano_reg4.digits", "shards/train-{0000..0099}.tar", "hf-hub:lab/model", "a photo of a {}.", "/"),
+            )
+        ),
+    ],
+)
+def test_folders_of_the_machine_are_left_out_of_what_others_see(given, shown):
+    assert public_text(given) == shown
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_text_of_a_recipe_is_cleaned_and_nothing_else(name):
+    recipe = RECIPES[name]()
+    assert public_settings(recipe) == with_kinds(recipe)
+    paths = {"model": {"start": "/secret/a"}, "data": {"train": "/secret/b", "test": "/secret/c"}}
+    if isinstance(recipe.task, DinoV2):
+        paths["task"] = {"heads": "/secret/d"}
+    elif isinstance(recipe.task, Distill):
+        paths["task"] = {"teacher": "/secret/e"}
+    changed = {part: dataclasses.replace(getattr(recipe, part), **values) for part, values in paths.items()}
+    shown = public_settings(dataclasses.replace(recipe, **changed))
+    assert "secret" not in str(shown)
+    for part, values in paths.items():
+        for setting, path in values.items():
+            assert shown[part][setting] == path[-1]
 
 
 def test_run_goes_on_under_the_same_settings_only(tmp_path):

@@ -20,11 +20,12 @@ from vitreg_hub.image_source import ImageSource
 from vitreg_hub.licenses import OTHER, UNKNOWN, settle
 from vitreg_hub.training.augment import build_augment
 from vitreg_hub.training.backbone import build_backbone
+from vitreg_hub.training.best import Best
 from vitreg_hub.training.data import TrainingData, as_image_source, open_held_out, open_training_data
 from vitreg_hub.training.loader import TrainLoader
 from vitreg_hub.training.parallel import blocks_of
 from vitreg_hub.training.recipe import Contrastive, DinoV2, Distill, Recipe, Supervised
-from vitreg_hub.training.recipe_files import with_kinds
+from vitreg_hub.training.recipe_files import public_settings, public_text
 from vitreg_hub.training.task import Span, Task
 
 NEEDS = {Supervised: ("labels",), Contrastive: ("texts",)}
@@ -241,9 +242,15 @@ def surroundings(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def make_bundle(
-    recipe: Recipe, parts: Parts, *, step: int, metrics: Mapping[str, float], made: Mapping[str, Any]
+    recipe: Recipe,
+    parts: Parts,
+    *,
+    step: int,
+    metrics: Mapping[str, float],
+    made: Mapping[str, Any],
+    best: Best | None = None,
 ) -> ModelBundle:
-    """Bundle the twin, with how it came about.
+    """Bundle the twin, with how it came about, as others may know it.
 
     Args:
         recipe: The run.
@@ -251,17 +258,23 @@ def make_bundle(
         step: Steps that are done.
         metrics: What was measured of these weights.
         made: By what, when and how long, as fields of `Provenance`.
+        best: By what these weights are the run's best ones, if it is as such that they are bundled.
     """
-    start = parts.start
+    start, data, settings = parts.start, public_text(parts.data.name), public_settings(recipe)
     how = (
-        "trained from scratch" if start is None else f"trained on from {recipe.model.start} ({start.provenance.origin})"
+        "trained from scratch"
+        if start is None
+        else f"trained on from {settings['model']['start']} ({start.provenance.origin})"
     )
+    settings |= {"step": step, "total_steps": parts.span.total_steps}
+    if best is not None:
+        settings["best"] = {"score": best.name, "step": best.step}
     provenance = Provenance(
-        origin=f"{how} on {parts.data.name} with vitreg_hub's recipe {recipe.name}, {step} steps",
+        origin=f"{how} on {data} with vitreg_hub's recipe {recipe.name}, {step} steps",
         license=license_of(recipe, start, published=False),
-        dataset=parts.data.name,
+        dataset=data,
         metrics=metrics,
-        settings=with_kinds(recipe) | {"step": step, "total_steps": parts.span.total_steps},
+        settings=settings,
         **made,
     )
     vit = vit_of(parts.twin)

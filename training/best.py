@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import read_config
+from vitreg_hub.errors import BundleError
 from vitreg_hub.training.folders import BEST
 from vitreg_hub.training.recipe import Contrastive, DinoV2, Distill, Recipe, Supervised
 
@@ -33,7 +34,9 @@ class Best:
     step: int
 
 
-def better(best: Best | None, recipe: Recipe, *, step: int, metrics: Mapping[str, float]) -> Best | None:
+def better(
+    best: Best | None, recipe: Recipe, *, step: int, metrics: Mapping[str, float], or_equal: bool = False
+) -> Best | None:
     """The best model after one more evaluation. What no step of training has changed is none.
 
     Args:
@@ -41,22 +44,31 @@ def better(best: Best | None, recipe: Recipe, *, step: int, metrics: Mapping[str
         recipe: The run.
         step: Steps that are done.
         metrics: What the evaluation found, scores as ``eval/name``.
+        or_equal: Whether as good is enough.
     """
     name = SCORES[type(recipe.task)]
     score = metrics.get(f"eval/{name}", math.nan)
-    if step == 0 or not math.isfinite(score) or (best is not None and score <= best.score):
+    if step == 0 or not math.isfinite(score):
+        return best
+    if best is not None and (score < best.score or (score == best.score and not or_equal)):
         return best
     return Best(name=name, score=score, step=step)
 
 
 def read_best(run: Path, recipe: Recipe) -> Best | None:
-    """What the best model of a run tells of itself; None if there is none.
+    """What the best model of a run tells of itself, without a look at its weights; None if there is none.
 
     Raises:
         BundleError: Its folder is damaged.
     """
-    if not (run / BEST).is_dir():
+    folder = run / BEST
+    if not folder.is_dir():
         return None
-    told = ModelBundle.load(run / BEST).provenance
     name = SCORES[type(recipe.task)]
-    return Best(name=name, score=told.metrics[name], step=told.settings["step"])
+    try:
+        told = read_config(folder, called=str(folder))["vitreg"]["provenance"]
+        return Best(name=name, score=told["metrics"][name], step=told["settings"]["step"])
+    except (KeyError, TypeError) as error:
+        raise BundleError(
+            f"{folder} does not tell its {name} and its step: delete it and start the run again."
+        ) from error

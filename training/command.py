@@ -16,7 +16,7 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from vitreg_hub.arch import get_arch
-from vitreg_hub.errors import LicenseError, RecipeError, UnknownArchError, VitregError
+from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeError, UnknownArchError, VitregError
 from vitreg_hub.training.folders import BEST
 from vitreg_hub.training.recipe import Recipe, require_start
 from vitreg_hub.training.recipe_files import (
@@ -45,9 +45,11 @@ EXAMPLES = """examples:
   vitreg train dinov2_vitl14 --config mine.yaml --out ssl
   accelerate launch --num_processes 8 -m vitreg_hub.training dinov2_vitl14 --out ssl
 """
-SCORES = "eval/"
+SCORE_PREFIX = "eval/"
 """What the names of scores begin with, among all that an evaluation measures."""
 HELP, PRINT = ("-h", "--help"), "--print_config"
+HUB_FAILED = 3
+"""Exit status of a command that the Hub kept from succeeding."""
 
 RUN: list[tuple[str, dict[str, Any]]] = [
     ("--registers", {"type": int, "default": 4, "metavar": "N", "help": "register tokens: 0, 1, 2, 4, 8 or 16"}),
@@ -76,6 +78,7 @@ RUN: list[tuple[str, dict[str, Any]]] = [
             "help": "publish at each checkpoint, in the background, or last",
         },
     ),
+    ("--private", {"action": "store_true", "help": "of --push: a new repository can be seen by its owner alone"}),
     (PRINT, {"action": "store_true", "help": "print all settings as YAML for --config, and stop"}),
 ]
 
@@ -88,6 +91,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def console() -> Iterator[None]:
     """What a command runs in: log lines as they are, and a user's mistake as one sentence with exit status 1.
 
+    A Hub that failed, but did not refuse, ends in `HUB_FAILED`, so that a script knows what may succeed later.
+
     All processes of a run read the same settings, so the first alone reports what is wrong with them.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -96,6 +101,9 @@ def console() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+    except HubError as error:
+        print(f"vitreg: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, HubRefusedError) else HUB_FAILED)
     except VitregError as error:
         silent = isinstance(error, LicenseError | RecipeError | UnknownArchError) and os.environ.get("RANK", "0") != "0"
         sys.exit(1 if silent else f"vitreg: {error}")
@@ -235,23 +243,21 @@ def _dry_run(recipe: Recipe) -> None:
 def _train(recipe: Recipe, given: dict[str, Any]) -> None:
     from vitreg_hub.training.loop import train
 
-    result = train(
-        recipe, Path(given["out"]), resume=given["resume"], push=given["push"], push_every=given["push_every"]
-    )
+    how = {name: given[name] for name in ("resume", "push", "push_every", "private")}
+    result = train(recipe, Path(given["out"]), **how)
     if not PartialState().is_main_process:
         return
     for score, value in result.metrics.items():
-        if score.startswith(SCORES):
-            print(f"{score.removeprefix(SCORES).ljust(24)} {value:.4g}")
-    if result.model is None:
-        print(f"stopped  after step {result.step} of {result.total_steps}; the same command goes on")
-        return
-    print(f"model    {result.model}")
-    if best := result.best:
+        if score.startswith(SCORE_PREFIX):
+            print(f"{score.removeprefix(SCORE_PREFIX).ljust(24)} {value:.4g}")
+    stopped = f"stopped  after step {result.step} of {result.total_steps}; the same command goes on"
+    print(f"model    {result.model}" if result.model else stopped)
+    if result.model and (best := result.best):
         print(f"best     {result.folder / BEST}, {best.name} {best.score:.4g} after step {best.step}")
     for branch, commit in result.commits.items():
         print(f"pushed   {commit} ({branch})")
-    print(f"""
+    if result.model:
+        print(f"""
 next:
   vitreg verify {result.model}
   vitreg analyze {result.model}

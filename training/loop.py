@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from accelerate.utils import gather_object
 
-from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import read_config
 from vitreg_hub.errors import BundleError, HubError, RecipeError, TrainingError
-from vitreg_hub.hub_access import RECIPE_FILE
+from vitreg_hub.hub_access import CONFIG_FILE, RECIPE_FILE
 from vitreg_hub.licenses import settle
 from vitreg_hub.training import run_state
 from vitreg_hub.training.assembly import license_of, make_accelerator
@@ -45,7 +45,8 @@ class TrainResult:
         metrics: The last evaluation.
         model: Folder of the bundle; None if the run is not finished.
         best: What the folder `best` holds, if there was an evaluation.
-        commits: Address of the last commit on each branch that was published.
+        commits: Address of the last commit on each branch that was published: the bundles of `model` and `best` if the
+            run is finished, else those of the last checkpoint.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ def train(
     resume: str = "auto",
     push: str | None = None,
     push_every: Literal["end", "save"] = "end",
+    private: bool = False,
 ) -> TrainResult:
     """Train what a recipe says, or go on where an earlier process stopped.
 
@@ -79,6 +81,7 @@ def train(
         push: ``org/name`` that bundles are published under, in the background: the last one on the branch main, the
             best one on the branch best.
         push_every: Whether that is done at every checkpoint, or at the end only.
+        private: Whether a new repository can be seen by its owner alone.
 
     Raises:
         RecipeError: Settings contradict each other, the data, the processes, or the run in `out`.
@@ -86,7 +89,7 @@ def train(
         DataError: The images cannot be used.
         TrainingError: The loss is no number any more; the last checkpoint stays.
         BundleError: `out` cannot be written to; what is complete in it stays.
-        HubError: Nothing could be published; `out` is complete.
+        HubError: The last model could not be published; `out` is complete.
     """
     out = Path(out)
     require_start(recipe)
@@ -100,7 +103,7 @@ def train(
         )
     publisher = None
     if push and accelerator.is_main_process:
-        publisher = Publisher(push, license=recipe.license)  # fails now if there is no token
+        publisher = Publisher(push, private=private, license=recipe.license)  # fails now if there is no token
     if (out / MODEL).exists():
         return _finished(recipe, out, publisher)
     with torch.random.fork_rng(), publisher or nullcontext():
@@ -111,8 +114,7 @@ def train(
         if accelerator.is_main_process:
             write_recipe(recipe, out)
             run_state.clear_leftovers(out)
-            if not (out / BEST).exists():
-                trainer.forget_best()
+            trainer.reconcile_best(read_best(out, recipe))
         with _stop_signal() as stop:
             _loop(trainer, out, stop, publisher if push_every == "save" else None)
         return _finish(trainer, out, publisher)
@@ -166,7 +168,7 @@ def _evaluated(trainer: Trainer, logbook: Logbook, out: Path) -> bool:
     is_best = trainer.best is not None and trainer.best.step == trainer.step
     logbook.note(trainer.step, trainer.metrics, best=is_best)
     if is_best and trainer.accelerator.is_main_process:
-        trainer.write_model(out / BEST, run=out)
+        trainer.write_model(out / BEST, run=out, best=trainer.best)
     return is_best
 
 
@@ -186,50 +188,57 @@ def _finish(trainer: Trainer, out: Path, publisher: Publisher | None) -> TrainRe
         metrics=trainer.metrics,
         model=out / MODEL if done else None,
         best=read_best(out, trainer.recipe),
-        commits=_publish(out, publisher) if done else {},
+        commits=_publish(out, publisher, done=done),
     )
 
 
 def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult:
     """What a run came to that was finished before; its model is published if that is asked for now."""
     logger.info("the run in %s is finished", out)
-    told = ModelBundle.load(out / MODEL).provenance
-    metrics = {f"eval/{name}": value for name, value in told.metrics.items()}
+    told = read_config(out / MODEL, called=str(out / MODEL))["vitreg"]["provenance"]
     if publisher:
         restore_folders(out)
-        settle(told.license, recipe.license, called=str(out / MODEL))
+        settle(told.get("license"), recipe.license, called=str(out / MODEL))
     return TrainResult(
         folder=out,
-        step=told.settings["step"],
-        total_steps=told.settings["total_steps"],
-        metrics=metrics,
+        step=told["settings"]["step"],
+        total_steps=told["settings"]["total_steps"],
+        metrics={f"eval/{name}": value for name, value in told["metrics"].items()},
         model=out / MODEL,
         best=read_best(out, recipe),
         commits=_publish(out, publisher),
     )
 
 
-def _publish(out: Path, publisher: Publisher | None) -> dict[str, str]:
-    """Publish the last and the best model of a finished run and wait for it.
+def _publish(out: Path, publisher: Publisher | None, *, done: bool = True) -> dict[str, str]:
+    """Publish the last and the best model of a run that is done, and wait for it, or for a stopped run's checkpoints.
 
     Returns:
-        Address of the last commit on each branch.
+        Address of the last commit on each branch where nothing newer failed.
 
     Raises:
-        HubError: Nothing of the run could be published.
+        HubError: The last model could not be published.
     """
     if publisher is None:
         return {}
     folders = {MAIN: out / MODEL, BEST: out / BEST}
     for branch, folder in folders.items():
-        if folder.is_dir():
+        if done and folder.is_dir():
             publisher.submit(folder, branch=branch)
     commits, errors = publisher.close(), publisher.errors
-    if not commits:
-        raise HubError(f"nothing could be published ({errors[MAIN]}): {out} is complete, push it by hand.")
-    for branch, why in errors.items():
-        by_hand = f"vitreg push {folders[branch]} {publisher.repo_id} --branch {branch}"
-        logger.error("%s is not on the Hub (%s): %s", folders[branch], why, by_hand)
+    if not done:
+        return commits
+    commands = {branch: publisher.by_hand(folders[branch], branch=branch) for branch in errors}
+    if BEST in errors:
+        logger.error("%s is not on the Hub (%s): %s", folders[BEST], errors[BEST].rstrip("."), commands[BEST])
+    if MAIN in errors:
+        older = {MAIN: "an older checkpoint", BEST: "the best model" if BEST in commits else "an older best model"}
+        there = [f"{older[branch]} on {branch} ({commit})" for branch, commit in publisher.commits.items()]
+        what = f"{folders[MAIN]} could not be published" if there else "nothing could be published"
+        raise HubError(
+            f"{what} ({errors[MAIN].rstrip('.')}){', only ' * bool(there)}{' and '.join(there)}: "
+            f"{out} is complete, send it with `{commands[MAIN]}`."
+        )
     return commits
 
 
@@ -301,7 +310,8 @@ def _checkpoint_to_resume(out: Path, recipe: Recipe, resume: str) -> Path | None
             require_same_recipe(recipe, run)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return named
-    if resume == "never" or not (out / RECIPE_FILE).is_file():
+    is_run = (out / RECIPE_FILE).is_file() and not (out / CONFIG_FILE).exists()  # a bundle has a public recipe beside
+    if resume == "never" or not is_run:
         raise BundleError(
             f"{out} exists and "
             + ("is not to be resumed" if resume == "never" else "holds no run")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Self
 from vitreg_hub.errors import HubError, VitregError
 from vitreg_hub.hub import require_token
 from vitreg_hub.hub_access import TOWER_SUFFIX
+from vitreg_hub.training.command import HUB_FAILED
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +50,25 @@ def push_apart(folder: Path, repo_id: str, *, branch: str, private: bool, licens
         Address of the commit.
 
     Raises:
-        HubError: It failed, with the sentence that says why.
+        HubError: The Hub failed, with the sentence that says how.
+        VitregError: The same of anything else, which the next try would not change.
     """
-    command = [sys.executable, "-P", "-m", "vitreg_hub", "push", str(folder), repo_id, "--branch", branch]
-    command += ["--private"] if private else []
-    command += ["--license", license] if license else []
+    arguments = _push_arguments(folder, repo_id, branch=branch, private=private, license=license)
+    command = [sys.executable, "-P", "-m", "vitreg_hub", *arguments]
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no reason given"]
     if done.returncode:
-        raise HubError(said[-1].removeprefix("vitreg: "))
+        raise (HubError if done.returncode == HUB_FAILED else VitregError)(said[-1].removeprefix("vitreg: "))
     return said[-1]
+
+
+def _push_arguments(
+    folder: str | Path, repo_id: str, *, branch: str, private: bool, license: str | None
+) -> tuple[str, ...]:
+    """What comes after ``vitreg``."""
+    options = ("--branch", branch, *["--private"] * private, *(["--license", license] if license else []))
+    return ("push", str(folder), repo_id, *options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +82,9 @@ class _Upload:
 class Publisher:
     """Publishes bundles one after the other, in the background. Only the main process makes one.
 
-    What waits while another is being sent is dropped when something newer comes for its branch, and so is what has
-    failed and waits for its next try. The run is never stopped; `errors` says what went wrong.
+    What waits while another is being sent is dropped when something newer comes for its branch, and so is what the Hub
+    has failed with and waits for its next try. What fails for another reason is tried once. The run is never stopped;
+    `errors` says what went wrong.
 
     Args:
         repo_id: ``org/name``.
@@ -100,39 +111,44 @@ class Publisher:
         self._options, self._waits, self._push = {"private": private, "license": license}, tuple(waits), push
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._uploads: list[_Upload] = []
-        self._commits: dict[str, str] = {}
+        self.commits: dict[str, str] = {}
+        """Address of the last commit on each branch that got one, also if something newer failed since."""
         self.errors: dict[str, str] = {}
-        """Why the last upload failed, by branch; nothing of those that did not."""
+        """Why the newest bundle of a branch is not there; nothing of branches where it is."""
 
     def submit(self, folder: str | Path, *, branch: str = MAIN) -> None:
         """Publish a bundle as soon as may be, with the text tower beside it, if there is one.
 
         Its folder may be deleted at once, but its files must not be changed.
         """
+        for upload in (upload for upload in self._uploads if upload.branch == branch):
+            upload.outdated.set()
+            if upload.future.cancel():
+                shutil.rmtree(upload.copy, ignore_errors=True)
+        self._uploads = [upload for upload in self._uploads if not _is_over(upload.future)]
         try:
             copy = _copy(Path(folder))
         except OSError as error:
             self._failed(branch, f"{folder} cannot be copied: {error.strerror or error}.")
             return
-        for upload in (upload for upload in self._uploads if upload.branch == branch):
-            upload.outdated.set()
-            if upload.future.cancel():
-                shutil.rmtree(upload.copy, ignore_errors=True)
         outdated = Event()
         future = self._thread.submit(self._upload, copy, Path(folder).name, branch, outdated)
-        self._uploads = [upload for upload in self._uploads if not upload.future.cancelled()]
         self._uploads.append(_Upload(branch=branch, copy=copy, outdated=outdated, future=future))
 
     def close(self) -> dict[str, str]:
         """Wait for the last uploads.
 
         Returns:
-            Address of the last commit on each branch that got one.
+            Address of the last commit on each branch whose newest bundle it holds.
         """
         self._thread.shutdown()
         for upload in self._uploads:
             upload.future.result()
-        return dict(self._commits)
+        return {branch: commit for branch, commit in self.commits.items() if branch not in self.errors}
+
+    def by_hand(self, folder: Path, *, branch: str) -> str:
+        """The command that publishes a bundle as this does."""
+        return shlex.join(["vitreg", *_push_arguments(folder, self.repo_id, branch=branch, **self._options)])
 
     def __enter__(self) -> Self:
         return self
@@ -147,16 +163,18 @@ class Publisher:
                 try:
                     commit = self._push(copy / name, self.repo_id, branch=branch, **self._options)
                 except (VitregError, OSError) as error:
-                    if wait is None:
-                        self._failed(branch, str(error))
+                    if wait is None or not isinstance(error, HubError | OSError):
+                        if not outdated.is_set():
+                            self._failed(branch, str(error))
                         return
                     if tries == 1:
                         logger.warning("publishing to %s@%s failed and is tried again: %s", self.repo_id, branch, error)
                     if outdated.wait(wait):
                         return
                 else:
-                    self._commits[branch] = commit
-                    self.errors.pop(branch, None)
+                    self.commits[branch] = commit
+                    if not outdated.is_set():
+                        self.errors.pop(branch, None)
                     logger.info("published %s", commit)
                     return
         finally:
@@ -165,6 +183,11 @@ class Publisher:
     def _failed(self, branch: str, why: str) -> None:
         self.errors[branch] = why
         logger.error("publishing to %s@%s failed, the run goes on: %s", self.repo_id, branch, why)
+
+
+def _is_over(future: Future[None]) -> bool:
+    """Whether there is nothing more to wait for or to be told, such as a bug."""
+    return future.cancelled() or (future.done() and future.exception() is None)
 
 
 def _copy(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,11 @@ MAY_CHANGE = (
     "data.num_workers",
 )
 """Settings, or what they begin with, that may differ when a run goes on: they change nothing that is learnt."""
+
+OUTSIDE = re.compile(r"(?:^|[,:;={])\s*(?:/|~|\.\.(?:/|$))")
+"""Where a path begins at the root, at somebody's home or above the working folder, also in a pattern of several."""
+CREDENTIALS = re.compile(r"(?<=://)[^/@]*@|[?#].*")
+"""What of a URL only those may see who can open it."""
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
@@ -122,13 +128,36 @@ def build_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return _build(Recipe, values, _kinds(recipe))
 
 
-def write_recipe(recipe: Recipe, folder: Path) -> Path:
-    """Write `recipe.yaml` into a run's folder, in the place of an old one.
+def public_settings(recipe: Recipe) -> dict[str, Any]:
+    """All settings as `with_kinds` gives them, their texts as others may see them."""
+    return _public(with_kinds(recipe))
+
+
+def public_text(text: str) -> str:
+    """A setting as others may see it.
+
+    Of paths outside the working folder only the last part is kept, for the folders of a machine are nobody's business,
+    and of URLs what gives access to them is left out.
+    """
+    if "://" in text and "file:" not in text:
+        return CREDENTIALS.sub("", text)
+    if OUTSIDE.search(text) or os.path.normpath(text).startswith("../"):
+        return os.path.basename(text.rstrip("/")) or text
+    return text
+
+
+def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
+    """Write `recipe.yaml` into a folder, in the place of an old one.
+
+    Args:
+        recipe: The run.
+        folder: The run's, or that of a bundle which may be published.
+        public: Whether it tells `public_settings`, with which no run can be compared.
 
     Raises:
         BundleError: It cannot be written.
     """
-    text = recipe_to_yaml(recipe)
+    text = yaml.safe_dump(public_settings(recipe), sort_keys=False) if public else recipe_to_yaml(recipe)
     return write_file(Path(folder, RECIPE_FILE), lambda file: file.write_text(text, encoding="utf-8"), replace=True)
 
 
@@ -264,6 +293,14 @@ def with_kinds(recipe: Recipe) -> dict[str, Any]:
     """All settings as JSON-safe nested dictionaries, from which `recipe_from_yaml` makes an equal recipe."""
     plain = to_dict(recipe)
     return plain | {part: {KIND: kind.__name__, **plain[part]} for part, kind in _kinds(recipe).items()}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return public_text(value)
+    if isinstance(value, dict):
+        return {key: _public(inner) for key, inner in value.items()}
+    return [_public(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _without_kinds(given: Mapping[str, Any]) -> dict[str, Any]:

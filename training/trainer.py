@@ -19,7 +19,7 @@ from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import write_folder
 from vitreg_hub.environment import now
 from vitreg_hub.errors import TrainingError
-from vitreg_hub.hub_access import CURVES_FIGURE, EXTRA_FILES, METRICS_FILE
+from vitreg_hub.hub_access import CURVES_FIGURE, EXTRA_FILES, METRICS_FILE, RECIPE_FILE
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.training import run_state
 from vitreg_hub.training.assembly import Parts, assemble, make_bundle, surroundings, vit_of
@@ -41,6 +41,7 @@ from vitreg_hub.training.parallel import (
 )
 from vitreg_hub.training.randomness import seed_of
 from vitreg_hub.training.recipe import Recipe
+from vitreg_hub.training.recipe_files import write_recipe
 from vitreg_hub.training.task import Batch
 from vitreg_hub.training.throughput import Throughput
 from vitreg_hub.training.watch import evaluate
@@ -79,6 +80,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.evaluated = -1
         self.best: Best | None = None
+        self._later_best: Best | None = None
         self._copied = -1
         self._surroundings = surroundings(recipe, accelerator)
 
@@ -187,7 +189,11 @@ class Trainer:
         finally:
             parts.twin.to("cpu")
         self.evaluated = self.step
-        self.best = better(self.best, self.recipe, step=self.step, metrics=self.metrics)
+        before, later = self.best, self._later_best
+        over = later is not None and self.step >= later.step
+        self.best = better(before, self.recipe, step=self.step, metrics=self.metrics, or_equal=over)
+        if self.best is not before:
+            self._later_best = None
         return self.metrics
 
     def refresh_twin(self) -> None:
@@ -235,24 +241,25 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return folder
 
-    def bundle(self) -> ModelBundle:
-        """The twin as a bundle, with what was measured of these weights."""
+    def bundle(self, *, best: Best | None = None) -> ModelBundle:
+        """The twin as a bundle, with what was measured of these weights; `best` if it is as such that they are kept."""
         measured = self.metrics if self.evaluated == self.step else {}
         scores = {name.removeprefix("eval/"): x for name, x in measured.items() if name.startswith("eval/")}
         made = {**self._surroundings, "created": now(), "seconds": self.seconds}
-        return make_bundle(self.recipe, self.parts, step=self.step, metrics=scores, made=made)
+        return make_bundle(self.recipe, self.parts, step=self.step, metrics=scores, made=made, best=best)
 
-    def write_model(self, folder: Path, *, run: Path) -> None:
+    def write_model(self, folder: Path, *, run: Path, best: Best | None = None) -> None:
         """Write the twin's bundle in the place of an older one, and what belongs beside it; on the main process only.
 
         Args:
             folder: Of the bundle.
             run: The run's, whose recipe, metrics and curves go with the bundle.
+            best: By what it is the best one, in the folder of that.
 
         Raises:
             BundleError: It cannot be written; the older one stays.
         """
-        bundle = self.bundle()
+        bundle = self.bundle(best=best)
         self.parts.task.write_beside(self.parts.twin, bundle, folder)
         replace_folder(folder, lambda new: write_folder(new, lambda staging: self._fill(staging, bundle, run=run)))
 
@@ -264,7 +271,10 @@ class Trainer:
             draw_curves(run / METRICS_FILE, run / CURVES_FIGURE, title=title)
             files = [name for name in EXTRA_FILES if (run / name).is_file()]
             for name in files:
-                shutil.copyfile(run / name, folder / name)
+                if name == RECIPE_FILE:  # the run's own tells what others need not know
+                    write_recipe(self.recipe, folder, public=True)
+                else:
+                    shutil.copyfile(run / name, folder / name)
         bundle.write_into(folder, card=render(bundle, files=files))
 
     def restore(self, state: run_state.RunState, *, called: Path) -> None:
@@ -294,10 +304,21 @@ class Trainer:
         self._seconds_before = extra.get("seconds", 0.0)
         self._copied = -1
 
-    def forget_best(self) -> None:
-        """Compare no more with what came before the last evaluation, for those weights are in no folder of this run."""
-        measured = self.evaluated == self.step
-        self.best = better(None, self.recipe, step=self.step, metrics=self.metrics) if measured else None
+    def reconcile_best(self, kept: Best | None) -> None:
+        """Compare from now on with what this run really has.
+
+        Without a folder of the best model, what came before the last evaluation counts no more. If that folder holds
+        what a process found after the checkpoint, the checkpoint's best one is lost: a process that computes the same
+        finds the same again, and after that step any other one takes what is as good as the lost one.
+
+        Args:
+            kept: What the folder of the best model holds.
+        """
+        if kept is None:
+            measured = self.evaluated == self.step
+            self.best = better(None, self.recipe, step=self.step, metrics=self.metrics) if measured else None
+        elif kept != self.best and not (self.best and self.best.step == self.step):  # which would be written again
+            self._later_best = kept
 
     def draw(self, batch: Batch, file: Path) -> None:
         """Draw a batch as the network sees it."""
