@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import CONVERSION_KEY
 from vitreg_hub.licenses import UNKNOWN
-
-SETTING = "conversion"
-"""Key of `Provenance.settings` under which the report stands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +45,12 @@ class ConversionReport:
     @classmethod
     def of(cls, bundle: ModelBundle) -> Self | None:
         """The report in a bundle's provenance, None for a bundle that was not converted."""
-        settings = bundle.provenance.settings.get(SETTING)
+        settings = bundle.provenance.settings.get(CONVERSION_KEY)
         return cls(**settings) if settings else None
 
     def as_settings(self) -> dict[str, Any]:
         """The report as a part of `Provenance.settings`: JSON-safe, and in the order in which a config.json has it."""
-        return {SETTING: json.loads(json.dumps(dataclasses.asdict(self), sort_keys=True))}
+        return {CONVERSION_KEY: json.loads(json.dumps(dataclasses.asdict(self), sort_keys=True))}
 
     def __str__(self) -> str:
         """The table that the terminal shows."""

@@ -11,16 +11,13 @@ from vitreg_hub.analysis.norm_figures import norms_by_block_figure
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import verdict
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import config_text, read_config
+from vitreg_hub.bundle_form import ARTIFACTS_KEY, DOORS_KEY, config_text, read_config
 from vitreg_hub.errors import BundleError
 from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CARD_FILE, CONFIG_FILE, EXTRA_FILES
 from vitreg_hub.model_cards.card import decoded, encoded, render, tells, update
-from vitreg_hub.model_cards.reports import DOORS
 
-ENTRY = "artifacts"
-"""Where a bundle's provenance keeps them, under `settings`."""
-BLOCKS = {ENTRY: "artifacts", DOORS: "results"}
-"""Which block of a card tells a measurement."""
+BLOCKS = {ARTIFACTS_KEY: "artifacts", DOORS_KEY: "results"}
+"""Which block of a card tells a measurement that the settings keep under a key."""
 
 
 def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> bool:
@@ -41,7 +38,7 @@ def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> 
         BundleError: The folder holds no bundle, or cannot be written to.
     """
     drawn = {ARTIFACTS_FIGURE: figure(report, name=read_config(Path(folder), called=str(folder))["vitreg"]["arch"])}
-    return _keep(Path(folder), {ENTRY: summary(report)}, files=drawn, card=card)
+    return _keep(Path(folder), {ARTIFACTS_KEY: summary(report)}, files=drawn, card=card)
 
 
 def record_doors(folder: str | Path, differences: Mapping[str, float], *, card: bool = True) -> bool:
@@ -58,7 +55,7 @@ def record_doors(folder: str | Path, differences: Mapping[str, float], *, card: 
     Raises:
         BundleError: The folder holds no bundle, or cannot be written to.
     """
-    return _keep(Path(folder), {DOORS: dict(differences)}, files={}, card=card)
+    return _keep(Path(folder), {DOORS_KEY: dict(differences)}, files={}, card=card)
 
 
 def _keep(folder: Path, measured: Mapping[str, Any], *, files: Mapping[str, bytes], card: bool) -> bool:

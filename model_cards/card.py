@@ -4,7 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import DOORS_KEY
 from vitreg_hub.model_cards import description, reports
 from vitreg_hub.model_cards.marked import blocks_in, join, replace_blocks
 from vitreg_hub.model_cards.merging import front_matter, merge, record, recorded
@@ -13,48 +16,70 @@ from vitreg_hub.model_cards.metadata import metadata
 PLACEHOLDER = "your-name/{arch}"
 """Repository in the card of a bundle that is not published yet; `push` puts the real one in its place."""
 
-PUBLISHED = re.compile(r'create_model\("hf-hub:(?!your-name/)([\w.-]+/[\w.-]+)"')
-"""Where a card tells its repository."""
+PUBLISHED = re.compile(r'create_model\("hf-hub:(?!your-name/)([\w.-]+/[\w.-]+)(?:@([^"]+))?"')
+"""Where the block of usage tells the repository and its branch."""
 
+MAIN = "main"
+BLOCKS = ("summary", "usage", "registers", "limits", "origin", "results", "artifacts", "environment", "citation")
+"""The blocks of a card, in order; after them stands one with the metadata that this package wrote last."""
 METADATA = "metadata"
-"""Block with the metadata that this package wrote last."""
 
 
-def render(bundle: ModelBundle, *, repo: str | None = None, files: Sequence[str] = ()) -> str:
+def render(
+    bundle: ModelBundle, *, repo: str | None = None, files: Sequence[str] = (), revision: str | None = None
+) -> str:
     """A fresh card.
 
     Args:
         bundle: The model.
         repo: ``org/name`` under which it is published; a placeholder by default.
         files: Names of the extra files beside the bundle; figures are shown if they are there.
+        revision: Branch under which it is published; main by default.
     """
-    repo = repo or PLACEHOLDER.format(arch=bundle.arch)
-    data = metadata(bundle, repo)
-    blocks = _blocks(bundle, repo=repo, files=files) | {METADATA: record(data)}
+    repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
+    data = metadata(bundle, repo, revision=revision)
+    blocks = _blocks(bundle, repo=repo, files=files, revision=revision) | {METADATA: record(data)}
     return f"{front_matter(data)}\n{join(blocks)}"
 
 
-def update(existing: str, bundle: ModelBundle, *, repo: str | None = None, files: Sequence[str] = ()) -> str:
+def update(
+    existing: str,
+    bundle: ModelBundle,
+    *,
+    repo: str | None = None,
+    files: Sequence[str] = (),
+    revision: str | None = None,
+    settled_license: bool = False,
+) -> str:
     """A card that is there, with our blocks and our metadata brought up to date, and every other character as it was.
 
-    A block that the author has deleted stays so, and a card without any block is all the author's. Metadata that cannot
-    be read (the Hub refuses them too) or merged are left as they are.
+    A block that the author has deleted stays so, and a text without any block is all the author's; where there is none,
+    the blocks are added. Metadata that cannot be read (the Hub refuses them too) or merged are left as they are.
 
     Args:
         existing: The card.
         bundle: The model.
-        repo: ``org/name`` under which it is published; the one that the card tells by default.
+        repo: ``org/name`` under which it is published; the one that the card tells by default, with its branch.
         files: Names of the extra files beside the bundle.
+        revision: Branch under which it is published.
+        settled_license: Whether the bundle's license holds even where the author has changed the card's.
     """
-    there = blocks_in(existing)
+    if "\r" in existing and "\n" not in existing:  # line ends of another time
+        how = {"repo": repo, "files": files, "revision": revision, "settled_license": settled_license}
+        return update(existing.replace("\r", "\n"), bundle, **how).replace("\n", "\r")
+    mark, text = ("\ufeff", existing[1:]) if existing.startswith("\ufeff") else ("", existing)
+    if not REGEX_YAML_BLOCK.sub("", text, count=1).strip():
+        text = _with_empty_blocks(text)
+    there = blocks_in(text)
     if not there:
         return existing
-    published = PUBLISHED.search(existing)
-    repo = repo or (published[1] if published else PLACEHOLDER.format(arch=bundle.arch))
-    mark, text = ("\ufeff", existing[1:]) if existing.startswith("\ufeff") else ("", existing)
-    data = metadata(bundle, repo)
-    new = _blocks(bundle, repo=repo, files=files)
-    merged = merge(text, old=recorded(there.get(METADATA, "")), new=data)
+    published = PUBLISHED.search(there.get("usage", ""))
+    if repo is None and published:
+        repo, revision = published[1], revision or published[2]
+    repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
+    data = metadata(bundle, repo, revision=revision)
+    new = _blocks(bundle, repo=repo, files=files, revision=revision)
+    merged = merge(text, old=recorded(there.get(METADATA, "")), new=data, settled_license=settled_license)
     if merged is None:
         return mark + replace_blocks(text, new)
     return mark + replace_blocks(merged, new | {METADATA: record(data)})
@@ -77,20 +102,29 @@ def encoded(card: str) -> bytes:
 
 def with_doors(bundle: ModelBundle, differences: Mapping[str, float]) -> ModelBundle:
     """A bundle whose card tells what `doors.verify` found of it."""
-    settings = {**bundle.provenance.settings, reports.DOORS: dict(differences)}
+    settings = {**bundle.provenance.settings, DOORS_KEY: dict(differences)}
     return replace(bundle, provenance=replace(bundle.provenance, settings=settings))
 
 
-def _blocks(bundle: ModelBundle, *, repo: str, files: Sequence[str]) -> dict[str, str]:
+def _with_empty_blocks(text: str) -> str:
+    """A card of metadata alone, or of nothing, with all blocks to be filled in."""
+    body = join(dict.fromkeys((*BLOCKS, METADATA), ""))
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    head = text.strip()
+    return (f"{head}{line_end}{line_end}" if head else "") + body.replace("\n", line_end)
+
+
+def _blocks(bundle: ModelBundle, *, repo: str, files: Sequence[str], revision: str | None) -> dict[str, str]:
     """The text of every block, in order."""
-    return {
-        "summary": description.summary(bundle, title=repo.rpartition("/")[2]),
-        "usage": description.usage(bundle, repo=repo),
-        "registers": description.registers(bundle),
-        "limits": description.limits(bundle),
-        "origin": reports.origin(bundle, files=files),
-        "results": reports.results(bundle),
-        "artifacts": reports.artifacts(bundle, files=files),
-        "environment": reports.environment(bundle),
-        "citation": description.CITATION,
-    }
+    texts = (
+        description.summary(bundle, title=repo.rpartition("/")[2]),
+        description.usage(bundle, repo=repo, revision=revision),
+        description.registers(bundle),
+        description.limits(bundle),
+        reports.origin(bundle, files=files),
+        reports.results(bundle),
+        reports.artifacts(bundle, files=files),
+        reports.environment(bundle),
+        description.CITATION,
+    )
+    return dict(zip(BLOCKS, texts, strict=True))

@@ -2,7 +2,21 @@
 
 from vitreg_hub import licenses
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.model_cards.facts import Tokens, count, in_words, measured_on, scores, section
+from vitreg_hub.bundle_form import CONVERSION_KEY
+from vitreg_hub.hub_access import TOWER_SUFFIX
+from vitreg_hub.model_cards import settings
+from vitreg_hub.model_cards.facts import (
+    EMBEDDINGS,
+    FEATURES,
+    LOGITS,
+    Tokens,
+    count,
+    in_words,
+    measured_on,
+    output,
+    scores,
+)
+from vitreg_hub.model_cards.settings import one_line
 from vitreg_hub.positions import TIMM_RULE, PositionRule
 
 PAPER = "[Darcet et al., ICLR 2024](https://arxiv.org/abs/2309.16588)"
@@ -23,8 +37,8 @@ TRANSFORMERS_USAGE = """\
 ```python
 {imports}
 
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}").eval()
+processor = AutoImageProcessor.from_pretrained({name})
+model = AutoModel.from_pretrained({name}).eval()
 with torch.inference_mode():
     outputs = model(**processor(Image.open("photo.jpg").convert("{mode}"), return_tensors="pt"))
 tokens = outputs.last_hidden_state  # {tokens}: {kinds}
@@ -64,33 +78,51 @@ def summary(bundle: ModelBundle, *, title: str) -> str:
     params = sum(tensor.numel() for tensor in bundle.state_dict.values()) / 1e6
     measured = ", ".join(f"{in_words(name)} {value:.4f}" for name, value in scores(bundle)) or "not measured"
     number = args["reg_tokens"]
+    head = f" Its head projects onto embeddings of width {bundle.num_classes:,}." * (output(bundle) == EMBEDDINGS)
     return f"""\
 # {title}
 
 A Vision Transformer with {count(number, "register") if number else "no registers"} (`{bundle.arch}`): {params:.1f} M \
 parameters, {count(args["depth"], "block")} of width {args["embed_dim"]:,} with \
 {count(args["num_heads"], "attention head")}, patches of {count(args["patch_size"], "pixel")}, images of {height} x \
-{width} pixels.
+{width} pixels.{head}
 
-- **Origin:** {origin.origin}
+- **Origin:** {one_line(origin.origin)}
 - **Measured:** {measured}
-- **License:** {origin.license or licenses.UNKNOWN}"""
+- **License:** {one_line(origin.license or licenses.UNKNOWN)}"""
 
 
-def usage(bundle: ModelBundle, *, repo: str) -> str:
-    """Code for timm and for transformers, without and with this package."""
+def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None) -> str:
+    """Code for timm and for transformers, without and with this package.
+
+    Args:
+        bundle: The model.
+        repo: ``org/name``.
+        revision: Its branch, where that is not main.
+    """
     facts = _usage_facts(bundle)
     plugin = "import vitreg_hub  # before models are loaded"
-    return "\n\n".join(
-        [
-            "## Usage",
-            "### timm",
-            TIMM_USAGE.format(imports=_imports("import timm"), name=f"hf-hub:{repo}", **facts),
-            "### transformers",
-            TRANSFORMERS_USAGE.format(imports=_imports(_TRANSFORMERS), name=repo, **facts),
-            "With `import vitreg_hub` before, `AutoModel` gives the same numbers, and more:",
-            _plugin_usage(bundle, imports=_imports(plugin, _TRANSFORMERS), name=f'"{repo}"'),
-        ]
+    in_timm = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
+    name = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
+    parts = [
+        "## Usage",
+        "### timm",
+        TIMM_USAGE.format(imports=_imports("import timm"), name=in_timm, **facts),
+        "### transformers",
+        TRANSFORMERS_USAGE.format(imports=_imports(_TRANSFORMERS), name=name, **facts),
+        "With `import vitreg_hub` before, `AutoModel` gives the same numbers, and more:",
+        _plugin_usage(bundle, imports=_imports(plugin, _TRANSFORMERS), name=name),
+    ]
+    if settings.run(bundle).get("task", {}).get("kind") == "Contrastive":
+        parts += ["### open_clip", _towers(repo + TOWER_SUFFIX, revision)]
+    return "\n\n".join(parts)
+
+
+def _towers(repo: str, revision: str | None) -> str:
+    branch = f" (branch `{revision}`)" if revision else ""
+    return (
+        f"This is the image tower. For zero-shot classification, open_clip finds it with its text tower in `{repo}`"
+        f"{branch}."
     )
 
 
@@ -129,7 +161,8 @@ def _mode(bundle: ModelBundle) -> str:
 
 def _usage_facts(bundle: ModelBundle) -> dict[str, str]:
     tokens = Tokens.of(bundle)
-    name, width = ("logits", bundle.num_classes) if bundle.num_classes else ("features", tokens.width)
+    name = output(bundle)
+    width = tokens.width if name == FEATURES else bundle.num_classes
     return {
         "mode": _mode(bundle),
         "tokens": f"[1, {tokens.num}, {tokens.width}]",
@@ -143,8 +176,8 @@ def what_registers_are() -> str:
     return (
         "## Registers\n\n"
         "Registers are learnable input tokens that give a Vision Transformer room for global information, so that it "
-        "does not store it in background patches, whose tokens then have high norms; they are dropped at the output "
-        f"({PAPER})."
+        "does not store it in background patches, whose tokens then have high norms; what comes out of them is not "
+        f"used ({PAPER})."
     )
 
 
@@ -164,10 +197,11 @@ def registers(bundle: ModelBundle) -> str:
     lines.append(
         f"**This model has {number}:** {where} of the output, counted from 0. The patches are `tokens[:, {prefix}:]`."
     )
-    if untrained := section(bundle.provenance.settings, "conversion").get("untrained_registers"):
+    if untrained := settings.number(bundle, CONVERSION_KEY, "untrained_registers"):
         lines += [
             "",
-            f"**{untrained} of the registers are new and untrained: accuracy is lower until they are trained.**",
+            f"**{untrained} of the registers are new and untrained: they can cost accuracy until they are trained; how "
+            "much was not measured.**",
         ]
     return "\n".join(lines)
 
@@ -177,13 +211,16 @@ def limits(bundle: ModelBundle) -> str:
     args, images = bundle.model_args, bundle.preprocess
     channels, height, width = images.input_size
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (images.mean, images.std))
-    if bundle.num_classes:
-        told = f" ({_few(bundle.label_names)})" if bundle.label_names else ""
-        lines = [
-            f"Classifies images into {bundle.num_classes:,} classes{told}; its tokens are features for other tasks."
-        ]
-    else:
-        lines = ["Gives features, for a head that is trained on top; it has no classification head of its own."]
+    told = f" ({_few(bundle.label_names)})" if bundle.label_names else ""
+    lines = [
+        {
+            LOGITS: f"Classifies images into {bundle.num_classes:,} classes{told}; its tokens are features for other "
+            "tasks.",
+            EMBEDDINGS: f"Gives embeddings of width {bundle.num_classes:,}, to be compared with those of its text "
+            "tower; its tokens are features for other tasks. It has no classification head.",
+            FEATURES: "Gives features, for a head that is trained on top; it has no classification head of its own.",
+        }[output(bundle)]
+    ]
     lines.append(
         f"Takes images of {height} x {width} pixels with {count(channels, 'channel')}, of mean {mean} and standard "
         f"deviation {std}; `img_size` and `dynamic_img_size` of timm allow other sides that are multiples of "
@@ -192,9 +229,10 @@ def limits(bundle: ModelBundle) -> str:
     lines.append(f"For other sizes, positions are resampled by bicubic interpolation {_positions(bundle.positions)}")
     if bundle.residual_scale != 1:
         lines.append(
-            f"Its residual stream is stored {bundle.residual_scale:,g} times larger, which gives LayerNorm its "
-            "source's epsilon. In plain timm and plain transformers, tokens between the blocks are larger by that and "
-            "float16 can overflow: use float32 or bfloat16 there, and fine-tune the model of `ModelBundle.build`."
+            f"Its residual stream is stored {bundle.residual_scale:,g} times larger, which brings LayerNorm's "
+            "epsilon close to its source's. In plain timm and plain transformers, tokens between the blocks are larger "
+            "by that and float16 can overflow: use float32 or bfloat16 there, and fine-tune the model of "
+            "`ModelBundle.build`."
         )
     found = measured_on(bundle)
     if scores(bundle) and found:
@@ -221,9 +259,10 @@ def _license_limits(license: str | None) -> str:
     if license is None:
         return "The license of these weights is not known: ask whoever made them before you use them."
     if licenses.is_noncommercial(license):
-        return f"The license, {license}, does not allow every use: commercial use is excluded or restricted."
-    return f"The license is {license}."
+        return f"The license, {one_line(license)}, does not allow every use: commercial use is excluded or restricted."
+    return f"The license is {one_line(license)}."
 
 
 def _few(names: tuple[str, ...], most: int = 10) -> str:
-    return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])}, ..."
+    shown = [one_line(name) for name in names[:most]]
+    return ", ".join(shown) if len(names) <= most else f"{', '.join(shown)}, ..."

@@ -13,9 +13,9 @@ from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.doors import verify
 from vitreg_hub.hub_access import EXTRA_FILES
-from vitreg_hub.model_cards import description, reports
+from vitreg_hub.model_cards import description, reports, settings
 from vitreg_hub.model_cards.artifacts import record, record_doors
-from vitreg_hub.model_cards.facts import in_words, scores, section
+from vitreg_hub.model_cards.facts import in_words, scores
 from vitreg_hub.model_cards.merging import MODEL_INDEX, front_matter
 from vitreg_hub.model_cards.metadata import TAGS, metadata
 from vitreg_hub.timm_models import DINOV2_SIZES, SHIPPED_WEIGHTS
@@ -118,7 +118,7 @@ def _comparison(shipped: Mapping[str, ModelBundle]) -> str:
     titles = ("model", "registers", *map(in_words, metrics), "outliers", "class token's attention on registers")
     rows = []
     for name, bundle in sorted(shipped.items(), key=lambda item: item[1].model_args["reg_tokens"]):
-        found, measured = section(bundle.provenance.settings, "artifacts"), dict(scores(bundle))
+        found, measured = settings.artifacts(bundle), dict(scores(bundle))
         outliers = attention = NONE
         if found:
             block = found["block"]

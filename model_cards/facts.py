@@ -1,13 +1,21 @@
-"""What several parts of a card tell of a bundle: its tokens, its scores, and the images they were measured on."""
+"""What several parts of a card tell of a bundle: its tokens, its output, its scores, and the images of these."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
+from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import CONVERSION_KEY
 from vitreg_hub.datasets import TRAINING_SETS
+from vitreg_hub.environment import without_folders
 from vitreg_hub.image_source import ON_HUB
+from vitreg_hub.model_cards import settings
+
+CLIP_FAMILIES = ("clip", "clip_quickgelu")
+CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")
+"""Of conversions, whose network can be of any family."""
+LOGITS, EMBEDDINGS, FEATURES = "logits", "embeddings", "features"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +41,12 @@ def _settings(**keys: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 
 IMAGES = {"max_images": "eval_images"}
-NEIGHBORS = {**IMAGES, "neighbors": "knn_neighbors", "temperature": "knn_temperature"}
+NEIGHBORS = {
+    **IMAGES,
+    "max_reference_images": "eval_images",
+    "max_neighbors": "knn_neighbors",
+    "temperature": "knn_temperature",
+}
 SCORES = {
     "accuracy": Score(words="top-1 accuracy", task="image-classification", metric="accuracy", how=_settings(**IMAGES)),
     "knn_accuracy": Score(
@@ -67,10 +80,18 @@ class Images:
     words: str
 
 
-def section(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Nested settings; empty where there are none, or something else."""
-    found = settings.get(key)
-    return found if isinstance(found, Mapping) else {}
+def output(bundle: ModelBundle) -> str:
+    """What a model makes of an image: logits of classes, embeddings in a space shared with texts, or bare features.
+
+    Both kinds of head are counted as classes by timm. A CLIP model's is a projection, unless it has names of classes or
+    was trained to tell them apart.
+    """
+    if not bundle.num_classes:
+        return FEATURES
+    if bundle.label_names or settings.text(bundle, "task", "kind") == "Supervised":
+        return LOGITS
+    of_clip = get_arch(bundle.arch).family in CLIP_FAMILIES
+    return EMBEDDINGS if of_clip or settings.text(bundle, CONVERSION_KEY, "format") in CLIP_FORMATS else LOGITS
 
 
 def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
@@ -85,8 +106,7 @@ def in_words(metric: str) -> str:
 
 def measured_on(bundle: ModelBundle) -> Images | None:
     """The images of a bundle's metrics; None where nothing tells."""
-    data = section(bundle.provenance.settings, "data")
-    test, train = data.get("test"), data.get("train")
+    test, train = (settings.text(bundle, "data", key) for key in ("test", "train"))
     if not test and train in TRAINING_SETS:
         return Images(dataset=train, split="test", words=f"the held-out part of {train}")
     name = test or bundle.provenance.dataset
@@ -95,11 +115,6 @@ def measured_on(bundle: ModelBundle) -> Images | None:
     on_hub = ON_HUB.fullmatch(name)
     dataset, split = on_hub.groups() if on_hub else (without_folders(name), None)
     return Images(dataset=dataset, split=split, words=without_folders(name))
-
-
-def without_folders(name: str) -> str:
-    """A name; of a path from the root or from home, the last part: the folders of a machine are nobody's business."""
-    return Path(name).name if name.startswith(("/", "~")) else name
 
 
 def count(number: int, word: str) -> str:

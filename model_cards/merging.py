@@ -2,8 +2,8 @@
 
 A merge has three sides: what we wrote last (`record`), what stands there now, and what we would write today. A value
 that is still ours is renewed; one that the author has changed, added or removed stays so. In lists this holds for each
-member, in a model-index for each result. What is renewed is put into the text in its place: all else, comments
-included, keeps every character.
+member, in a model-index for each result. What is renewed is put into the text in its place, and comments
+inside of it are lost; all else, comments included, keeps every character.
 """
 
 import json
@@ -45,13 +45,14 @@ def recorded(text: str) -> dict[str, Any]:
         return {}
 
 
-def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any], settled_license: bool = False) -> str | None:
     """Bring a card's metadata up to date.
 
     Args:
         card: Whole text.
         old: What we wrote into it last; empty if that is not known.
         new: What we would write today.
+        settled_license: Whether our license holds even where the author has changed the card's.
 
     Returns:
         The card; None if its metadata cannot be read or are in a form that cannot be merged.
@@ -66,7 +67,7 @@ def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
         theirs = {} if tree is None else theirs
         if not isinstance(theirs, dict):
             return None
-        wanted = _merged(theirs, old, new)
+        wanted = _merged(theirs, old, new, settled_license)
         if wanted == theirs:
             return card
         merged = _spliced(text, _places(text, tree), theirs, wanted)
@@ -77,10 +78,16 @@ def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
     return card[: found.start(2)] + merged.rstrip("\n").replace("\n", line_end) + card[found.end(2) :]
 
 
-def _merged(theirs: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(
+    theirs: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any], settled_license: bool
+) -> dict[str, Any]:
     """The values of an author's card with ours."""
-    if theirs.get(LICENSE) != old.get(LICENSE):  # the author's, and then so is its name
-        old, new = ({key: x for key, x in side.items() if key not in (LICENSE, LICENSE_NAME)} for side in (old, new))
+    told = {key: theirs[key] for key in (LICENSE, LICENSE_NAME) if theirs.get(key) is not None}
+    others, ours = ({key: x for key, x in side.items() if key not in (LICENSE, LICENSE_NAME)} for side in (old, new))
+    if settled_license:  # as if we had written what stands there
+        old = others | told
+    elif theirs.get(LICENSE) != old.get(LICENSE):  # the author's, and then so is its name
+        old, new = others, ours
     merged = dict(theirs)
     for key in ORDER:
         if theirs.get(key) is None:

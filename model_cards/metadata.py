@@ -7,8 +7,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vitreg_hub import licenses
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import CONVERSION_KEY
 from vitreg_hub.image_source import ON_HUB
-from vitreg_hub.model_cards.facts import SCORES, measured_on, scores, section
+from vitreg_hub.model_cards import settings
+from vitreg_hub.model_cards.facts import LOGITS, SCORES, measured_on, output, scores
 
 SOURCE = "vitreg_hub"
 """Source of the results that this package writes into a model-index, by which it knows them again."""
@@ -16,21 +18,23 @@ TAGS = ("timm", "transformers", "vision-transformer", "registers", "vitreg")
 BASE_MODEL = re.compile(r"hf-hub:([\w.-]+/[\w.-]*\w)")
 
 
-def metadata(bundle: ModelBundle, repo: str) -> dict[str, Any]:
+def metadata(bundle: ModelBundle, repo: str, *, revision: str | None = None) -> dict[str, Any]:
     """What a bundle's card tells the Hub.
 
     Args:
         bundle: The model.
         repo: ``org/name``.
+        revision: Its branch, where that is not main.
     """
-    results = _results(bundle, repo)
+    page = f"https://huggingface.co/{repo}" + (f"/tree/{revision}" if revision else "")
+    results = _results(bundle, page)
     on_hub = ON_HUB.fullmatch(bundle.provenance.dataset or "")
     tags = [tag for tag in TAGS if tag != "registers" or bundle.model_args["reg_tokens"]]
     data = ModelCardData(
         base_model=base_model(bundle),
         datasets=[on_hub[1]] if on_hub and on_hub[2] else None,  # a folder may look the same, but has no split
         library_name="timm",
-        pipeline_tag="image-classification" if bundle.num_classes else "image-feature-extraction",
+        pipeline_tag="image-classification" if output(bundle) == LOGITS else "image-feature-extraction",
         tags=[*tags, bundle.arch],
         model_name=repo.rpartition("/")[2] if results else None,
         eval_results=results or None,
@@ -41,17 +45,16 @@ def metadata(bundle: ModelBundle, repo: str) -> dict[str, Any]:
 
 def base_model(bundle: ModelBundle) -> str | None:
     """The repository whose weights were converted or trained on, if they came from one."""
-    origin = bundle.provenance
     told = (
-        section(origin.settings, "conversion").get("source"),
-        section(origin.settings, "model").get("start"),
-        origin.origin,  # also tells where a start came from
+        settings.text(bundle, CONVERSION_KEY, "source"),
+        settings.text(bundle, "model", "start"),
+        bundle.provenance.origin,  # also tells where a start came from
     )
     found = (BASE_MODEL.search(text) for text in told if text)
     return next((match[1] for match in found if match), None)
 
 
-def _results(bundle: ModelBundle, repo: str) -> list[EvalResult]:
+def _results(bundle: ModelBundle, page: str) -> list[EvalResult]:
     images = measured_on(bundle)
     if images is None:
         return []
@@ -64,9 +67,9 @@ def _results(bundle: ModelBundle, repo: str) -> list[EvalResult]:
             metric_type=SCORES[name].metric,
             metric_name=SCORES[name].words,
             metric_value=value,
-            metric_args=SCORES[name].how(section(bundle.provenance.settings, "watch")) or None,
+            metric_args=SCORES[name].how(settings.watch(bundle)) or None,
             source_name=SOURCE,
-            source_url=f"https://huggingface.co/{repo}",
+            source_url=page,
         )
         for name, value in scores(bundle)
         if name in SCORES

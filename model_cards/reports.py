@@ -5,16 +5,11 @@ from typing import Any
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
-from vitreg_hub.model_cards.facts import SCORES, count, in_words, measured_on, scores, section, without_folders
-
-DOORS = "doors"
-"""Where a bundle's settings keep what `doors.verify` found: the largest difference of outputs, by door."""
+from vitreg_hub.model_cards import settings
+from vitreg_hub.model_cards.facts import count, in_words, measured_on, scores, without_folders
+from vitreg_hub.model_cards.settings import one_line
 
 NOT_MEASURED = "Not measured."
-
-OF_A_RUN = {"name", "model", "task", "data", "augment", "optim", "batch_size", "seed", "step", "total_steps"}
-OF_A_CONVERSION = {"sha256", "format", "num_mapped", "dropped", "network", "notes", "measured"}
-"""Settings by which a run and a conversion of this package are known; those of others may be anything."""
 
 
 def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
@@ -25,16 +20,23 @@ def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") 
         files: Names of the extra files beside it.
         folder: Where those are, as seen from the card; ends in a slash.
     """
-    settings = bundle.provenance.settings
-    parts = [_training(settings, files, folder), _conversion(section(settings, "conversion"))]
+    parts = [
+        _training(settings.run(bundle), settings.best(bundle), files, folder),
+        _conversion(settings.conversion(bundle)),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _training(run: Mapping[str, Any], files: Sequence[str], folder: str) -> str:
-    if not run.keys() >= OF_A_RUN:
+def _training(run: Mapping[str, Any], best: Mapping[str, Any], files: Sequence[str], folder: str) -> str:
+    if not run:
         return ""
     model, data, optim, step, total = (run[key] for key in ("model", "data", "optim", "step", "total_steps"))
-    steps = f"{total:,} steps" if step == total else f"**{step:,} of {total:,} steps, not finished**,"
+    if best:
+        steps = (
+            f"the best of the run's evaluations by {in_words(best['score'])}, after {best['step']:,} of {total:,} steps"
+        )
+    else:
+        steps = f"{total:,} steps" if step == total else f"**{step:,} of {total:,} steps, not finished**,"
     rate, decay = f"{optim['lr']:g}", f"{optim['weight_decay']:g}"
     if optim["lr_batch"]:
         rate += f" for {optim['lr_batch']:,} images, scaled by the square root of the batch size"
@@ -47,8 +49,9 @@ def _training(run: Mapping[str, Any], files: Sequence[str], folder: str) -> str:
         trained = model["trainable"].replace("+", " and ")
         lines.append(f"- Started from {without_folders(model['start'])}; trained: {trained}.")
     lines.append(f"- Optimiser: {optim['opt']}, peak learning rate {rate}; weight decay {decay}.")
-    if kind := run["task"].get("kind"):
-        lines.append(f"- Objective: {kind}; images were augmented by {run['augment']['kind']}.")
+    teacher = run["task"].get("teacher")
+    taught = f", from the teacher {without_folders(one_line(teacher))}" if isinstance(teacher, str) else ""
+    lines.append(f"- Objective: {run['task']['kind']}{taught}; images were augmented by {run['augment']['kind']}.")
     if RECIPE_FILE in files:
         lines.append(f"- Every setting: [{RECIPE_FILE}]({folder}{RECIPE_FILE}).")
     if METRICS_FILE in files:
@@ -59,7 +62,7 @@ def _training(run: Mapping[str, Any], files: Sequence[str], folder: str) -> str:
 
 
 def _conversion(report: Mapping[str, Any]) -> str:
-    if not report.keys() >= OF_A_CONVERSION:
+    if not report:
         return ""
     lines = ["## Conversion", ""]
     files = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in report["sha256"].items())
@@ -75,37 +78,49 @@ def _conversion(report: Mapping[str, Any]) -> str:
 
 def results(bundle: ModelBundle) -> str:
     """Scores and how they were measured, and what the same weights give elsewhere."""
-    settings = bundle.provenance.settings
-    images = measured_on(bundle)
+    images, best = measured_on(bundle), settings.best(bundle)
     lines = ["## Results", ""]
     if found := scores(bundle):
         lines += ["| measure | value |", "|---|---|"]
         lines += [f"| {in_words(name)} | {value:.4f} |" for name, value in found]
         on = images.words if images else "images of which the bundle does not tell"
-        lines += ["", f"Measured on {on}{_how(found, settings)}."]
+        lines += ["", f"Measured on {on}{_how(found, settings.watch(bundle))}."]
+        if best:
+            lines += ["", _chosen(in_words(best["score"]))]
     else:
         lines.append(NOT_MEASURED)
     lines += ["", "### Parity", ""]
-    if report := section(settings, "conversion"):
-        lines.append(_reference(section(report, "measured")))
-    return "\n".join([*lines, _doors(section(settings, DOORS))])
+    if report := settings.conversion(bundle):
+        lines.append(_reference(report["measured"]))
+    return "\n".join([*lines, _doors(settings.doors(bundle))])
 
 
-def _how(found: Sequence[tuple[str, float]], settings: Mapping[str, Any]) -> str:
-    watch = section(settings, "watch")
-    most = f", at most {count(watch['eval_images'], 'image')}" if watch else ""
-    if watch and "knn_accuracy" in dict(found):
-        neighbors, temperature = SCORES["knn_accuracy"].how(watch)["neighbors"], watch["knn_temperature"]
-        most += f"; k-NN with {count(neighbors, 'neighbor')} and temperature {temperature:g}"
-    return most
+def _how(found: Sequence[tuple[str, float]], watch: Mapping[str, Any]) -> str:
+    if not watch:
+        return ""
+    most = f", at most {count(watch['eval_images'], 'image')}"
+    if "knn_accuracy" not in dict(found):
+        return most
+    reference = f"at most {count(watch['eval_images'], 'training image')}"
+    neighbors = f"up to {count(watch['knn_neighbors'], 'neighbor')}"
+    return f"{most}; k-NN among {reference}, with {neighbors} and temperature {watch['knn_temperature']:g}"
+
+
+def _chosen(score: str) -> str:
+    return (
+        f"These weights are the best of their run's evaluations by {score}, chosen on the same images that it was "
+        "measured on: the value is optimistic."
+    )
 
 
 def _reference(found: Mapping[str, Any]) -> str:
-    differences = ", ".join(f"{name} {value:.2g}" for name, value in found.items() if name != "reference")
-    if not differences:
-        why = f" ({found['reference']})" if found else ""
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    reference = found.get("reference")
+    if not numbers:
+        why = f" ({reference})" if isinstance(reference, str) else ""
         return f"- Largest absolute difference of outputs to the source's implementation: not measured{why}."
-    return f"- Largest absolute difference of outputs: {differences}, to {found['reference']}."
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in numbers.items())
+    return f"- Largest absolute difference of outputs: {differences}, to {reference or 'a reference'}."
 
 
 def _doors(found: Mapping[str, float]) -> str:
@@ -117,7 +132,7 @@ def _doors(found: Mapping[str, float]) -> str:
 
 def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
     """What was measured of high-norm tokens; arguments as of `origin`."""
-    found = section(bundle.provenance.settings, "artifacts")
+    found = settings.artifacts(bundle)
     if not found:
         return f"## Artifacts\n\n{NOT_MEASURED} `vitreg analyze FOLDER --card` does it."
     height, width = found["image_size"]
@@ -147,7 +162,9 @@ def environment(bundle: ModelBundle) -> str:
         ("Time", None if told.seconds is None else _duration(told.seconds)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(told.versions.items()))),
     ]
-    return "\n".join(["## Environment", "", *(f"- {name}: {value or 'not recorded'}." for name, value in lines)])
+    return "\n".join(
+        ["## Environment", "", *(f"- {name}: {one_line(value or 'not recorded')}." for name, value in lines)]
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ from training_runs import TINY
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import Provenance
 from vitreg_hub.model_cards.artifacts import summary
-from vitreg_hub.training.recipe import Recipe
+from vitreg_hub.training.recipe import Recipe, Supervised
 from vitreg_hub.training.recipe_files import with_kinds
 
 MADE = {
@@ -48,11 +48,17 @@ def trained(recipe: Recipe, *, metrics=None, step: int = 9, **provenance) -> Mod
         settings=with_kinds(recipe) | {"step": step, "total_steps": 9},
         **{"license": "mit"} | provenance,
     )
-    return replace(random_bundle("vit_nano_reg2"), provenance=told)
+    num_classes = 10 if isinstance(recipe.task, Supervised) else 0
+    return replace(random_bundle("vit_nano_reg2", num_classes=num_classes), provenance=told)
 
 
 def with_settings(of: ModelBundle, **settings) -> ModelBundle:
     return replace(of, provenance=replace(of.provenance, settings={**of.provenance.settings, **settings}))
+
+
+def best_of_its_run(of: ModelBundle, score: str = "accuracy") -> ModelBundle:
+    """A bundle as a run leaves it in its folder of the best."""
+    return with_settings(of, best={"score": score, "step": of.provenance.settings["step"]})
 
 
 def analysed(of: ModelBundle, **how) -> ModelBundle:
@@ -67,12 +73,14 @@ def licensed(of: ModelBundle, license: str | None) -> ModelBundle:
 _KINDS: dict[str, Callable[[], ModelBundle]] = {
     **{arch: lambda arch=arch: random_bundle(arch, **ONE_OF_EACH_KIND[arch]) for arch in ONE_OF_EACH_KIND},
     **{task: lambda task=task: trained(TINY[task], metrics=METRICS[task], **MADE) for task in METRICS},
+    "best of its run": lambda: best_of_its_run(trained(TINY["supervised"], metrics=METRICS["supervised"], step=4)),
     "unfinished": lambda: trained(TINY["dinov2"], step=4, **MADE),
     "bare provenance": lambda: replace(random_bundle(), provenance=Provenance(origin="somewhere")),
     "no head": lambda: random_bundle(num_classes=0),
     "analysed": lambda: analysed(random_bundle()),
     "analysed without outliers": lambda: analysed(random_bundle("vit_nano_reg0"), outliers=False),
     "converted": lambda: bundle("dinov2_reg4"),
+    "embeddings": lambda: bundle("openclip_full_plain"),
     "another rule of positions": lambda: bundle("dinov2_vit_mlp_hub"),
     "scaled residual stream": lambda: bundle("hf_vit"),
     "untrained registers": lambda: convert(source("deit3_ls"), num_registers=4, **ARGUMENTS["deit3_ls"]),

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub as hf
@@ -44,15 +45,27 @@ def run(blocks: list[str], folder: Path, *, plugin: bool) -> None:
 
 @pytest.fixture
 def published(hub, tmp_path) -> list[str]:
-    """Cards of models on the Hub: with a head, without one, and with two and no room for registers."""
-    cards = []
-    for arch, num_classes in (("vit_nano_reg4", 10), ("vit_base_reg8_clip", 0), ("vit_tiny_reg0_deit_distilled", 10)):
-        repo, bundle = f"lab/{arch}", random_bundle(arch, num_classes=num_classes, **ONE_OF_EACH_KIND[arch])
-        cards.append(render(bundle, repo=repo))
-        hf.HfApi().create_repo(repo)
-        hf.HfApi().upload_folder(repo_id=repo, folder_path=bundle.save(tmp_path / arch, card=cards[-1]))
-        ModelCard(hub.repos[repo].files()["README.md"].decode()).validate()
-    return cards
+    """Cards of models on the Hub: with a head, a projection, two heads and no registers, and no head on a branch."""
+    api = hf.HfApi()
+
+    def publish(arch: str, num_classes: int, repo: str, *, projects: bool = False, branch: str = "main") -> str:
+        bundle = random_bundle(arch, num_classes=num_classes, **ONE_OF_EACH_KIND.get(arch, {}))
+        bundle = replace(bundle, label_names=None) if projects else bundle
+        card = render(bundle, repo=repo, revision=branch)
+        folder = bundle.save(tmp_path / arch, card=card)
+        api.create_repo(repo, exist_ok=True)
+        if branch != "main":
+            api.create_branch(repo, branch=branch)
+        api.upload_folder(repo_id=repo, folder_path=folder, revision=branch)
+        ModelCard(hub.repos[repo].files(branch)["README.md"].decode()).validate()
+        return card
+
+    return [
+        publish("vit_nano_reg4", 10, "lab/head"),
+        publish("vit_base_reg8_clip", 24, "lab/projection", projects=True),
+        publish("vit_tiny_reg0_deit_distilled", 10, "lab/two"),
+        publish("vit_nano_reg2", 0, "lab/head", branch="best"),  # other shapes than those of main
+    ]
 
 
 def test_code_runs_in_a_fresh_process_without_this_package(published, tmp_path):

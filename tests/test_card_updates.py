@@ -95,11 +95,61 @@ def test_deleted_block_stays_deleted(name):
     assert f"vitreg:{name} -->" not in changed
 
 
-@pytest.mark.parametrize("card", ["", "# Mine\n", "---\nlicense: mit\n---\n# Mine\n", "---\nlicense: [\n---\n# Mine"])
+@pytest.mark.parametrize("card", ["# Mine\n", "---\nlicense: mit\n---\n# Mine\n", "---\nlicense: [\n---\n# Mine"])
 def test_card_without_blocks_is_the_authors(card):
     assert update(card, NEW, repo=REPO) == card
     unclosed = card + "<!-- vitreg:usage -->\n<!-- /vitreg:artifacts -->\n"
     assert update(unclosed, NEW, repo=REPO) == unclosed
+
+
+FRONT = "---\nlicense: mit\nlanguage: en   # mine\n---"
+
+
+@pytest.mark.parametrize("empty", [FRONT, f"{FRONT}\n", f"{FRONT}\n\n \n", f"\ufeff{FRONT}\n"])
+def test_card_of_metadata_alone_gets_blocks_and_metadata(empty):
+    for text, card in ((empty, render(NEW, repo=REPO)), (empty.replace("\n", "\r\n"), None)):
+        changed = update(text, NEW, repo=REPO)
+        assert update(changed, NEW, repo=REPO) == changed
+        if card is None:
+            assert "\n" not in changed.replace("\r\n", "")
+            card, changed = render(NEW, repo=REPO), changed.replace("\r\n", "\n")
+        assert changed.partition("---\n\n")[2] == card.partition("---\n\n")[2]
+        assert changed.startswith("\ufeff") == empty.startswith("\ufeff")
+        assert "license: mit\nlanguage: en   # mine\n" in changed
+        assert data_of(changed) == data_of(card) | {"language": "en"}
+
+
+def test_empty_card_becomes_a_fresh_one():
+    assert update("", NEW, repo=REPO) == update(" \n", NEW, repo=REPO).strip(" ").lstrip("\n") == RENEWED
+
+
+def test_card_of_unreadable_metadata_alone_gets_blocks():
+    changed = update("---\nlicense: [\n---\n", NEW, repo=REPO)
+    assert changed.startswith("---\nlicense: [\n---\n\n<!-- vitreg:summary -->")
+    mended = update(changed.replace("license: [", "license: mit"), NEW, repo=REPO)
+    assert mended.partition("---\n\n")[2] == RENEWED.partition("---\n\n")[2]
+    assert data_of(mended) == data_of(RENEWED)
+
+
+def test_line_ends_of_another_time():
+    assert update(CARD.replace("\n", "\r"), NEW) == RENEWED.replace("\n", "\r")
+
+
+def test_repository_in_the_authors_text_is_not_the_cards():
+    mine = 'Compare with\n```python\ntimm.create_model("hf-hub:else/where@main", pretrained=True)\n```\n'
+    for side in (CARD, render(OLD)):
+        card = side.replace("---\n\n<!--", f"---\n\n{mine}<!--", 1)
+        expected = RENEWED if side is CARD else render(NEW)
+        assert update(card, NEW) == expected.replace("---\n\n<!--", f"---\n\n{mine}<!--", 1)
+
+
+@pytest.mark.parametrize("revision", ["best", "runs/a"])
+def test_branch_is_the_one_that_is_told_or_that_the_card_tells(revision):
+    card = update(CARD, OLD, repo=REPO, revision=revision)
+    assert card == render(OLD, repo=REPO, revision=revision) != CARD
+    assert update(card, NEW) == render(NEW, repo=REPO, revision=revision)
+    assert update(card, NEW, revision="main") == update(card, NEW, repo=REPO) == RENEWED
+    assert update(card, NEW, repo=REPO, revision="other") == render(NEW, repo=REPO, revision="other")
 
 
 def test_windows_line_ends():
@@ -181,6 +231,28 @@ def test_license_follows_the_bundle_unless_the_author_has_changed_it(bundle):
         assert {key: value for key, value in changed.items() if key.startswith("license")} == theirs
     removed = data_of(update(with_data(CARD, license=None), bundle))
     assert not [key for key in removed if key.startswith("license")]
+
+
+@pytest.mark.parametrize("license", ["apache-2.0", "some-license", None])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"license": "MIT"},
+        {"license": ["mit"]},
+        {"license": "other", "license_name": "mine"},
+        {"license": None},
+        {},
+    ],
+    ids=str,
+)
+def test_settled_license_replaces_the_cards(license, theirs):
+    bundle = licensed(OLD, license)
+    fresh = {key: value for key, value in data_of(render(bundle)).items() if key.startswith("license")}
+    without = CARD.replace(block(CARD, "metadata"), "")
+    for side in (CARD, without):
+        changed = data_of(update(with_data(side, **theirs), bundle, settled_license=True))
+        assert {key: value for key, value in changed.items() if key.startswith("license")} == fresh
+        assert changed["tags"] == data_of(CARD)["tags"]
 
 
 def test_keys_that_the_author_has_changed_or_removed_stay_so():

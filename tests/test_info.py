@@ -113,6 +113,42 @@ def test_provenance_is_that_of_the_config(folder, capsys):
     ]
     assert rows["time"] == ["1:02:05 (h:min:s)"]
     assert "conversion" not in rows
+    assert rows["doors"] == ["not measured"]
+    assert "settings" not in rows
+
+
+def test_doors_are_told_and_are_no_training(folder):
+    doors = {"timm": 0.0, "transformers": 0.25}
+    saved(Provenance(origin="x", settings={"doors": doors}), folder)
+    told = describe(folder)
+    rows = table(told)
+    assert rows["doors"] == ["largest absolute difference 0 in timm, 0.25 in transformers"]
+    assert "training" not in rows
+    assert told.provenance["settings"] == {
+        "conversion": {},
+        "artifacts": {},
+        "doors": doors,
+        "training": {},
+        "other": {},
+    }
+
+
+def test_settings_of_others_are_no_training(folder):
+    settings = {"seed": 3, "notes": "mine"}
+    saved(Provenance(origin="x", settings=settings), folder)
+    told = describe(folder)
+    assert told.provenance["settings"]["training"] == {}
+    assert told.provenance["settings"]["other"] == settings
+    assert "training" not in table(told)
+    assert set(table(told)["settings"][0].split(", ")) == {"seed", "notes"}
+
+
+def test_the_best_of_a_run_is_told(folder):
+    settings = {**FULL.settings, "best": {"score": "knn_accuracy", "step": 10}}
+    saved(Provenance(origin="x", settings=settings), folder)
+    assert table(describe(folder))["training"] == [
+        "recipe supervised, steps 10 of 20, batch size 32, optimiser adamw, best of its run by knn_accuracy"
+    ]
 
 
 def test_json_is_the_same(folder, capsys):
@@ -240,7 +276,9 @@ def test_broken_configs_end_in_a_sentence(change, sentence, tmp_path):
         {"conversion": 3, "artifacts": [1]},
         {"conversion": {"sha256": [1], "dropped": 3, "notes": 5, "measured": {"output": "small"}, "num_mapped": []}},
         {"conversion": {"dropped": {"why": 3}, "measured": {"output": 0.1}, "untrained_registers": "x"}},
-        {"optim": 3, "step": {}, "total_steps": None},
+        {"optim": 3, "step": {}, "total_steps": None, "best": 3},
+        {"doors": 3},
+        {"doors": {"timm": "x"}},
     ],
 )
 def test_settings_of_any_kind_can_be_printed(settings, tmp_path):

@@ -63,7 +63,10 @@ SETTLED = [
     (None, "other", "other"),
     (None, "cc-by-nc-4.0", "cc-by-nc-4.0"),
     ("cc-by-nc-4.0", "CC-BY-NC-4.0", "cc-by-nc-4.0"),
-    ("odd name", "odd name", "odd name"),
+    ("odd name", "odd_name", "odd-name"),
+    (None, "Apache 2.0", "apache-2.0"),
+    ("cc-by-nc 4.0", "CC_BY-NC 4.0", "cc-by-nc-4.0"),
+    (("cc by 4.0", "cc-by-4.0"), None, "cc-by-4.0"),
     (("mit", "apache-2.0"), "apache-2.0", "apache-2.0"),
     (("MIT", "mit"), None, "mit"),
     ((), "unknown", None),
@@ -88,7 +91,7 @@ REFUSED = [
     (("mit", "apache-2.0"), None, "FOLDER names several licenses, apache-2.0, mit: say with --license which"),
     (("mit", "cc-by-nc-4.0"), "unknown", "FOLDER names several licenses, cc-by-nc-4.0, mit"),
     (None, "apache2", "did you mean apache-2.0?"),
-    (None, "Apache 2.0", "'apache 2.0' is no license identifier"),
+    (None, "apache-2.0!", "'apache-2.0!' is no license identifier"),
     (None, "mit-license", "did you mean mit?"),
     (None, "cc-by-nc-4", "did you mean cc-by-nc-4.0?"),
     (None, "gpl3", "did you mean gpl-3.0?"),
@@ -102,6 +105,30 @@ def test_refused(told, given, sentence):
         settle(told, given, called="FOLDER")
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SPELLINGS = (
+    "cc-by-nc 4.0",
+    "CC BY-NC 4.0",
+    "cc_by_nc_4.0",
+    "CC BY\u2013NC 4.0",
+    "cc-by-nc4.0",
+    "CC BY/NC",
+    "non commercial",
+    "Non_Commercial use only",
+    "not for commercial use",
+    "no commercial use",
+)
+
+
+@pytest.mark.parametrize("license", SPELLINGS)
+def test_however_it_is_spelled_a_noncommercial_license_is_not_settled_in_silence(license, tmp_path):
+    assert is_noncommercial(license)
+    with pytest.raises(LicenseError, match="does not allow every use"):
+        settle(license, None, called="x")
+    (tmp_path / "README.md").write_text(f"---\nlicense: {license}\n---\n", encoding="utf-8")
+    (told,) = told_by({"pretrained_cfg": {"license": license.upper()}}, tmp_path / "README.md")
+    assert settle(told, license, called="x") == told
 
 
 @pytest.mark.parametrize("license", ["apache-2.0", "my-license", None])

@@ -1,14 +1,16 @@
 """What cards say, read back by huggingface_hub and looked up in the bundle; their code, executed."""
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
 import yaml
-from cards import KINDS, MADE, METRICS, analysed, licensed, sections, trained, with_settings
+from cards import KINDS, MADE, METRICS, analysed, best_of_its_run, licensed, sections, trained, with_settings
 from golden_cases import ARGUMENTS, convert, source
+from golden_cases import bundle as golden
 from huggingface_hub import ModelCard
-from models import random_bundle
+from models import ONE_OF_EACH_KIND, random_bundle
 from training_runs import TINY, lines
 
 from vitreg_hub.bundle import ModelBundle
@@ -58,7 +60,6 @@ def test_every_section_is_there_and_holds_something(bundle, card):
 def test_metadata_are_what_the_hub_takes(bundle, card):
     data = ModelCard(card).data
     assert data.library_name == "timm"
-    assert data.pipeline_tag == ("image-classification" if bundle.num_classes else "image-feature-extraction")
     assert data.license in IDENTIFIERS
     told = bundle.provenance.license
     assert (data.get("license_name") if data.license == "other" else data.license) == (told or "unknown")
@@ -92,12 +93,11 @@ def test_facts_of_the_network_are_those_of_its_tensors(bundle, card):
         assert said in found["Registers"]
         assert f"`tokens[:, {last + 1}:]`" in found["Registers"]
     limits = found["Intended use and limits"]
-    assert (f"Classifies images into {bundle.num_classes} classes" in limits) == bool(bundle.num_classes)
-    assert ("no classification head" in limits) == (not bundle.num_classes)
     assert (f"{bundle.residual_scale:,g} times larger" in limits) == (bundle.residual_scale != 1)
     assert ("float16" in limits) == (bundle.residual_scale != 1)
     assert ("with antialiasing" in limits) == bundle.positions.antialias
-    assert ("timm's way" in limits) == (not bundle.positions.antialias or bundle.positions.offset > 0)
+    rule = bundle.positions
+    assert ("timm's way" in limits) == (not rule.antialias or rule.offset > 0 or rule.keep_equal_count)
 
 
 def test_what_was_not_measured_is_not_claimed(bundle, card):
@@ -107,12 +107,57 @@ def test_what_was_not_measured_is_not_claimed(bundle, card):
     assert found["Artifacts"].startswith("Not measured.") == ("artifacts" not in origin.settings)
     assert "vitreg_hub: not measured." in found["Results"]  # the doors
     untrained = re.search(r"'untrained_registers': [1-9]", str(origin.settings))
-    assert ("accuracy is lower until they are trained" in card) == bool(untrained)
+    assert ("they can cost accuracy until they are trained; how much was not measured" in card) == bool(untrained)
     recorded = [x for x in (origin.command, origin.commit, origin.created, origin.hardware, origin.versions) if x]
     recorded += [] if origin.seconds is None else [origin.seconds]
     assert found["Environment"].count("not recorded") == 6 - len(recorded)
     for text in (origin.command, origin.commit, origin.created, origin.hardware):
         assert text is None or text in found["Environment"]
+
+
+OUTPUTS = {
+    "hf_clip_vision": ("embeddings", 24),
+    "openclip_full_plain": ("embeddings", 16),
+    "openclip_timm_tower": ("embeddings", 20),
+    "openclip_vision_gelu": ("embeddings", 24),
+    "ttr_clip": ("embeddings", 20),
+    "deit3_ls_head10": ("logits", 10),
+    "deit_distilled": ("logits", 12),
+    "dinov2_reg4": ("features", 32),
+}
+"""What the official implementation of a recorded checkpoint gives of an image, and its width."""
+
+
+def require_output(card: str, name: str, width: int) -> None:
+    found = sections(card)
+    limits = found["Intended use and limits"]
+    assert re.findall(r"(\w+) = model\(images\)  # (.*)", found["Usage"]) == [(name, f"[1, {width}]")]
+    classifies = name == "logits"
+    tag = "image-classification" if classifies else "image-feature-extraction"
+    assert ModelCard(card).data.pipeline_tag == tag
+    assert (f"Classifies images into {width} classes" in limits) == classifies
+    assert ("no classification head" in limits) == (not classifies)
+    embeds = name == "embeddings"
+    assert (f"embeddings of width {width}" in limits) == embeds
+    assert (f"onto embeddings of width {width}." in card.partition("## Usage")[0]) == embeds
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_output_of_converted_models_is_what_their_source_gives(case):
+    require_output(render(golden(case)), *OUTPUTS[case])
+
+
+def test_output_of_other_models():
+    clip = random_bundle("vit_base_reg8_clip", **ONE_OF_EACH_KIND["vit_base_reg8_clip"])
+    require_output(render(clip), "logits", 10)  # it has names of classes
+    nameless = replace(clip, label_names=None)
+    require_output(render(nameless), "embeddings", 10)
+    told = trained(TINY["supervised"]).provenance
+    require_output(render(replace(nameless, provenance=told)), "logits", 10)
+    require_output(render(replace(random_bundle(), label_names=None)), "logits", 10)
+    require_output(render(random_bundle(num_classes=0)), "features", 128)
+    for task in METRICS:
+        require_output(render(trained(TINY[task])), *(("logits", 10) if task == "supervised" else ("features", 128)))
 
 
 @pytest.mark.parametrize("task", METRICS)
@@ -138,10 +183,12 @@ def test_scores_of_every_task_are_told_in_words_and_to_the_hub(task):
         watch = TINY[task].watch
         how = {"max_images": watch.eval_images}
         if name == "knn_accuracy":
-            how |= {"neighbors": watch.knn_neighbors, "temperature": watch.knn_temperature}
+            how |= {"max_neighbors": watch.knn_neighbors, "temperature": watch.knn_temperature}
+            how |= {"max_reference_images": watch.eval_images}
         assert result.metric_args == how
         assert f"| {words} | {value:.4f} |" in card
-    assert f"the held-out part of {TINY[task].data.train}, at most {watch.eval_images} images" in card
+    assert f"the held-out part of {TINY[task].data.train}, at most {watch.eval_images} images; k-NN among" in card
+    assert f"k-NN among at most {watch.eval_images} training images, with up to {watch.knn_neighbors} neighbors" in card
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,6 +238,109 @@ def test_unfinished_run_says_so():
     assert "**4 of 9 steps, not finished**" in section
     assert "Started" not in section
     assert "scaled" not in section
+
+
+@pytest.mark.parametrize("score", ["accuracy", "knn_accuracy"])
+def test_best_of_a_run_says_so_and_by_which_score(score):
+    words = {"accuracy": "top-1 accuracy", "knn_accuracy": "k-NN accuracy"}[score]
+    card = render(best_of_its_run(trained(TINY["supervised"], metrics={score: 0.5}, step=4), score))
+    found = sections(card)
+    assert f"the best of the run's evaluations by {words}, after 4 of 9 steps of 8 images" in found["Training"]
+    assert "not finished" not in card
+    assert f"evaluations by {words}, chosen on the same images that it was measured on" in found["Results"]
+    assert "optimistic" in found["Results"]
+    assert "optimistic" not in render(trained(TINY["supervised"], metrics={score: 0.5}))
+
+
+@pytest.mark.parametrize("revision", ["best", "runs/a"])
+def test_card_of_a_branch_loads_that_branch(revision):
+    bundle = best_of_its_run(trained(TINY["supervised"], metrics={"accuracy": 0.5}, step=4))
+    card = render(bundle, repo=REPO, revision=revision)
+    usage = sections(card)["Usage"]
+    assert re.findall(r'create_model\("(.*?)"', usage) == [f"hf-hub:{REPO}@{revision}"]
+    assert re.findall(r"from_pretrained\((.*?)\)", usage) == [f'"{REPO}", revision="{revision}"'] * 4
+    (result,) = ModelCard(card).data.eval_results
+    assert result.source_url == f"https://huggingface.co/{REPO}/tree/{revision}"
+    assert render(bundle, repo=REPO, revision="main") == render(bundle, repo=REPO) != card
+
+
+def test_teacher_is_told_by_its_name():
+    for teacher, name in (("/home/me/teacher", "teacher"), ("../me/t", "t"), ("hf-hub:org/name", "hf-hub:org/name")):
+        recipe = replace(TINY["distill"], task=replace(TINY["distill"].task, teacher=teacher))
+        found = sections(render(trained(recipe)))["Training"]
+        assert f"- Objective: Distill, from the teacher {name}; images" in found
+        assert "me/" not in found
+
+
+def test_contrastive_card_names_the_towers():
+    usage = sections(render(trained(TINY["contrastive"]), repo=REPO))["Usage"]
+    assert "zero-shot classification" in usage
+    assert f"`{REPO}-open_clip`." in usage
+    on_branch = sections(render(trained(TINY["contrastive"]), repo=REPO, revision="best"))["Usage"]
+    assert f"`{REPO}-open_clip` (branch `best`)." in on_branch
+    others = [task for task in METRICS if task != "contrastive"]
+    assert not any("open_clip" in render(trained(TINY[task]), repo=REPO) for task in others)
+
+
+STRANGE = [
+    {"model": {"start": 5}},
+    {"model": 5},
+    {"task": {"kind": 5}},
+    {"task": {"kind": "Distill", "teacher": 5}},
+    {"data": {"train": 5}},
+    {"data": {"test": 5}},
+    {"augment": {}},
+    {"optim": {"lr": "x"}},
+    {"step": "x"},
+    {"batch_size": None},
+    {"best": 5},
+    {"best": {"score": 5, "step": "x"}},
+    {"watch": {"a": 1}},
+    {"watch": {"eval_images": "x", "knn_neighbors": 1, "knn_temperature": 1}},
+    {"artifacts": {"verdict": "x"}},
+    {"artifacts": 5},
+    {"doors": {"a": "x"}},
+    {"doors": [1]},
+    {"conversion": {"measured": {"t": 0.5}}},
+    {"conversion": {"source": 5, "format": [], "untrained_registers": "x"}},
+]
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=str)
+def test_settings_of_strangers_can_be_told(strange):
+    for bundle in (random_bundle(), analysed(trained(TINY["distill"], metrics=METRICS["distill"]))):
+        card = render(with_settings(bundle, **strange), repo=REPO)
+        assert all(sections(card).values())
+        assert ModelCard(card).data.tags
+
+
+@pytest.mark.parametrize("key", ["verdict", "images", "image_size", "outlier_fraction", "attention", "notes", "block"])
+def test_broken_reports_of_artifacts_are_no_reports(key):
+    found = analysed(random_bundle()).provenance.settings["artifacts"]
+    for wrong in (None, 5.5, [None], [1, 2, None], {"a": 1}):
+        told = sections(render(with_settings(random_bundle(), artifacts=found | {key: wrong})))["Artifacts"]
+        assert told.startswith("Not measured.")
+
+
+@pytest.mark.parametrize("key", ["sha256", "format", "num_mapped", "dropped", "network", "notes", "measured"])
+def test_broken_reports_of_conversions_are_no_reports(key):
+    report = KINDS["converted"]().provenance.settings["conversion"]
+    for wrong in (None, 5.5, [1], [{"a": 1}]):
+        assert "Conversion" not in sections(render(with_settings(random_bundle(), conversion=report | {key: wrong})))
+    card = render(with_settings(random_bundle(), conversion=report | {"measured": {"tokens": 0.5}}))
+    assert "tokens 0.5, to a reference." in card
+
+
+def test_text_of_others_cannot_leave_its_line():
+    evil = "a\n\n## Results\n\n- all is well"
+    bundle = analysed(trained(TINY["distill"], **MADE | {"command": evil, "license": evil}))
+    bundle = replace(random_bundle(), label_names=(evil,) * 10, provenance=bundle.provenance)
+    settings = json.loads(json.dumps(dict(bundle.provenance.settings)))
+    settings["artifacts"]["verdict"] = settings["task"]["teacher"] = settings["name"] = evil
+    card = render(replace(bundle, provenance=replace(bundle.provenance, origin=evil, settings=settings)))
+    assert "all is well" in card
+    assert card.count("\n## Results\n") == 1
+    assert "\n- all is well" not in card.partition("---\n\n")[2]
 
 
 def test_folders_of_a_machine_are_not_told():

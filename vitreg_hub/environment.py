@@ -27,6 +27,11 @@ BETWEEN = re.compile(r"""((?:[=,;:"'()\[\]{}]+\s*)+)""")
 SECRET_OPTION = re.compile(r"--?(.*[._-])?(token|password|secret|api[-_]?key)", re.IGNORECASE)
 TOKEN, LONG_TOKEN = re.compile(r"hf_\w+"), re.compile(r"hf_\w{16,}")
 """An access token of the Hub, as a value and anywhere else."""
+QUERY = re.compile(r"(://[^?#]*)[?#].*", re.DOTALL)
+"""The end of a URL, in which signatures and keys stand."""
+URL = re.compile(r"""((?!file:)\b[a-z][a-z0-9+.-]*://[^\s'"\[\](),]*)""", re.IGNORECASE)
+PIPE = re.compile(r"(pipe:).*", re.DOTALL)
+"""A shell's command, of which anything may be secret."""
 HIDDEN = "***"
 
 
@@ -68,16 +73,24 @@ def _shown(arg: str, *, after: str) -> str:
         return f"{option}={HIDDEN}"
     if SECRET_OPTION.fullmatch(after):
         return HIDDEN
-    if "://" in arg and "file://" not in arg:
-        return LONG_TOKEN.sub(HIDDEN, re.sub(r"://[^/@]*@", f"://{HIDDEN}@", arg))
-    return LONG_TOKEN.sub(HIDDEN, "".join(_without_folders(part) for part in BETWEEN.split(arg)))
+    shown = PIPE.sub(rf"\1{HIDDEN}", QUERY.sub(rf"\1?{HIDDEN}", arg))
+    texts = [_shown_url(part) if URL.fullmatch(part) else _shown_text(part) for part in URL.split(shown)]
+    return LONG_TOKEN.sub(HIDDEN, "".join(texts))
 
 
-def _without_folders(part: str) -> str:
-    if TOKEN.fullmatch(part):
-        return HIDDEN
-    leaves = part.startswith(("/", "~")) or os.path.normpath(part).startswith("..")
-    return os.path.basename(part.rstrip("/")) if leaves else part
+def _shown_url(url: str) -> str:
+    return re.sub(r"://[^/@]*@", f"://{HIDDEN}@", url)
+
+
+def _shown_text(text: str) -> str:
+    parts = BETWEEN.split(text)
+    return "".join(HIDDEN if TOKEN.fullmatch(part) else without_folders(part) for part in parts)
+
+
+def without_folders(name: str) -> str:
+    """A name; of a path that leaves the current folder, the last part: a machine's folders are nobody's business."""
+    leaves = name.startswith(("/", "~")) or os.path.normpath(name).startswith("..")
+    return os.path.basename(name.rstrip("/")) if leaves else name
 
 
 def commit() -> str | None:

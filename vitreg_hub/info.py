@@ -11,6 +11,10 @@ import timm
 
 from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
 from vitreg_hub.bundle_form import (
+    ARTIFACTS_KEY,
+    BEST_KEY,
+    CONVERSION_KEY,
+    DOORS_KEY,
     Preprocess,
     Provenance,
     empty_model,
@@ -26,6 +30,11 @@ from vitreg_hub.positions import PositionRule
 from vitreg_hub.timm_models import eval_cfg
 
 NOT_RECORDED = "not recorded"
+REPORTS = (CONVERSION_KEY, ARTIFACTS_KEY, DOORS_KEY)
+"""Settings that tell what was done with weights; the others of a run are its recipe."""
+TRAINING, OTHER = "training", "other"
+OPTIMISER = {"optim", "opt"}
+"""By which settings are known as a recipe: one of them, the latter in older bundles."""
 MADE = ("command", "commit", "created", "hardware")
 SHOWN = 4
 """Names of dropped tensors that the table shows; JSON has all."""
@@ -186,11 +195,11 @@ def _provenance(told: Mapping[str, Any]) -> dict[str, Any]:
     """A provenance with all its fields, and what its settings tell of how the weights came about."""
     defaults = dataclasses.asdict(Provenance(origin=""))
     settings = told.get("settings", {})
-    conversion, artifacts = (_mapping(settings.get(key)) for key in ("conversion", "artifacts"))
-    training = {} if conversion else {key: value for key, value in settings.items() if key != "artifacts"}
-    return (
-        defaults | dict(told) | {"settings": {"conversion": conversion, "training": training, "artifacts": artifacts}}
-    )
+    rest = {key: value for key, value in settings.items() if key not in REPORTS}
+    is_recipe = bool(rest.keys() & OPTIMISER)
+    parts = {key: _mapping(settings.get(key)) for key in REPORTS}
+    parts |= {TRAINING: rest if is_recipe else {}, OTHER: {} if is_recipe else rest}
+    return defaults | dict(told) | {"settings": parts}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -198,12 +207,17 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else ()
 
 
 def _provenance_rows(told: Mapping[str, Any], *, registers: int) -> Iterator[tuple[str, str]]:
-    conversion, training, artifacts = (told["settings"][key] for key in ("conversion", "training", "artifacts"))
+    parts = told["settings"]
+    conversion, training = parts[CONVERSION_KEY], parts[TRAINING]
     yield "origin", told["origin"]
     yield "license", told["license"] or UNKNOWN
     yield "data set", told["dataset"] or NOT_RECORDED
@@ -214,7 +228,11 @@ def _provenance_rows(told: Mapping[str, Any], *, registers: int) -> Iterator[tup
     yield from _conversion_rows(conversion)
     if training:
         yield "training", _training(training)
-    yield "artifacts", str(artifacts.get("verdict", "not measured"))
+    if parts[OTHER]:
+        yield "settings", ", ".join(parts[OTHER])
+    yield "artifacts", str(parts[ARTIFACTS_KEY].get("verdict", "not measured"))
+    doors = ", ".join(f"{value:g} in {door}" for door, value in parts[DOORS_KEY].items() if _is_number(value))
+    yield "doors", f"largest absolute difference {doors}" if doors else "not measured"
     yield "versions", ", ".join(f"{name} {number}" for name, number in told["versions"].items()) or NOT_RECORDED
     yield from ((key, told[key] or NOT_RECORDED) for key in MADE)
     yield "time", NOT_RECORDED if told["seconds"] is None else _duration(told["seconds"])
@@ -233,13 +251,13 @@ def _conversion_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "dropped", f"{len(names)} ({', '.join(map(str, names[:SHOWN]))}{more}): {why}"
     yield from (("note", str(note)) for note in _listed(report.get("notes")))
     measured = _mapping(report.get("measured"))
-    differences = ", ".join(f"{value:.2g} in {name}" for name, value in measured.items() if isinstance(value, float))
+    differences = ", ".join(f"{value:.2g} in {name}" for name, value in measured.items() if _is_number(value))
     yield "difference", f"{differences}, to {measured.get('reference')}" if differences else "not measured"
 
 
 def _training(recipe: Mapping[str, Any]) -> str:
     """The recipe of a run in a line, as far as it is told."""
-    optim = _mapping(recipe.get("optim"))
+    optim, best = _mapping(recipe.get("optim")), _mapping(recipe.get(BEST_KEY))
     steps, total = recipe.get("step"), recipe.get("total_steps")
     told = {
         "recipe": recipe.get("name"),
@@ -248,6 +266,7 @@ def _training(recipe: Mapping[str, Any]) -> str:
         "optimiser": optim.get("opt") or recipe.get("opt"),
         "learning rate": optim.get("lr") or recipe.get("lr"),
         "seed": recipe.get("seed"),
+        "best of its run by": best.get("score"),
     }
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) or NOT_RECORDED
 

@@ -29,17 +29,21 @@ IDENTIFIERS = frozenset(
 )
 """The only values of `license` in a card that the Hub takes. Source: huggingface.co/docs/hub/repositories-licenses."""
 
-NONCOMMERCIAL = re.compile(r"(^|.*-)nc(-.*|$)|.*non-?commercial.*|.*research.*|apple-amlr|deepfloyd-if.*|seer-license")
+NONCOMMERCIAL = re.compile(
+    r"(^|.*-)(by)?nc([-\d].*|$)|.*no(n|t|t-for)?-?commercial.*|.*research.*|apple-amlr|deepfloyd-if.*|seer-license"
+)
 """Names of licenses that are taken to forbid commercial use: those whose names say so, and besides Apple's AMLR,
 DeepFloyd's, and SEER's, which timm names. Licenses with other names are not looked into."""
 
+SEPARATORS = re.compile(r"[\s_/\u2010-\u2015-]+")
+"""What people write for the hyphens of an identifier."""
 NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 """Close to what the Hub takes as `license_name`."""
 
 
 def is_noncommercial(license: str) -> bool:
     """Whether a license forbids commercial use, as far as its name tells."""
-    return NONCOMMERCIAL.fullmatch(license.lower()) is not None
+    return NONCOMMERCIAL.fullmatch(_spelled(license)) is not None
 
 
 def metadata(license: str | None) -> dict[str, str]:
@@ -54,7 +58,7 @@ def metadata(license: str | None) -> dict[str, str]:
 
 
 def told_by(config: Mapping[str, Any], card: Path, *, header: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The licenses that a repository's files tell, in lower case, each once.
+    """The licenses that a repository's files tell, spelled as the Hub does, each once.
 
     Args:
         config: config.json of timm, or of a bundle; those of other libraries tell none.
@@ -72,7 +76,7 @@ def told_by(config: Mapping[str, Any], card: Path, *, header: Mapping[str, str] 
     if named == OTHER:
         named = data.get("license_name")
     found += named if isinstance(named, list) else [named]
-    names = (name.strip().lower() for name in found if isinstance(name, str))
+    names = (_spelled(name) for name in found if isinstance(name, str))
     return tuple(dict.fromkeys(name for name in names if name not in ("", UNKNOWN, OTHER)))
 
 
@@ -85,15 +89,15 @@ def settle(told: str | Sequence[str] | None, given: str | None, *, called: str) 
         called: The source, for messages.
 
     Returns:
-        The identifier in lower case; None if nobody knows.
+        The identifier in lower case and with hyphens; None if nobody knows.
 
     Raises:
         LicenseError: Nobody says; or it is a non-commercial one and the user does not say so too; or the two differ; or
             the user's is misspelled.
     """
     names = [told] if isinstance(told, str) else told or ()
-    told = sorted({name.strip().lower() for name in names} - {"", UNKNOWN, OTHER})
-    given = None if given is None else given.strip().lower()
+    told = sorted({_spelled(name) for name in names} - {"", UNKNOWN, OTHER})
+    given = None if given is None else _spelled(given)
     if given and given not in told:
         _require_spelled(given)
     if not told:
@@ -135,6 +139,11 @@ def _require_spelled(name: str) -> None:
     near = near or [letters[found] for found in difflib.get_close_matches(_letters(name), letters, n=1, cutoff=0.9)]
     if near:
         raise LicenseError(f"--license {name} is not how the Hub spells it: did you mean {', '.join(near[:4])}?")
+
+
+def _spelled(name: str) -> str:
+    """A name in lower case and with hyphens, as the Hub's identifiers are spelled."""
+    return SEPARATORS.sub("-", name.strip().lower()).strip("-")
 
 
 def _letters(name: str) -> str:
