@@ -13,7 +13,8 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreg_hub.bundle import ModelBundle, Provenance
+from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle_form import BEST_KEY, Provenance
 from vitreg_hub.environment import command, commit, hardware, versions
 from vitreg_hub.errors import LicenseError, RecipeError
 from vitreg_hub.image_source import ImageSource
@@ -268,7 +269,7 @@ def make_bundle(
     )
     settings |= {"step": step, "total_steps": parts.span.total_steps}
     if best is not None:
-        settings["best"] = {"score": best.name, "step": best.step}
+        settings[BEST_KEY] = {"score": best.name, "step": best.step}
     provenance = Provenance(
         origin=f"{how} on {data} with vitreg_hub's recipe {recipe.name}, {step} steps",
         license=license_of(recipe, start, published=False),
