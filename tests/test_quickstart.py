@@ -33,7 +33,16 @@ def test_quickstart_publishes_what_it_trained(hub, tmp_path):
     out = tmp_path / "run"
     result = quickstart(out, push_to="lab/digits", recipe=SHORT)
     assert (result.model, result.figure) == (out / "model", out / "tokens.png")
-    made = {"model", "tokens.png", "recipe.yaml", "metrics.jsonl", "first_batch.png", "checkpoints"}
+    made = {
+        "model",
+        "best",
+        "tokens.png",
+        "curves.png",
+        "first_batch.png",
+        "recipe.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+    }
     assert {path.name for path in out.iterdir()} == made
     assert set(result.doors.values()) == {0.0}
     repo = hub.repos["lab/digits"]

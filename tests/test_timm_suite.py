@@ -45,7 +45,9 @@ LEFT_OUT = {
     "test_model_features_space2depth_reduction": "about efficientnet_h and efficientnet_x",
 }
 
-EVERY_SIZE = [name for name, spec in ARCHS.items() if spec.num_registers in (0, 4) or spec.size == "nano"]
+EVERY_SIZE = [
+    name for name, spec in ARCHS.items() if spec.num_registers == 4 or spec.size == "nano" or spec.lineage.distilled
+]
 THE_REST = [name for name in ARCHS if name not in EVERY_SIZE]
 
 
@@ -94,7 +96,11 @@ def test_shrunk(archs: list[str], tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "functions", [pytest.param(RUN[1:], id="most"), pytest.param([SLOWEST], id="slowest", marks=pytest.mark.slow)]
+    "functions",
+    [
+        pytest.param(RUN[1:], id="most", marks=pytest.mark.slow),
+        pytest.param([SLOWEST], id="slowest", marks=pytest.mark.slow),
+    ],
 )
 def test_full_size(functions: list[str], tmp_path: Path):
     archs = ["vit_small_reg4", "vit_base_reg4_deit3"]

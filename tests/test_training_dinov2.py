@@ -16,6 +16,8 @@ from vitreg_hub.training.recipe import DinoV2, Head, OptimSettings
 from vitreg_hub.training.task import Batch, Span
 from vitreg_hub.training.tasks.dinov2 import DinoV2Task
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 CASE = GOLDEN / "dinov2_ssl_train_step"
 META = json.loads((CASE / "meta.json").read_text())
 VIT = META["vit"] | {"init_values": 1e-5}

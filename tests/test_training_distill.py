@@ -20,6 +20,8 @@ from vitreg_hub.training.recipe import Distill
 from vitreg_hub.training.task import Batch
 from vitreg_hub.training.tasks.distill import DistillTask, cosine, squared
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 WIDE = TINY | {"embed_dim": 48}
 

@@ -21,6 +21,8 @@ from vitreg_hub.training.logbook import Logbook, require_trackers
 from vitreg_hub.training.task import Batch
 from vitreg_hub.training.throughput import Throughput, peak_flops
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 CPU = torch.device("cpu")
 
 

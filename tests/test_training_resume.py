@@ -27,6 +27,8 @@ from vitreg_hub.training.run_state import checkpoints
 from vitreg_hub.training.tasks.supervised import SupervisedTask
 from vitreg_hub.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 RUNS = {
     **TINY,
     "lamb": LAMB,

@@ -13,6 +13,8 @@ from vitreg_hub.training.recipe import OptimSettings
 from vitreg_hub.training.run_state import checkpoints
 from vitreg_hub.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 FIRST_STEP = 1.9
 """Of timm's "sgd", Nesterov's with momentum .9, in units of rate times gradient."""
 SGD = OptimSettings(opt="sgd", betas=None, lr=0.1, weight_decay=0.0)

@@ -20,6 +20,8 @@ from vitreg_hub.image_source import open_images
 from vitreg_hub.training.recipe import WatchSettings
 from vitreg_hub.training.watch import evaluate, knn_classes
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 SETTINGS = WatchSettings(eval_images=30, artifact_images=4)
 CPU = torch.device("cpu")
 

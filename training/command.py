@@ -101,10 +101,10 @@ def console() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except HubError as error:
-        print(f"vitreg: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, HubRefusedError) else HUB_FAILED)
     except VitregError as error:
+        if isinstance(error, HubError) and not isinstance(error, HubRefusedError):
+            print(f"vitreg: {error}", file=sys.stderr)
+            sys.exit(HUB_FAILED)
         silent = isinstance(error, LicenseError | RecipeError | UnknownArchError) and os.environ.get("RANK", "0") != "0"
         sys.exit(1 if silent else f"vitreg: {error}")
     except BrokenPipeError:  # `vitreg list | head`

@@ -15,7 +15,7 @@ from vitreg_hub import licenses
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import require_absent, write_folder
 from vitreg_hub.doors import verify
-from vitreg_hub.errors import HubError, LicenseError
+from vitreg_hub.errors import HubError, HubRefusedError, LicenseError
 from vitreg_hub.hub_access import BUNDLE_FILES, CARD_FILE, EXTRA_FILES, hub_errors, patiently
 from vitreg_hub.hub_commit import Files, Refs, Tree, commit_files, open_pull_request, read_refs, read_tree, set_tag
 from vitreg_hub.hub_download import download, fetch_file, require_space
@@ -131,14 +131,14 @@ def require_token(repo_id: str) -> None:
     """
     _require_repo_id(repo_id)
     if hf.get_token() is None:
-        raise HubError("no access token: run `hf auth login` or set HF_TOKEN, then try again.")
+        raise HubRefusedError("no access token: run `hf auth login` or set HF_TOKEN, then try again.")
 
 
 def _require_repo_id(repo_id: str) -> None:
     with hub_errors(repo_id):
         hf.utils.validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise HubError(f"{repo_id!r} is no repository id: give it as organisation/name.")
+        raise HubRefusedError(f"{repo_id!r} is no repository id: give it as organisation/name.")
 
 
 def push(
@@ -339,7 +339,7 @@ def _plan(shipment: Shipment, target: _Target) -> PushPlan:
         makes_branch=target.branch not in (found.refs.branches if found.refs is not None else ("main",)),
         license=shipment.license,
         files=tuple(
-            PlannedFile(name=name, size=_size(content), state=_state(name, content, there=there, changed=changed))
+            _planned(name, content, there=there, changed=name in changed)
             for name, content in sorted(files.items())
             if content is not None or name in there
         ),
@@ -347,16 +347,13 @@ def _plan(shipment: Shipment, target: _Target) -> PushPlan:
     )
 
 
-def _size(content: Path | bytes | None) -> int:
+def _planned(name: str, content: Path | bytes | None, *, there: Collection[str], changed: bool) -> PlannedFile:
     if content is None:
-        return 0
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def _state(name: str, content: Path | bytes | None, *, there: Collection[str], changed: Collection[str]) -> str:
-    if content is None:
-        return "deleted"
-    return "unchanged" if name not in changed else "changed" if name in there else "new"
+        return PlannedFile(name=name, size=0, state="deleted")
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    return PlannedFile(
+        name=name, size=size, state="unchanged" if not changed else "changed" if name in there else "new"
+    )
 
 
 def _publish(shipment: Shipment, target: _Target, *, private: bool = False) -> Pushed:

@@ -113,15 +113,15 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
     except hf_errors.HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no repository id: give it as organisation/name.") from error
+        raise HubRefusedError(f"{repo_id!r} is no repository id: give it as organisation/name.") from error
     except hf_errors.RevisionNotFoundError as error:
-        raise HubError(f"{repo_id} has no such branch, tag or commit at {endpoint}.") from error
+        raise HubRefusedError(f"{repo_id} has no such branch, tag or commit at {endpoint}.") from error
     except hf_errors.GatedRepoError as error:
-        raise HubError(
+        raise HubRefusedError(
             f"{repo_id} is gated: ask for access at {endpoint}/{repo_id}, then run `hf auth login` or set HF_TOKEN."
         ) from error
     except hf_errors.RepositoryNotFoundError as error:
-        raise HubError(
+        raise HubRefusedError(
             f"no repository {repo_id} at {endpoint}, or it is private: check the name, and for a private one "
             "run `hf auth login` or set HF_TOKEN."
         ) from error
@@ -138,12 +138,12 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise HubError(f"fetching {repo_id} failed ({one_line(error)}): try again.") from error
     except OSError as error:
         cache = hf.constants.HF_HUB_CACHE
+        if error.errno not in DISK_ERRORS:
+            raise
         if error.filename is not None and not str(error.filename).startswith(cache):
             raise HubError(
                 f"{error.filename} cannot be used ({error.strerror}): look at the file and its disk."
             ) from error
-        if error.errno not in DISK_ERRORS:
-            raise
         raise HubError(
             f"the cache of the Hub at {cache} cannot be written ({error.strerror}): "
             "make room, or set HF_HOME to another folder."
