@@ -22,8 +22,6 @@ from vitreg_hub.training.recipe import DataSettings, OptimSettings, Supervised
 from vitreg_hub.training.recipe_files import recipe_from_yaml
 from vitreg_hub.training.run_state import checkpoints
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 SUPERVISED, DINOV2 = TINY["supervised"], TINY["dinov2"]
 START = "vit_nano_reg4.digits"
 
