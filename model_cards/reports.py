@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.environment import without_folders
 from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
 from vitreg_hub.model_cards import settings
-from vitreg_hub.model_cards.facts import count, in_words, measured_on, scores, without_folders
+from vitreg_hub.model_cards.facts import count, in_words, measured_on, scores
 from vitreg_hub.model_cards.settings import one_line
 
 NOT_MEASURED = "Not measured."

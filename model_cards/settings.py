@@ -85,16 +85,19 @@ def doors(bundle: ModelBundle) -> dict[str, float]:
 
 def text(bundle: ModelBundle, part: str, key: str) -> str | None:
     """One text of a part of the settings, of whatever form the rest is."""
-    found = bundle.provenance.settings.get(part)
-    value = found.get(key) if isinstance(found, Mapping) else None
+    value = _value(bundle, part, key)
     return one_line(value) if isinstance(value, str) else None
 
 
 def number(bundle: ModelBundle, part: str, key: str) -> int:
     """One whole number, in the same way; 0 where there is none."""
-    found = bundle.provenance.settings.get(part)
-    value = found.get(key) if isinstance(found, Mapping) else None
+    value = _value(bundle, part, key)
     return value if type(value) is int else 0
+
+
+def _value(bundle: ModelBundle, part: str, key: str) -> Any:
+    found = bundle.provenance.settings.get(part)
+    return found.get(key) if isinstance(found, Mapping) else None
 
 
 def one_line(told: str) -> str:

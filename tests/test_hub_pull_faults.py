@@ -79,8 +79,8 @@ def require_pulled(hub, folder):
     require_sound_cache()
 
 
-def cut(times):
-    """Bodies of weights that end too early; the client asks for the rest in a range."""
+def with_weights(act, *, times=ALWAYS):
+    """A fault that happens to so many requests for weights."""
     left = times
 
     def fault(hub):
@@ -88,8 +88,7 @@ def cut(times):
             nonlocal left
             if request.command == "GET" and request.path.endswith("/model.safetensors") and left:
                 left -= 1
-                status, headers, body = hub.respond(request)
-                return status, {**headers, "Content-Length": str(len(body))}, [body[: len(body) // 2]]
+                return act(hub, request)
             return None
 
         return hook
@@ -97,40 +96,28 @@ def cut(times):
     return fault
 
 
-def slow(times):
-    """Weights that do not come in time."""
-    left = times
-
-    def fault(hub):
-        def hook(request):
-            nonlocal left
-            if request.command == "GET" and request.path.endswith("/model.safetensors") and left:
-                left -= 1
-                threading.Event().wait(0.3)
-            return None
-
-        return hook
-
-    return fault
+def cut(hub, request):
+    """A body that ends too early; the client asks for the rest in a range."""
+    status, headers, body = hub.respond(request)
+    return status, {**headers, "Content-Length": str(len(body))}, [body[: len(body) // 2]]
 
 
-def spoiled(hub):
-    """Weights of the right size that are not those of the listing."""
+def slow(hub, request):
+    """An answer that does not come in time."""
+    threading.Event().wait(0.3)
 
-    def hook(request):
-        if request.command == "GET" and request.path.endswith("/model.safetensors"):
-            status, headers, body = hub.respond(request)
-            return status, headers, body[:-1] + bytes([body[-1] ^ 1])
-        return None
 
-    return hook
+def spoiled(hub, request):
+    """A body of the right size that is not that of the listing."""
+    status, headers, body = hub.respond(request)
+    return status, headers, body[:-1] + bytes([body[-1] ^ 1])
 
 
 WEIGHTS = dict(method="GET", path="/model.safetensors")
 DOWNLOADED = {
-    "the weights are cut": cut(1),
-    "the weights are cut again and again": cut(4),
-    "the weights do not come in time": slow(1),
+    "the weights are cut": with_weights(cut, times=1),
+    "the weights are cut again and again": with_weights(cut, times=4),
+    "the weights do not come in time": with_weights(slow, times=1),
     "the weights are dropped": Fault(**WEIGHTS, act=DROP, times=3).on,
     "the weights fail after the listing": Fault(**WEIGHTS, act=503, times=2).on,
     "the weights' size fails after the listing": Fault(method="HEAD", path="/model.safetensors", act=500, times=2).on,
@@ -155,14 +142,17 @@ def test_pull_gets_over(hub, published, tmp_path, impatient, what):
 
 
 NOT_DOWNLOADED = {
-    "the weights are always cut": (cut(ALWAYS), "cannot be reached"),
-    "the weights never come": (slow(ALWAYS), "cannot be reached .*Timeout"),
+    "the weights are always cut": (with_weights(cut), "cannot be reached"),
+    "the weights never come": (with_weights(slow), "cannot be reached .*Timeout"),
     "the weights always fail": (Fault(**WEIGHTS, act=503).on, "status 503 .*try again later"),
     "the head always fails": (Fault(method="GET", path="/revision/main", act=500).on, "status 500 .*try again"),
     "the listing always fails": (Fault(method="GET", path="/tree/", act=503).on, "status 503 .*try again later"),
     "the head is another's": (Fault(method="GET", path="/revision/main", act=200, body=HTML).on, "not what a Hub does"),
     "files are another's": (Fault(method="HEAD", path="/resolve/", act=200, body=HTML).on, "not what a Hub does"),
-    "the weights are not the listing's": (spoiled, "has not the checksum that the Hub told, fetched twice"),
+    "the weights are not the listing's": (
+        with_weights(spoiled),
+        "has not the checksum that the Hub told, fetched twice",
+    ),
 }
 
 

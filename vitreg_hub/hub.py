@@ -324,13 +324,18 @@ def _refuse_tag(shipment: Shipment, target: _Target, found: _Found, *, moves: bo
         raise HubError(f"{shipment.repo_id} has a tag {target.tag} already: choose another one.")
 
 
-def _plan(shipment: Shipment, target: _Target) -> PushPlan:
-    api = hf.HfApi(library_name="vitreg_hub")
-    with hub_errors(shipment.repo_id):
-        found = _look(api, shipment.repo_id, target)
-        files = _with_card(shipment, found)
+def _compare(shipment: Shipment, target: _Target, found: _Found) -> tuple[Files, Files]:
+    """All files of a shipment, and those of them that have to be sent or deleted."""
+    files = _with_card(shipment, found)
     changed = found.changes(files)
     _refuse_tag(shipment, target, found, moves=bool(changed))
+    return files, changed
+
+
+def _plan(shipment: Shipment, target: _Target) -> PushPlan:
+    with hub_errors(shipment.repo_id):
+        found = _look(hf.HfApi(library_name="vitreg_hub"), shipment.repo_id, target)
+        files, changed = _compare(shipment, target, found)
     there = found.tree.checksums if found.tree is not None else {}
     return PushPlan(
         repo_id=shipment.repo_id,
@@ -367,8 +372,7 @@ def _publish(shipment: Shipment, target: _Target, *, private: bool = False) -> P
             found = _look(api, repo_id, target)
             if found.refs is None:
                 raise HubError(f"{repo_id} was made but cannot be read: use a token that may read it, too.")
-        files = found.changes(_with_card(shipment, found))
-        _refuse_tag(shipment, target, found, moves=bool(files))
+        _, files = _compare(shipment, target, found)
         if target.branch not in found.refs.branches:
             start = found.tree.commit
             patiently(partial(api.create_branch, repo_id, branch=target.branch, revision=start, exist_ok=True))
