@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.environment import without_folders
+from vitreg_hub.environment import duration, without_folders
 from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
 from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import count, in_words, measured_on, scores
@@ -160,15 +160,9 @@ def environment(bundle: ModelBundle) -> str:
         ("Command", told.command and f"`{told.command}`"),
         ("Commit of vitreg_hub", told.commit and f"`{told.commit}`"),
         ("Hardware", told.hardware),
-        ("Time", None if told.seconds is None else _duration(told.seconds)),
+        ("Time", None if told.seconds is None else duration(told.seconds)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(told.versions.items()))),
     ]
     return "\n".join(
         ["## Environment", "", *(f"- {name}: {one_line(value or 'not recorded')}." for name, value in lines)]
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} seconds"
-    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -13,8 +13,9 @@ from training_runs import TINY
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import Provenance
 from vitreg_hub.model_cards.artifacts import summary
-from vitreg_hub.training.recipe import Recipe, Supervised
+from vitreg_hub.training.recipe import Recipe
 from vitreg_hub.training.recipe_files import with_kinds
+from vitreg_hub.training.task_settings import Supervised
 
 MADE = {
     "command": "vitreg train tiny --out run",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vitreg_hub import environment
-from vitreg_hub.environment import command, commit, hardware, now, versions
+from vitreg_hub.environment import command, commit, duration, hardware, now, public_text, versions
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {
@@ -48,6 +48,35 @@ SHOWN = {
     "vit_*_reg4": "'vit_*_reg4'",
     "": "''",
 }
+
+
+TEXTS = {
+    "/home/me/my photos/": "my photos",
+    "runs/../../photos": "photos",
+    "/home/me/train-{0000..0099}.tar": "train-{0000..0099}.tar",
+    "{/home/me/a,/mnt/b}/c/train.tar": "{a,b}/train.tar",
+    "data/a.tar,/home/me/b.tar": "data/a.tar,b.tar",
+    "local-dir:/home/me/model": "local-dir:model",
+    "file:///home/me/train.tar": "file:train.tar",
+    "https://me:secret@host/a/{00..99}.tar?X-Amz-Signature=secret": "https://***@host/a/{00..99}.tar?***",
+    "pipe:curl -H Authorization:Bearer SECRET https://host/a.tar": "pipe:***",
+}
+UNCHANGED = (
+    *("photos/train", "./photos", "digits", "lab/photos:train", "hf-hub:lab/model@best", "...", "/", "", "vit_*_reg4"),
+    *("vit_nano_reg4.digits", "shards/{a,b}/c/train-{0000..0099}.tar", "a photo of a {}.", "{a: b}/c"),
+)
+
+
+@pytest.mark.parametrize(("given", "shown"), [*TEXTS.items(), *zip(UNCHANGED, UNCHANGED, strict=True)])
+def test_what_others_see_of_a_text(given, shown):
+    assert public_text(given) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(59.94, "59.9 seconds"), (300, "5.0 minutes"), (5400, "90.0 minutes"), (9000, "2.5 hours")]
+)
+def test_duration_in_words(seconds, words):
+    assert duration(seconds) == words
 
 
 @pytest.mark.parametrize("arg", SHOWN)

@@ -111,7 +111,7 @@ def test_provenance_is_that_of_the_config(folder, capsys):
         ["2025-01-02T03:04:05+00:00"],
         ["a CPU"],
     ]
-    assert rows["time"] == ["1:02:05 (h:min:s)"]
+    assert rows["time"] == ["62.1 minutes"]
     assert "conversion" not in rows
     assert rows["doors"] == ["not measured"]
     assert "settings" not in rows

@@ -39,6 +39,7 @@ LAYERS = [
     {"analysis"},
     {"model_cards"},
     {"hub_shipment"},
+    {"hub_target"},
     {"hub"},
     {"conversion", "training"},
     {"cli"},

@@ -18,7 +18,8 @@ from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.augment import build_augment
 from vitreg_hub.training.mixing import mix
 from vitreg_hub.training.randomness import seed_of, seeded
-from vitreg_hub.training.recipe import CropAugment, MultiCrop, Supervised, ThreeAugment
+from vitreg_hub.training.recipe import CropAugment, MultiCrop, ThreeAugment
+from vitreg_hub.training.task_settings import Supervised
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALIZE = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]

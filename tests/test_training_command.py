@@ -13,9 +13,9 @@ from vitreg_hub.cli import main
 from vitreg_hub.errors import RecipeError, TrainingError
 from vitreg_hub.training import loop
 from vitreg_hub.training.best import Best
-from vitreg_hub.training.recipe import Head
 from vitreg_hub.training.recipe_files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.recipes import RECIPES
+from vitreg_hub.training.task_settings import Head
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import Provenance
 from vitreg_hub.errors import BundleError, DataError, RecipeError
 from vitreg_hub.training.open_clip_files import save_open_clip
-from vitreg_hub.training.recipe import Contrastive
 from vitreg_hub.training.task import Batch
+from vitreg_hub.training.task_settings import Contrastive
 from vitreg_hub.training.tasks.contrastive import ContrastiveTask, TwoTowers
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

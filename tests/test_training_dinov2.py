@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from vitreg_hub.positions import PositionRule, follow
 from vitreg_hub.training.optimizer import build_optimizer, clip_gradients
 from vitreg_hub.training.parallel import average_into
-from vitreg_hub.training.recipe import DinoV2, Head, OptimSettings
+from vitreg_hub.training.recipe import OptimSettings
 from vitreg_hub.training.task import Batch, Span
+from vitreg_hub.training.task_settings import DinoV2, Head
 from vitreg_hub.training.tasks.dinov2 import DinoV2Task
 
 pytestmark = pytest.mark.usefixtures("no_curves")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vitreg_hub.errors import DataError, RecipeError, UnknownArchError
 from vitreg_hub.tokens import Tokens
-from vitreg_hub.training.recipe import Distill
 from vitreg_hub.training.task import Batch
+from vitreg_hub.training.task_settings import Distill
 from vitreg_hub.training.tasks.distill import DistillTask, cosine, squared
 
 pytestmark = pytest.mark.usefixtures("no_curves")

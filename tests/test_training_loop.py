@@ -18,9 +18,10 @@ from vitreg_hub.datasets import digits
 from vitreg_hub.doors import verify
 from vitreg_hub.errors import DataError, RecipeError, VitregError
 from vitreg_hub.training.loop import dry_run, train
-from vitreg_hub.training.recipe import DataSettings, OptimSettings, Supervised
+from vitreg_hub.training.recipe import DataSettings, OptimSettings
 from vitreg_hub.training.recipe_files import recipe_from_yaml
 from vitreg_hub.training.run_state import checkpoints
+from vitreg_hub.training.task_settings import Supervised
 
 SUPERVISED, DINOV2 = TINY["supervised"], TINY["dinov2"]
 START = "vit_nano_reg4.digits"

@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from vitreg_hub.training.recipe import (
-    Contrastive,
     CropAugment,
     DataSettings,
-    DinoV2,
-    Distill,
-    Head,
     ModelSettings,
     MultiCrop,
     OptimSettings,
     Recipe,
     ScaleSettings,
-    Supervised,
     WatchSettings,
 )
+from vitreg_hub.training.task_settings import Contrastive, DinoV2, Distill, Head, Supervised
 
 STEPS = 4
 HEAD = Head(prototypes=32, bottleneck=16, hidden=32)

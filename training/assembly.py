@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import BEST_KEY, Provenance
-from vitreg_hub.environment import command, commit, hardware, versions
+from vitreg_hub.environment import command, commit, hardware, public_text, versions
 from vitreg_hub.errors import LicenseError, RecipeError
 from vitreg_hub.image_source import ImageSource
 from vitreg_hub.licenses import OTHER, UNKNOWN, settle
@@ -25,9 +25,10 @@ from vitreg_hub.training.best import Best
 from vitreg_hub.training.data import TrainingData, as_image_source, open_held_out, open_training_data
 from vitreg_hub.training.loader import TrainLoader
 from vitreg_hub.training.parallel import blocks_of
-from vitreg_hub.training.recipe import Contrastive, DinoV2, Distill, Recipe, Supervised
-from vitreg_hub.training.recipe_files import public_settings, public_text
+from vitreg_hub.training.recipe import Recipe
+from vitreg_hub.training.recipe_files import public_settings
 from vitreg_hub.training.task import Span, Task
+from vitreg_hub.training.task_settings import Contrastive, DinoV2, Distill, Supervised
 
 NEEDS = {Supervised: ("labels",), Contrastive: ("texts",)}
 """What every image must have for a task."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from vitreg_hub.bundle_form import read_config
 from vitreg_hub.errors import BundleError
 from vitreg_hub.training.folders import BEST
-from vitreg_hub.training.recipe import Contrastive, DinoV2, Distill, Recipe, Supervised
+from vitreg_hub.training.recipe import Recipe
+from vitreg_hub.training.task_settings import Contrastive, DinoV2, Distill, Supervised
 
 SCORES = {
     Supervised: "accuracy",

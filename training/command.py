@@ -16,6 +16,7 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from vitreg_hub.arch import get_arch
+from vitreg_hub.environment import duration
 from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeError, UnknownArchError, VitregError
 from vitreg_hub.training.folders import BEST
 from vitreg_hub.training.recipe import Recipe, require_start
@@ -235,7 +236,7 @@ def _dry_run(recipe: Recipe) -> None:
         return
     print(f"steps       {result.steps}")
     print(f"images      {result.images_per_second:.4g} a second, over all processes")
-    print(f"time        {_duration(result.eta_seconds)}, without evaluations")
+    print(f"time        {duration(result.eta_seconds)}, without evaluations")
     print(f"memory      {result.memory_gib:.2f} GiB at most, of one process")
     print(f"parameters  {result.parameters / 1e6:.1f} M are trained")
 
@@ -262,13 +263,6 @@ next:
   vitreg verify {result.model}
   vitreg analyze {result.model}
   vitreg push {result.model} your-name/{recipe.name}""")
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return (
-        f"{hours:.1f} hours" if hours >= 2 else f"{minutes:.1f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"
-    )
 
 
 def _first_line(text: str | None) -> str:

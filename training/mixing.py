@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.randomness import seeded
-from vitreg_hub.training.recipe import Supervised
+from vitreg_hub.training.task_settings import Supervised
 
 
 def mix(

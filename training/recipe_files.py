@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import inspect
-import os
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,9 +15,11 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from vitreg_hub.bundle_form import write_file
+from vitreg_hub.environment import public_text
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.hub_access import RECIPE_FILE
-from vitreg_hub.training.recipe import Augment, Recipe, TaskSettings, to_dict
+from vitreg_hub.training.recipe import Augment, Recipe, to_dict
+from vitreg_hub.training.task_settings import TaskSettings
 
 KIND = "kind"
 """Key that tells which dataclass `task` and `augment` are."""
@@ -34,11 +35,6 @@ MAY_CHANGE = (
     "data.num_workers",
 )
 """Settings, or what they begin with, that may differ when a run goes on: they change nothing that is learnt."""
-
-OUTSIDE = re.compile(r"(?:^|[,:;={])\s*(?:/|~|\.\.(?:/|$))")
-"""Where a path begins at the root, at somebody's home or above the working folder, also in a pattern of several."""
-CREDENTIALS = re.compile(r"(?<=://)[^/@]*@|[?#].*")
-"""What of a URL only those may see who can open it."""
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
@@ -131,19 +127,6 @@ def build_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 def public_settings(recipe: Recipe) -> dict[str, Any]:
     """All settings as `with_kinds` gives them, their texts as others may see them."""
     return _public(with_kinds(recipe))
-
-
-def public_text(text: str) -> str:
-    """A setting as others may see it.
-
-    Of paths outside the working folder only the last part is kept, for the folders of a machine are nobody's business,
-    and of URLs what gives access to them is left out.
-    """
-    if "://" in text and "file:" not in text:
-        return CREDENTIALS.sub("", text)
-    if OUTSIDE.search(text) or os.path.normpath(text).startswith("../"):
-        return os.path.basename(text.rstrip("/")) or text
-    return text
 
 
 def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:

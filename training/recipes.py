@@ -12,21 +12,17 @@ from types import MappingProxyType
 from vitreg_hub.arch import REGISTER_COUNTS, row
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.recipe import (
-    Contrastive,
     CropAugment,
     DataSettings,
-    DinoV2,
-    Distill,
-    Head,
     ModelSettings,
     MultiCrop,
     OptimSettings,
     Recipe,
     ScaleSettings,
-    Supervised,
     ThreeAugment,
     WatchSettings,
 )
+from vitreg_hub.training.task_settings import Contrastive, DinoV2, Distill, Head, Supervised
 
 IMAGENET_1K = DataSettings(
     train="timm/imagenet-1k-wds:train",

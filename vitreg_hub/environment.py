@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -73,8 +74,13 @@ def _shown(arg: str, *, after: str) -> str:
         return f"{option}={HIDDEN}"
     if SECRET_OPTION.fullmatch(after):
         return HIDDEN
-    shown = PIPE.sub(rf"\1{HIDDEN}", QUERY.sub(rf"\1?{HIDDEN}", arg))
-    texts = [_shown_url(part) if URL.fullmatch(part) else _shown_text(part) for part in URL.split(shown)]
+    return public_text(arg)
+
+
+def public_text(text: str) -> str:
+    """A text as others may see it: of paths outside the current folder the last part, and of secrets nothing."""
+    shown = PIPE.sub(rf"\1{HIDDEN}", QUERY.sub(rf"\1?{HIDDEN}", text))
+    texts = [_shown_url(part) if URL.fullmatch(part) else _shown_paths(part) for part in URL.split(shown)]
     return LONG_TOKEN.sub(HIDDEN, "".join(texts))
 
 
@@ -82,15 +88,29 @@ def _shown_url(url: str) -> str:
     return re.sub(r"://[^/@]*@", f"://{HIDDEN}@", url)
 
 
-def _shown_text(text: str) -> str:
-    parts = BETWEEN.split(text)
-    return "".join(HIDDEN if TOKEN.fullmatch(part) else without_folders(part) for part in parts)
+def _shown_paths(text: str) -> str:
+    shown = ""
+    for before, part in pairwise(["", *BETWEEN.split(text)]):
+        if TOKEN.fullmatch(part):
+            shown += HIDDEN
+        elif before.endswith("}") and part.startswith("/"):  # goes on with a path: {a,b}/c
+            shown += part if text.startswith(shown) else f"/{os.path.basename(part.rstrip('/'))}"
+        else:
+            shown += without_folders(part)
+    return shown
 
 
 def without_folders(name: str) -> str:
     """A name; of a path that leaves the current folder, the last part: a machine's folders are nobody's business."""
     leaves = name.startswith(("/", "~")) or os.path.normpath(name).startswith("..")
-    return os.path.basename(name.rstrip("/")) if leaves else name
+    return os.path.basename(name.rstrip("/")) or name if leaves else name
+
+
+def duration(seconds: float) -> str:
+    """A time in words, in seconds below two minutes, in hours from two of them."""
+    if seconds < 120:
+        return f"{seconds:.3g} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def commit() -> str | None:

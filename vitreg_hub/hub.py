@@ -1,28 +1,26 @@
 """Bundles to the Hub and back. The token is huggingface_hub's: `hf auth login` or HF_TOKEN."""
 
 import dataclasses
-import logging
-import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import huggingface_hub as hf
 
-from vitreg_hub import licenses
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import require_absent, write_folder
 from vitreg_hub.doors import verify
-from vitreg_hub.errors import HubError, HubRefusedError, LicenseError
-from vitreg_hub.hub_access import BUNDLE_FILES, CARD_FILE, EXTRA_FILES, hub_errors, patiently
-from vitreg_hub.hub_commit import Files, Refs, Tree, commit_files, open_pull_request, read_refs, read_tree, set_tag
-from vitreg_hub.hub_download import download, fetch_file, require_space
+from vitreg_hub.errors import HubError, HubRefusedError
+from vitreg_hub.hub_access import BUNDLE_FILES, EXTRA_FILES, hub_errors, patiently
+from vitreg_hub.hub_commit import commit_files, open_pull_request, set_tag
+from vitreg_hub.hub_download import download, require_space
 from vitreg_hub.hub_listing import PublishedModel, list_models
 from vitreg_hub.hub_shipment import Shipment, bundle_shipment, refuse_pickles, tower_shipment
+from vitreg_hub.hub_target import Target, compare, look
 from vitreg_hub.hub_tower import find_tower
-from vitreg_hub.model_cards.card import decoded, encoded, with_doors
+from vitreg_hub.model_cards.card import with_doors
 
 __all__ = [
     "PlannedFile",
@@ -35,11 +33,6 @@ __all__ = [
     "push",
     "require_token",
 ]
-
-logger = logging.getLogger(__name__)
-
-REF_NAME = re.compile(r"(?!refs/|[-/.])(?!.*(\.\.|//|@\{|/\.))[^\s~^:?*\[\\]+(?<![./])(?<!\.lock)")
-"""Names of branches and tags. Source: git check-ref-format."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,30 +92,6 @@ class PushPlan:
     text_tower: "PushPlan | None" = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Target:
-    """Where a push goes, as it was asked for."""
-
-    branch: str
-    private: bool = False
-    create_pr: bool = False
-    tag: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Found:
-    """What is in a target's place: nothing, or a branch, or the one that a new branch will start from."""
-
-    refs: Refs | None = None
-    tree: Tree | None = None
-
-    def changes(self, files: Files) -> Files:
-        """The files that have to be sent or deleted."""
-        if self.tree is None:
-            return {name: content for name, content in files.items() if content is not None}
-        return self.tree.changed(files)
-
-
 def require_token(repo_id: str) -> None:
     """Refuse what cannot be published, before any work is done for it.
 
@@ -173,8 +142,7 @@ def push(
             message says otherwise.
     """
     require_token(repo_id)
-    target = _Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
-    _require_target(target)
+    target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
     shipment, towers = _shipments(Path(folder), repo_id, branch=branch, license=license)
     if towers is not None:
         _plan(towers, target)  # what it cannot be is found before the bundle is sent
@@ -202,8 +170,7 @@ def plan(
     It needs no token and does not tell whether the Hub would take the files. Args and other errors are those of `push`.
     """
     _require_repo_id(repo_id)
-    target = _Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
-    _require_target(target)
+    target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
     shipment, towers = _shipments(Path(folder), repo_id, branch=branch, license=license)
     planned = _plan(shipment, target)
     return planned if towers is None else dataclasses.replace(planned, text_tower=_plan(towers, target))
@@ -236,16 +203,6 @@ def pull(name: str, folder: str | Path) -> Path:
     return write_folder(target, fill)
 
 
-def _require_target(target: _Target) -> None:
-    for kind, name in (("branch", target.branch), ("tag", target.tag)):
-        if name is not None and not REF_NAME.fullmatch(name):
-            raise HubError(f"{name!r} is no name of a {kind}: take letters, digits, '-', '_', '.' and '/'.")
-    if target.tag is not None and target.tag in ("main", target.branch):
-        raise HubError(f"{target.tag} is a branch, and a tag of that name would hide it: choose another tag.")
-    if target.create_pr and target.tag:
-        raise HubError("a pull request is no commit of a branch yet: leave --tag out, or --create-pr.")
-
-
 def _shipments(folder: Path, repo_id: str, *, branch: str, license: str | None) -> tuple[Shipment, Shipment | None]:
     """What the repositories of a bundle, and of its text tower, are to hold, after all checks but those of the Hub."""
     towers = find_tower(folder)
@@ -257,85 +214,10 @@ def _shipments(folder: Path, repo_id: str, *, branch: str, license: str | None) 
     return shipment, towers and tower_shipment(towers, repo_id, branch=branch, license=shipment.license)
 
 
-def _look(api: hf.HfApi, repo_id: str, target: _Target) -> _Found:
-    """Read what is there, and refuse what cannot become what was asked for."""
-    refs = read_refs(api, repo_id)
-    if refs is None:
-        if target.create_pr:
-            raise HubError(f"there is no repository {repo_id} that takes a pull request: leave --create-pr out.")
-        return _Found()
-    if target.branch in refs.tags:
-        raise HubError(f"{target.branch} is a tag of {repo_id}, which takes no commits: choose another branch.")
-    if target.create_pr and target.branch not in refs.branches:
-        raise HubError(f"{repo_id} has no branch {target.branch} for a pull request: choose one that is there.")
-    if target.tag in refs.branches:
-        raise HubError(f"{repo_id} has a branch {target.tag}, which a tag of that name would hide: choose another tag.")
-    start = refs.branches.get(target.branch) or refs.branches.get("main")
-    if start is None:
-        raise HubError(f"{repo_id} has no branch main to start {target.branch} from: push to one that is there.")
-    tree = read_tree(api, repo_id, start)
-    if target.private and not tree.private:
-        raise HubError(f"{repo_id} is public already: make it private on the Hub first, or leave --private out.")
-    return _Found(refs=refs, tree=tree)
-
-
-def _with_card(shipment: Shipment, found: _Found) -> Files:
-    """All files of a shipment; the card is the one on the Hub, brought up to date.
-
-    Raises:
-        LicenseError: The card on the Hub tells another license.
-    """
-    if found.tree is None or CARD_FILE not in found.tree.checksums:
-        return {**shipment.files, CARD_FILE: encoded(shipment.card(None))}
-    told = found.tree.checksums[CARD_FILE]
-    file = fetch_file(shipment.repo_id, CARD_FILE, found.tree.commit, told=told)
-    existing = decoded(file.read_bytes())
-    card = shipment.card(existing)
-    _require_license(shipment, licenses.told_by({}, file), kept=card == existing)
-    if shipment.has_card and shipment.card(None) != card:
-        logger.warning("%s keeps its card: the author's text in the folder's %s differs.", shipment.repo_id, CARD_FILE)
-    return {**shipment.files, CARD_FILE: encoded(card)}
-
-
-def _require_license(shipment: Shipment, told: Sequence[str], *, kept: bool) -> None:
-    """Refuse to publish weights under a card that tells another license than theirs.
-
-    Args:
-        shipment: Its license is settled, without a look at the card on the Hub.
-        told: By that card.
-        kept: Whether that card stays as it is.
-    """
-    repo_id, ours = shipment.repo_id, shipment.license
-    if not told or list(told) == [ours]:
-        return
-    known = [*told, *filter(None, [ours])]
-    settled = licenses.settle(known, shipment.given_license, called=f"the card of {repo_id} and the bundle")
-    if settled != ours:
-        raise LicenseError(f"the card of {repo_id} tells the license {settled}: push with --license {settled}.")
-    if kept:
-        raise LicenseError(
-            f"the card of {repo_id} is its author's and tells the license {told[0]}, not {ours}: change it on the Hub."
-        )
-
-
-def _refuse_tag(shipment: Shipment, target: _Target, found: _Found, *, moves: bool) -> None:
-    taken = found.refs.tags.get(target.tag) if found.refs is not None and target.tag else None
-    if taken is not None and (moves or taken != found.tree.commit):
-        raise HubError(f"{shipment.repo_id} has a tag {target.tag} already: choose another one.")
-
-
-def _compare(shipment: Shipment, target: _Target, found: _Found) -> tuple[Files, Files]:
-    """All files of a shipment, and those of them that have to be sent or deleted."""
-    files = _with_card(shipment, found)
-    changed = found.changes(files)
-    _refuse_tag(shipment, target, found, moves=bool(changed))
-    return files, changed
-
-
-def _plan(shipment: Shipment, target: _Target) -> PushPlan:
+def _plan(shipment: Shipment, target: Target) -> PushPlan:
     with hub_errors(shipment.repo_id):
-        found = _look(hf.HfApi(library_name="vitreg_hub"), shipment.repo_id, target)
-        files, changed = _compare(shipment, target, found)
+        found = look(hf.HfApi(library_name="vitreg_hub"), shipment.repo_id, target)
+        files, changed = compare(shipment, target, found)
     there = found.tree.checksums if found.tree is not None else {}
     return PushPlan(
         repo_id=shipment.repo_id,
@@ -361,18 +243,18 @@ def _planned(name: str, content: Path | bytes | None, *, there: Collection[str],
     )
 
 
-def _publish(shipment: Shipment, target: _Target, *, private: bool = False) -> Pushed:
+def _publish(shipment: Shipment, target: Target, *, private: bool = False) -> Pushed:
     """Bring a repository to what it is to hold; if it has to be made, `private` counts as well as the target's."""
     api, repo_id = hf.HfApi(library_name="vitreg_hub"), shipment.repo_id
     with hub_errors(repo_id):
-        found = _look(api, repo_id, target)
+        found = look(api, repo_id, target)
         if found.refs is None:
             hidden = target.private or private or None  # None: as the organisation has it
             patiently(partial(api.create_repo, repo_id, private=hidden, exist_ok=True))
-            found = _look(api, repo_id, target)
+            found = look(api, repo_id, target)
             if found.refs is None:
                 raise HubError(f"{repo_id} was made but cannot be read: use a token that may read it, too.")
-        _, files = _compare(shipment, target, found)
+        _, files = compare(shipment, target, found)
         if target.branch not in found.refs.branches:
             start = found.tree.commit
             patiently(partial(api.create_branch, repo_id, branch=target.branch, revision=start, exist_ok=True))

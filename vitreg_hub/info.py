@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from vitreg_hub.bundle_form import (
     read_config,
     rule_problems,
 )
+from vitreg_hub.environment import duration
 from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.hub_access import HUB_PREFIX, parse_repo
 from vitreg_hub.hub_download import download_config
@@ -235,7 +235,7 @@ def _provenance_rows(told: Mapping[str, Any], *, registers: int) -> Iterator[tup
     yield "doors", f"largest absolute difference {doors}" if doors else "not measured"
     yield "versions", ", ".join(f"{name} {number}" for name, number in told["versions"].items()) or NOT_RECORDED
     yield from ((key, told[key] or NOT_RECORDED) for key in MADE)
-    yield "time", NOT_RECORDED if told["seconds"] is None else _duration(told["seconds"])
+    yield "time", NOT_RECORDED if told["seconds"] is None else duration(told["seconds"])
 
 
 def _conversion_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -269,10 +269,6 @@ def _training(recipe: Mapping[str, Any]) -> str:
         "best of its run by": best.get("score"),
     }
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) or NOT_RECORDED
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{timedelta(seconds=round(seconds))} (h:min:s)"
 
 
 def _printable(text: str) -> str:

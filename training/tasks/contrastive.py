@@ -17,8 +17,8 @@ from vitreg_hub.hub_access import TOWER_SUFFIX
 from vitreg_hub.training.collectives import rank, world_size
 from vitreg_hub.training.folders import replace_folder
 from vitreg_hub.training.open_clip_files import save_open_clip
-from vitreg_hub.training.recipe import Contrastive
 from vitreg_hub.training.task import Batch, Scorer, StepOutput, Task, correct
+from vitreg_hub.training.task_settings import Contrastive
 
 MAX_LOGIT_SCALE = 100
 """Source: open_clip_train/train.py, "clamp to 4.6052 = ln(100), as in the original paper"."""

@@ -15,7 +15,6 @@ from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.dino_head import DinoHead
 from vitreg_hub.training.masking import BlockMasks, masked_indices_and_weights
 from vitreg_hub.training.parallel import average_into
-from vitreg_hub.training.recipe import DinoV2, Head
 from vitreg_hub.training.run_state import STATE
 from vitreg_hub.training.schedules import CosineSchedule, linear_then_constant
 from vitreg_hub.training.ssl_losses import (
@@ -27,6 +26,7 @@ from vitreg_hub.training.ssl_losses import (
     sinkhorn_knopp,
 )
 from vitreg_hub.training.task import Batch, Span, StepOutput, Task
+from vitreg_hub.training.task_settings import DinoV2, Head
 
 GLOBAL_CROPS = 2
 

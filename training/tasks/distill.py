@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from vitreg_hub.any_vit import AnyVit, ProcessorTransform, open_vit
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.tokens import Tokens, observe
-from vitreg_hub.training.recipe import Distill
 from vitreg_hub.training.task import Batch, Scorer, StepOutput, Task
+from vitreg_hub.training.task_settings import Distill
 from vitreg_hub.vit_layout import VitLayout
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vitreg_hub.training.mixing import mix
 from vitreg_hub.training.parallel import average_into
-from vitreg_hub.training.recipe import Supervised
 from vitreg_hub.training.task import Batch, Scorer, StepOutput, Task, correct
+from vitreg_hub.training.task_settings import Supervised
 
 
 class SupervisedNetwork(nn.Module):
