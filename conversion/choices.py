@@ -114,9 +114,10 @@ class Choices:
         known = (told, asked, from_arch, self.fmt.heads.get(width))
         found = next((number for number in known if number is not None), None)
         if found is None:
+            often = f"often {width // 64}, 64 channels each" if width % 64 == 0 else f"a number that divides {width}"
             self._refuse(
                 f"has width {width}, for which no tensor tells the number of attention heads: give --num-heads "
-                f"({'16 or 20' if width == 1280 else f'often {max(1, width // 64)}, 64 channels each'})"
+                f"({'16 or 20' if width == 1280 else often})"
             )
         if found < 1 or width % found:
             self._refuse(f"has width {width}, which does not divide into {found} heads")

@@ -11,6 +11,7 @@ from vitreg_hub import environment
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import Provenance, config_text, require_absent, write_folder
 from vitreg_hub.conversion.choices import Request
+from vitreg_hub.conversion.clip import TEXT_TOWER
 from vitreg_hub.conversion.plan import Plan, make_plan
 from vitreg_hub.conversion.reference import measure
 from vitreg_hub.conversion.report import ConversionReport
@@ -21,6 +22,7 @@ from vitreg_hub.errors import ConversionError
 from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE
 from vitreg_hub.licenses import settle, told_by
 from vitreg_hub.model_cards.card import render
+from vitreg_hub.model_cards.facts import KEPT_TOWER
 
 
 def convert(
@@ -87,7 +89,16 @@ def convert(
         license = settle(told, license, called=checkpoint.called)
 
         def finished(state_dict: Mapping[str, Tensor]) -> ModelBundle:
-            report = _report(checkpoint, plan, state_dict, sha256(), told=told, license=license, verify=verify)
+            report = _report(
+                checkpoint,
+                plan,
+                state_dict,
+                sha256(),
+                told=told,
+                license=license,
+                verify=verify,
+                kept=tower is not None,
+            )
             bundle = plan.bundle(state_dict, _provenance(plan, report, seconds=time.perf_counter() - start))
             bundle.require_consistent()
             return bundle
@@ -98,8 +109,8 @@ def convert(
         def fill(staging: Path) -> None:
             write_safetensors(staging / WEIGHTS_FILE, plan.assembly.wanted, plan.assembly.make)
             bundle = finished(load_file(staging / WEIGHTS_FILE))
-            (staging / CONFIG_FILE).write_text(config_text(bundle.config()))
-            (staging / CARD_FILE).write_text(render(bundle))
+            (staging / CONFIG_FILE).write_text(config_text(bundle.config()), encoding="utf-8")
+            (staging / CARD_FILE).write_text(render(bundle), encoding="utf-8")
             if tower:  # last: both folders appear, or none
                 tower.write(beside)
 
@@ -116,8 +127,11 @@ def _report(
     told: Sequence[str],
     license: str | None,
     verify: bool,
+    kept: bool,
 ) -> ConversionReport:
     dropped = {**plan.assembly.tensors.dropped, **plan.assembly.lost()}
+    if kept:
+        dropped = {KEPT_TOWER if why == TEXT_TOWER else why: names for why, names in dropped.items()}
     return ConversionReport(
         source=checkpoint.source,
         sha256=sha256,

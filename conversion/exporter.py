@@ -201,7 +201,7 @@ def export(bundle: ModelBundle | str | Path, out: str | Path, *, format: str) ->
         def fill(staging: Path) -> None:
             write_safetensors(staging / WEIGHTS_FILE, exported.shapes, exported.make)
             for name, content in settings.items():
-                (staging / name).write_text(config_text(content))
+                (staging / name).write_text(config_text(content), encoding="utf-8")
             (staging / CARD_FILE).write_text(_card(bundle), encoding="utf-8")
 
         return write_folder(out, fill)

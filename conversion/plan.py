@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Preprocess, Provenance, empty_model, make_config, rule_problems, shapes_of
+from vitreg_hub.bundle_form import Preprocess, Provenance, empty_model, make_config, shapes_of
+from vitreg_hub.bundle_rules import rule_problems
 from vitreg_hub.conversion.assembly import Assembly
 from vitreg_hub.conversion.assignment import assign
 from vitreg_hub.conversion.choices import Choices, Request

@@ -204,6 +204,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = _json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ConversionError(f"{index} lists no shards under 'weight_map'.")
+    for file in weight_map.values():
+        if Path(file).name != file:  # a path that leads out of the folder
+            raise ConversionError(f"{index} names the shard {file!r}, which is not beside it.")
     return weight_map
 
 
@@ -211,7 +214,7 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     shards: dict[Path, set[str] | None] = {}
     for name, file in _weight_map(index).items():
         path = index.parent / file
-        if Path(file).name != file or not path.is_file():
+        if not path.is_file():
             raise ConversionError(f"{index} names the shard {file!r}, which is not beside it.")
         shards.setdefault(path, set()).add(name)
     return shards
@@ -244,7 +247,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not JSON ({error}).") from error
     if not isinstance(content, dict):

@@ -78,7 +78,7 @@ class TextTower:
         """
 
         def fill(staging: Path) -> None:
-            (staging / OPENCLIP_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
+            (staging / OPENCLIP_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
             shapes = {name: self.checkpoint.infos[name].shape for name in self.names}
             write_safetensors(staging / OPENCLIP_WEIGHTS, shapes, lambda name: self.checkpoint.read(name).contiguous())
 

@@ -36,7 +36,7 @@ def run_rule(checkpoint: Checkpoint, fmt: CheckpointFormat) -> PositionRule | No
 
 def _rule_in(path: Path) -> PositionRule | None:
     try:
-        student = yaml.safe_load(path.read_text())["student"]
+        student = yaml.safe_load(path.read_text(encoding="utf-8"))["student"]
         told = {"antialias": student["interpolate_antialias"], "offset": student["interpolate_offset"]}
         return PositionRule.from_dict(told)
     except (KeyError, TypeError):

@@ -12,6 +12,7 @@ from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import verdict
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import ARTIFACTS_KEY, DOORS_KEY, config_text, read_config
+from vitreg_hub.environment import without_folders
 from vitreg_hub.errors import BundleError
 from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CARD_FILE, CONFIG_FILE, EXTRA_FILES
 from vitreg_hub.model_cards.card import decoded, encoded, render, tells, update
@@ -77,11 +78,10 @@ def _keep(folder: Path, measured: Mapping[str, Any], *, files: Mapping[str, byte
 
 
 def summary(report: ArtifactReport) -> dict[str, Any]:
-    """What a bundle keeps of a report. Of a folder of images it keeps the name, not the whole path."""
-    images = report.images.name
+    """What a bundle keeps of a report, without the folders of a machine."""
     return {
         "verdict": verdict(report),
-        "images": Path(images).name if Path(images).is_dir() else images,
+        "images": without_folders(report.images.name),
         "num_images": report.images.num_images,
         "image_size": list(report.images.size),
         "block": report.block,

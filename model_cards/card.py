@@ -9,7 +9,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import DOORS_KEY
 from vitreg_hub.model_cards import description, reports
-from vitreg_hub.model_cards.marked import blocks_in, join, replace_blocks
+from vitreg_hub.model_cards.marked import blocks_in, join, replace_blocks, require_whole
 from vitreg_hub.model_cards.merging import front_matter, merge, record, recorded
 from vitreg_hub.model_cards.metadata import metadata
 
@@ -26,7 +26,12 @@ METADATA = "metadata"
 
 
 def render(
-    bundle: ModelBundle, *, repo: str | None = None, files: Sequence[str] = (), revision: str | None = None
+    bundle: ModelBundle,
+    *,
+    repo: str | None = None,
+    files: Sequence[str] = (),
+    revision: str | None = None,
+    towers: bool | None = None,
 ) -> str:
     """A fresh card.
 
@@ -35,10 +40,11 @@ def render(
         repo: ``org/name`` under which it is published; a placeholder by default.
         files: Names of the extra files beside the bundle; figures are shown if they are there.
         revision: Branch under which it is published; main by default.
+        towers: Whether both towers of a CLIP model are published beside it; by default, whether the bundle says so.
     """
     repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
     data = metadata(bundle, repo, revision=revision)
-    blocks = _blocks(bundle, repo=repo, files=files, revision=revision) | {METADATA: record(data)}
+    blocks = _blocks(bundle, repo=repo, files=files, revision=revision, towers=towers) | {METADATA: record(data)}
     return f"{front_matter(data)}\n{join(blocks)}"
 
 
@@ -50,6 +56,7 @@ def update(
     files: Sequence[str] = (),
     revision: str | None = None,
     settled_license: bool = False,
+    towers: bool | None = None,
 ) -> str:
     """A card that is there, with our blocks and our metadata brought up to date, and every other character as it was.
 
@@ -63,13 +70,19 @@ def update(
         files: Names of the extra files beside the bundle.
         revision: Branch under which it is published.
         settled_license: Whether the bundle's license holds even where the author has changed the card's.
+        towers: As of `render`.
+
+    Raises:
+        BundleError: A block has lost one of its marks.
     """
     if "\r" in existing and "\n" not in existing:  # line ends of another time
-        how = {"repo": repo, "files": files, "revision": revision, "settled_license": settled_license}
+        how = {"repo": repo, "files": files, "revision": revision, "towers": towers}
+        how["settled_license"] = settled_license
         return update(existing.replace("\r", "\n"), bundle, **how).replace("\n", "\r")
     mark, text = ("\ufeff", existing[1:]) if existing.startswith("\ufeff") else ("", existing)
     if not REGEX_YAML_BLOCK.sub("", text, count=1).strip():
         text = _with_empty_blocks(text)
+    require_whole(text)
     there = blocks_in(text)
     if not there:
         return existing
@@ -78,7 +91,7 @@ def update(
         repo, revision = published[1], revision or published[2]
     repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
     data = metadata(bundle, repo, revision=revision)
-    new = _blocks(bundle, repo=repo, files=files, revision=revision)
+    new = _blocks(bundle, repo=repo, files=files, revision=revision, towers=towers)
     merged = merge(text, old=recorded(there.get(METADATA, "")), new=data, settled_license=settled_license)
     if merged is None:
         return mark + replace_blocks(text, new)
@@ -114,11 +127,13 @@ def _with_empty_blocks(text: str) -> str:
     return (f"{head}{line_end}{line_end}" if head else "") + body.replace("\n", line_end)
 
 
-def _blocks(bundle: ModelBundle, *, repo: str, files: Sequence[str], revision: str | None) -> dict[str, str]:
+def _blocks(
+    bundle: ModelBundle, *, repo: str, files: Sequence[str], revision: str | None, towers: bool | None
+) -> dict[str, str]:
     """The text of every block, in order."""
     texts = (
         description.summary(bundle, title=repo.rpartition("/")[2]),
-        description.usage(bundle, repo=repo, revision=revision),
+        description.usage(bundle, repo=repo, revision=revision, towers=towers),
         description.registers(bundle),
         description.limits(bundle),
         reports.origin(bundle, files=files),

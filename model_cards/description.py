@@ -8,6 +8,7 @@ from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import (
     EMBEDDINGS,
     FEATURES,
+    KEPT_TOWER,
     LOGITS,
     Tokens,
     count,
@@ -40,9 +41,16 @@ TRANSFORMERS_USAGE = """\
 processor = AutoImageProcessor.from_pretrained({name})
 model = AutoModel.from_pretrained({name}).eval()
 with torch.inference_mode():
-    outputs = model(**processor(Image.open("photo.jpg").convert("{mode}"), return_tensors="pt"))
-tokens = outputs.last_hidden_state  # {tokens}: {kinds}
+    inputs = processor(Image.open("photo.jpg").convert("{mode}"), return_tensors="pt")
+    outputs = model(**inputs)
+tokens = outputs.last_hidden_state  # {tokens}: {kinds}{classify}
 ```"""
+
+CLASSIFY = """
+
+classifier = AutoModelForImageClassification.from_pretrained({name}).eval()
+with torch.inference_mode():
+    logits = classifier(**inputs).logits  # [1, {num_classes}]"""
 
 PLUGIN_USAGE = """\
 ```python
@@ -53,8 +61,10 @@ model = AutoModel.from_pretrained({name}).eval()
 with torch.inference_mode():
     inputs = processor(Image.open("photo.jpg").convert("{mode}"), return_tensors="pt")
     outputs = model(**inputs, output_hidden_states=True)
-{lines}
+{lines}{classify}
 ```"""
+
+INSTALL = "`pip install vitreg_hub`"
 
 CITATION = """\
 ## Citation
@@ -75,14 +85,15 @@ def summary(bundle: ModelBundle, *, title: str) -> str:
     """Title, and what the model is."""
     args, origin = bundle.model_args, bundle.provenance
     _, height, width = bundle.preprocess.input_size
-    params = sum(tensor.numel() for tensor in bundle.state_dict.values()) / 1e6
+    params = sum(tensor.numel() for tensor in bundle.state_dict.values())
+    size = f"{params / 1e6:.1f} M" if params >= 1e6 else f"{params / 1e3:.1f} K"
     measured = ", ".join(f"{in_words(name)} {value:.4f}" for name, value in scores(bundle)) or "not measured"
     number = args["reg_tokens"]
     head = f" Its head projects onto embeddings of width {bundle.num_classes:,}." * (output(bundle) == EMBEDDINGS)
     return f"""\
 # {title}
 
-A Vision Transformer with {count(number, "register") if number else "no registers"} (`{bundle.arch}`): {params:.1f} M \
+A Vision Transformer with {count(number, "register") if number else "no registers"} (`{bundle.arch}`): {size} \
 parameters, {count(args["depth"], "block")} of width {args["embed_dim"]:,} with \
 {count(args["num_heads"], "attention head")}, patches of {count(args["patch_size"], "pixel")}, images of {height} x \
 {width} pixels.{head}
@@ -92,13 +103,14 @@ parameters, {count(args["depth"], "block")} of width {args["embed_dim"]:,} with 
 - **License:** {one_line(origin.license or licenses.UNKNOWN)}"""
 
 
-def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None) -> str:
+def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers: bool | None = None) -> str:
     """Code for timm and for transformers, without and with this package.
 
     Args:
         bundle: The model.
         repo: ``org/name``.
         revision: Its branch, where that is not main.
+        towers: Whether both towers of a CLIP model are published beside it; by default, whether the bundle says so.
     """
     facts = _usage_facts(bundle)
     plugin = "import vitreg_hub  # before models are loaded"
@@ -109,11 +121,16 @@ def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None) -> str
         "### timm",
         TIMM_USAGE.format(imports=_imports("import timm"), name=in_timm, **facts),
         "### transformers",
-        TRANSFORMERS_USAGE.format(imports=_imports(_TRANSFORMERS), name=name, **facts),
-        "With `import vitreg_hub` before, `AutoModel` gives the same numbers, and more:",
-        _plugin_usage(bundle, imports=_imports(plugin, _TRANSFORMERS), name=name),
+        TRANSFORMERS_USAGE.format(
+            imports=_imports(_from_transformers(bundle)), name=name, classify=_classify(bundle, name), **facts
+        ),
+        f"With `import vitreg_hub` before ({INSTALL}), `AutoModel` gives the same numbers, and more:",
+        _plugin_usage(bundle, imports=_imports(plugin, _from_transformers(bundle)), name=name),
     ]
-    if settings.run(bundle).get("task", {}).get("kind") == "Contrastive":
+    if towers is None:
+        kept = KEPT_TOWER in settings.conversion(bundle).get("dropped", ())
+        towers = kept or settings.text(bundle, "task", "kind") == "Contrastive"
+    if towers:
         parts += ["### open_clip", _towers(repo + TOWER_SUFFIX, revision)]
     return "\n\n".join(parts)
 
@@ -131,10 +148,12 @@ def usage_of_shipped(bundle: ModelBundle, *, name: str) -> str:
     timm_code = TIMM_USAGE.format(
         imports=_imports("import timm", "import vitreg_hub"), name=name, **_usage_facts(bundle)
     )
-    imports = f"{_imports(_TRANSFORMERS)}\n\nfrom vitreg_hub.timm_models import SHIPPED_WEIGHTS"
+    imports = f"{_imports(_from_transformers(bundle))}\n\nfrom vitreg_hub.timm_models import SHIPPED_WEIGHTS"
     code = _plugin_usage(bundle, imports=imports, name="folder", folder=f'folder = SHIPPED_WEIGHTS / "{name}"\n')
     about = "The weights are part of this package, as a bundle:"
-    return "\n\n".join(["## Usage", "### timm", timm_code, "### transformers", about, code])
+    return "\n\n".join(
+        ["## Usage", f"It needs this package: {INSTALL}.", "### timm", timm_code, "### transformers", about, code]
+    )
 
 
 def _plugin_usage(bundle: ModelBundle, *, imports: str, name: str, folder: str = "") -> str:
@@ -143,10 +162,23 @@ def _plugin_usage(bundle: ModelBundle, *, imports: str, name: str, folder: str =
     shapes = {"register_tokens": kinds.get("register"), "patch_tokens": kinds["patch"]}
     lines = [f"{name} = outputs.{name}  # [1, {number}, {width}]" for name, number in shapes.items() if number]
     lines.append(f"hidden_states = outputs.hidden_states  # {depth + 1}: before the first block and after each")
-    return PLUGIN_USAGE.format(imports=imports, name=name, folder=folder, mode=_mode(bundle), lines="\n".join(lines))
+    return PLUGIN_USAGE.format(
+        imports=imports,
+        name=name,
+        folder=folder,
+        mode=_mode(bundle),
+        lines="\n".join(lines),
+        classify=_classify(bundle, name),
+    )
 
 
-_TRANSFORMERS = "from transformers import AutoImageProcessor, AutoModel"
+def _from_transformers(bundle: ModelBundle) -> str:
+    classifier = ", AutoModelForImageClassification" * (output(bundle) == LOGITS)
+    return f"from transformers import AutoImageProcessor, AutoModel{classifier}"
+
+
+def _classify(bundle: ModelBundle, name: str) -> str:
+    return CLASSIFY.format(name=name, num_classes=bundle.num_classes) if output(bundle) == LOGITS else ""
 
 
 def _imports(*lines: str) -> str:
@@ -256,7 +288,7 @@ def _positions(rule: PositionRule) -> str:
 
 
 def _license_limits(license: str | None) -> str:
-    if license is None:
+    if license in (None, licenses.UNKNOWN, licenses.OTHER):
         return "The license of these weights is not known: ask whoever made them before you use them."
     if licenses.is_noncommercial(license):
         return f"The license, {one_line(license)}, does not allow every use: commercial use is excluded or restricted."

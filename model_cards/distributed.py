@@ -154,13 +154,14 @@ def _dinov2_card() -> str:
         for name, cfg, spec in zip(names, cfgs, specs, strict=True)
     ]
     facts = {_image_facts(cfg, patch=spec.patch_size) for cfg, spec in zip(cfgs, specs, strict=True)}
+    (license,) = {cfg.license for cfg in cfgs}  # the card tells one for all
     spec = specs[0]
     data = ModelCardData(
         base_model=[cfg.hf_hub_id for cfg in cfgs],
         library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=[*TAGS, *(spec.name for spec in specs)],
-        **licenses.metadata(cfgs[0].license),
+        **licenses.metadata(license),
     )
     return f"{front_matter(data.to_dict())}\n" + DINOV2_CARD.format(
         rows="\n".join(rows),

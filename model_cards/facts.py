@@ -9,12 +9,23 @@ from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import CONVERSION_KEY
 from vitreg_hub.datasets import TRAINING_SETS
 from vitreg_hub.environment import without_folders
+from vitreg_hub.hub_access import HUB_PREFIX
 from vitreg_hub.image_source import ON_HUB
 from vitreg_hub.model_cards import settings
 
 CLIP_FAMILIES = ("clip", "clip_quickgelu")
 CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")
 """Of conversions, whose network can be of any family."""
+SOURCES = {
+    "digits": "scikit-learn's load_digits: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository",
+    "photos": "tiles of pictures in scikit-learn and scikit-image, see vitreg_hub/datasets.py",
+    "scenes": "drawn by vitreg_hub/datasets.py",
+}
+"""Where the embedded data sets come from."""
+CUSTOM = "custom"
+"""In a model-index the identifier of data that are not on the Hub."""
+KEPT_TOWER = "text tower; kept beside the bundle, in open_clip's own form"
+"""In the report of a conversion the reason why the text tower is not in the bundle, if it is kept."""
 LOGITS, EMBEDDINGS, FEATURES = "logits", "embeddings", "features"
 
 
@@ -70,11 +81,13 @@ class Images:
     """Images that something was measured on.
 
     Attributes:
-        dataset: Name, on the Hub its identifier.
+        name: As the run was told, without a machine's folders.
+        dataset: Identifier on the Hub, or name of an embedded set; `CUSTOM` for all else.
         split: Part of it, where that is known.
         words: For a sentence.
     """
 
+    name: str
     dataset: str
     split: str | None = None
     words: str
@@ -107,14 +120,22 @@ def in_words(metric: str) -> str:
 def measured_on(bundle: ModelBundle) -> Images | None:
     """The images of a bundle's metrics; None where nothing tells."""
     test, train = (settings.text(bundle, "data", key) for key in ("test", "train"))
-    if not test and train in TRAINING_SETS:
-        return Images(dataset=train, split="test", words=f"the held-out part of {train}")
-    name = test or bundle.provenance.dataset
-    if not name:
+    held_out = test or (train if train in TRAINING_SETS else None)
+    if held_out in TRAINING_SETS:
+        return Images(name=held_out, dataset=held_out, split="test", words=f"the held-out part of {held_out}")
+    told = held_out or bundle.provenance.dataset
+    if not told:
         return None
-    on_hub = ON_HUB.fullmatch(name)
-    dataset, split = on_hub.groups() if on_hub else (without_folders(name), None)
-    return Images(dataset=dataset, split=split, words=without_folders(name))
+    name = without_folders(told)
+    if on_hub := on_the_hub(told):
+        return Images(name=on_hub[0], dataset=on_hub[0], split=on_hub[1], words=name)
+    return Images(name=name, dataset=CUSTOM, words=name)
+
+
+def on_the_hub(dataset: str) -> tuple[str, str | None] | None:
+    """Identifier and split of data that are on the Hub without doubt: a folder may look like ``org/name`` alone."""
+    found = ON_HUB.fullmatch(dataset.removeprefix(HUB_PREFIX))
+    return found.groups() if found and (found[2] or dataset.startswith(HUB_PREFIX)) else None
 
 
 def count(number: int, word: str) -> str:

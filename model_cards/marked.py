@@ -1,11 +1,13 @@
 """Blocks of a card that may be replaced; whatever stands outside of them is the author's and never touched.
 
 A block begins with the line ``<!-- vitreg:NAME -->`` and ends with the line ``<!-- /vitreg:NAME -->``; Markdown shows
-neither. Between them no other such line may stand, so a block that lost its end is none.
+neither. Between them no other such line may stand, so a block that lost its end is none; see `require_whole`.
 """
 
 import re
 from collections.abc import Mapping
+
+from vitreg_hub.errors import BundleError
 
 BLOCK = re.compile(
     r"^(?P<begin><!-- vitreg:(?P<name>\w+) -->[ \t]*(?P<line_end>\r?\n))"
@@ -13,6 +15,7 @@ BLOCK = re.compile(
     r"(?=<!-- /vitreg:(?P=name) -->[ \t]*\r?$)",
     re.MULTILINE,
 )
+MARK = re.compile(r"^<!-- (?P<end>/?)vitreg:(?P<name>\w+) -->", re.MULTILINE)
 COMMENT = re.compile(r"<!--(?! \{)")
 """A comment that no text of ours holds: it could be the mark of a block."""
 
@@ -26,6 +29,22 @@ def join(blocks: Mapping[str, str]) -> str:
 def blocks_in(body: str) -> dict[str, str]:
     """The text of every block by its name; of several of one name, the first."""
     return {found["name"]: found["text"] for found in reversed(list(BLOCK.finditer(body)))}
+
+
+def require_whole(body: str) -> None:
+    """Refuse a card in which a block lost its begin or its end: what it says of older weights would stay.
+
+    Raises:
+        BundleError: With the mark that is missing.
+    """
+    whole = {place for found in BLOCK.finditer(body) for place in found.span()}  # it ends where its last mark begins
+    for mark in MARK.finditer(body):
+        if mark.start() not in whole:
+            other = f"<!-- {'' if mark['end'] else '/'}vitreg:{mark['name']} -->"
+            raise BundleError(
+                f"the card (README.md) has the line {mark[0]} without {other}, so that vitreg_hub's text cannot be "
+                "brought up to date: put that line back, or delete this one with the text that belongs to it."
+            )
 
 
 def replace_blocks(body: str, blocks: Mapping[str, str]) -> str:

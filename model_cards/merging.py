@@ -17,9 +17,10 @@ from huggingface_hub.utils import yaml_dump
 
 from vitreg_hub.model_cards.metadata import SOURCE
 
-LICENSE, LICENSE_NAME, MODEL_INDEX = "license", "license_name", "model-index"
-ORDER = ("base_model", "datasets", "library_name", LICENSE, LICENSE_NAME, "pipeline_tag", "tags", MODEL_INDEX)
-"""Our keys, in the order in which `ModelCardData` writes them."""
+LICENSE, LICENSE_NAME, LICENSE_LINK, MODEL_INDEX = "license", "license_name", "license_link", "model-index"
+OF_LICENSE = (LICENSE, LICENSE_NAME, LICENSE_LINK)
+ORDER = ("base_model", "datasets", "library_name", *OF_LICENSE, "pipeline_tag", "tags", MODEL_INDEX)
+"""Our keys, in the order in which `ModelCardData` writes them; a link to a license is always the author's."""
 
 RECORD = re.compile(r"<!-- (\{.*\}) -->")
 
@@ -104,6 +105,11 @@ def _merged(
             merged[key] = value
         elif theirs.get(key):
             del merged[key]
+    if str(merged.get(LICENSE)).lower() != str(theirs.get(LICENSE)).lower():  # what told of the author's tells no more
+        merged = {key: value for key, value in merged.items() if key not in (LICENSE_NAME, LICENSE_LINK)}
+        merged |= {key: value for key, value in new.items() if key == LICENSE_NAME}
+    elif merged.get(LICENSE_NAME) != theirs.get(LICENSE_NAME):
+        merged.pop(LICENSE_LINK, None)
     return merged
 
 

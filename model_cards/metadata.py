@@ -8,9 +8,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from vitreg_hub import licenses
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import CONVERSION_KEY
-from vitreg_hub.image_source import ON_HUB
 from vitreg_hub.model_cards import settings
-from vitreg_hub.model_cards.facts import LOGITS, SCORES, measured_on, output, scores
+from vitreg_hub.model_cards.facts import LOGITS, SCORES, measured_on, on_the_hub, output, scores
 
 SOURCE = "vitreg_hub"
 """Source of the results that this package writes into a model-index, by which it knows them again."""
@@ -28,11 +27,11 @@ def metadata(bundle: ModelBundle, repo: str, *, revision: str | None = None) -> 
     """
     page = f"https://huggingface.co/{repo}" + (f"/tree/{revision}" if revision else "")
     results = _results(bundle, page)
-    on_hub = ON_HUB.fullmatch(bundle.provenance.dataset or "")
+    on_hub = on_the_hub(bundle.provenance.dataset or "")
     tags = [tag for tag in TAGS if tag != "registers" or bundle.model_args["reg_tokens"]]
     data = ModelCardData(
         base_model=base_model(bundle),
-        datasets=[on_hub[1]] if on_hub and on_hub[2] else None,  # a folder may look the same, but has no split
+        datasets=[on_hub[0]] if on_hub else None,
         library_name="timm",
         pipeline_tag="image-classification" if output(bundle) == LOGITS else "image-feature-extraction",
         tags=[*tags, bundle.arch],
@@ -62,15 +61,21 @@ def _results(bundle: ModelBundle, page: str) -> list[EvalResult]:
         EvalResult(
             task_type=SCORES[name].task,
             dataset_type=images.dataset,
-            dataset_name=images.dataset,
+            dataset_name=images.name,
             dataset_split=images.split,
             metric_type=SCORES[name].metric,
             metric_name=SCORES[name].words,
             metric_value=value,
-            metric_args=SCORES[name].how(settings.watch(bundle)) or None,
+            metric_args=_how(bundle, name) or None,
             source_name=SOURCE,
             source_url=page,
         )
         for name, value in scores(bundle)
         if name in SCORES
     ]
+
+
+def _how(bundle: ModelBundle, name: str) -> dict[str, Any]:
+    """What a score depends on."""
+    how, evaluated = SCORES[name].how(settings.watch(bundle)), settings.number(bundle, "data", "evaluated")
+    return {"num_images": evaluated, **{key: how[key] for key in how if key != "max_images"}} if evaluated else how

@@ -7,10 +7,23 @@ from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.environment import duration, without_folders
 from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
 from vitreg_hub.model_cards import settings
-from vitreg_hub.model_cards.facts import count, in_words, measured_on, scores
+from vitreg_hub.model_cards.facts import SOURCES, count, in_words, measured_on, scores
 from vitreg_hub.model_cards.settings import one_line
 
 NOT_MEASURED = "Not measured."
+
+OBJECTIVES = {
+    "Supervised": "classification",
+    "DinoV2": "self-distillation as in DINOv2",
+    "Contrastive": "matching images with captions as in CLIP",
+    "Distill": "distillation of tokens",
+}
+AUGMENTS = {
+    "CropAugment": "random resized crops",
+    "ThreeAugment": "DeiT-III's 3-Augment",
+    "MultiCrop": "DINOv2's multi-crop",
+}
+"""A recipe's kinds in words."""
 
 
 def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
@@ -45,14 +58,14 @@ def _training(run: Mapping[str, Any], best: Mapping[str, Any], files: Sequence[s
         decay += f" to {optim['weight_decay_end']:g}"
     lines = ["## Training", ""]
     lines.append(f"- Recipe `{run['name']}`: {steps} of {count(run['batch_size'], 'image')}, seed {run['seed']}.")
-    lines.append(f"- Data: {without_folders(data['train'])}.")
+    source = f" ({SOURCES[data['train']]})" if data["train"] in SOURCES else ""
+    lines.append(f"- Data: {without_folders(data['train'])}{source}.")
     if model["start"]:
         trained = model["trainable"].replace("+", " and ")
         lines.append(f"- Started from {without_folders(model['start'])}; trained: {trained}.")
     lines.append(f"- Optimiser: {optim['opt']}, peak learning rate {rate}; weight decay {decay}.")
-    teacher = run["task"].get("teacher")
-    taught = f", from the teacher {without_folders(one_line(teacher))}" if isinstance(teacher, str) else ""
-    lines.append(f"- Objective: {run['task']['kind']}{taught}; images were augmented by {run['augment']['kind']}.")
+    lines.append(f"- Objective: {_objective(run['task'])}.")
+    lines.append(f"- Images were augmented by {AUGMENTS.get(kind := run['augment']['kind'], kind)}.")
     if RECIPE_FILE in files:
         lines.append(f"- Every setting: [{RECIPE_FILE}]({folder}{RECIPE_FILE}).")
     if METRICS_FILE in files:
@@ -60,6 +73,21 @@ def _training(run: Mapping[str, Any], best: Mapping[str, Any], files: Sequence[s
     if CURVES_FIGURE in files:
         lines += ["", f"![Curves of the run]({folder}{CURVES_FIGURE})"]
     return "\n".join(lines)
+
+
+def _objective(task: Mapping[str, Any]) -> str:
+    """What was trained for, with what was on of label smoothing, mixing of images and averaging of weights."""
+    words, teacher = OBJECTIVES.get(task["kind"], task["kind"]), task.get("teacher")
+    if isinstance(teacher, str):
+        words += f", from the teacher {without_folders(one_line(teacher))}"
+    extras = {
+        "smoothing": "label smoothing {:g}",
+        "mixup": "mixup of alpha {:g}",
+        "cutmix": "cutmix of alpha {:g}",
+        "ema": "weights averaged with decay {:g} per step",
+    }
+    on = {name: task[name] for name in extras if isinstance(task.get(name), int | float) and task[name]}
+    return ", ".join([words, *(extras[name].format(value) for name, value in on.items())])
 
 
 def _conversion(report: Mapping[str, Any]) -> str:
@@ -85,7 +113,8 @@ def results(bundle: ModelBundle) -> str:
         lines += ["| measure | value |", "|---|---|"]
         lines += [f"| {in_words(name)} | {value:.4f} |" for name, value in found]
         on = images.words if images else "images of which the bundle does not tell"
-        lines += ["", f"Measured on {on}{_how(found, settings.watch(bundle))}."]
+        evaluated = settings.number(bundle, "data", "evaluated")
+        lines += ["", f"Measured on {on}{_how(found, settings.watch(bundle), evaluated=evaluated)}."]
         if best:
             lines += ["", _chosen(in_words(best["score"]))]
     else:
@@ -96,10 +125,11 @@ def results(bundle: ModelBundle) -> str:
     return "\n".join([*lines, _doors(settings.doors(bundle))])
 
 
-def _how(found: Sequence[tuple[str, float]], watch: Mapping[str, Any]) -> str:
+def _how(found: Sequence[tuple[str, float]], watch: Mapping[str, Any], *, evaluated: int) -> str:
+    most = f", {count(evaluated, 'image')}" if evaluated else ""
     if not watch:
-        return ""
-    most = f", at most {count(watch['eval_images'], 'image')}"
+        return most
+    most = most or f", at most {count(watch['eval_images'], 'image')}"
     if "knn_accuracy" not in dict(found):
         return most
     reference = f"at most {count(watch['eval_images'], 'training image')}"
@@ -135,7 +165,14 @@ def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "
     """What was measured of high-norm tokens; arguments as of `origin`."""
     found = settings.artifacts(bundle)
     if not found:
-        return f"## Artifacts\n\n{NOT_MEASURED} `vitreg analyze FOLDER --card` does it."
+        told = NOT_MEASURED
+        if METRICS_FILE in files and settings.number(bundle, "watch", "artifact_images"):
+            drawn = f", drawn in [{CURVES_FIGURE}]({folder}{CURVES_FIGURE})" if CURVES_FIGURE in files else ""
+            told = (
+                "No full report was made; what each evaluation of the run found of outliers is in "
+                f"[{METRICS_FILE}]({folder}{METRICS_FILE}){drawn}."
+            )
+        return f"## Artifacts\n\n{told} `vitreg analyze FOLDER --card` makes a full report."
     height, width = found["image_size"]
     lines = ["## Artifacts", "", f"{found['verdict']}", ""]
     lines.append(

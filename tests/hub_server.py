@@ -10,7 +10,8 @@ from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_state import Blob, HubError, Repository, Response, User
+import yaml
+from hub_state import Blob, HubError, Repository, Response, User, front_matter
 
 LFS_PATTERNS = ("*.bin", "*.onnx", "*.pt", "*.safetensors")
 LFS_THRESHOLD = 10 * 2**20
@@ -150,7 +151,16 @@ class HubServer(ThreadingHTTPServer):
         ]
         if "sort" in query:
             found.sort(key=lambda model: model[query["sort"][0]], reverse=True)
+        if "expand" in query:  # Then nothing else is told.
+            found = [{name: model[name] for name in ("id", *query["expand"])} for model in found]
         return found[: int(query.get("limit", [1000])[0])]
+
+    def _validate_yaml(self, request: Request) -> Response:
+        try:
+            front_matter(json.loads(request.body)["content"])
+        except yaml.YAMLError as error:
+            return 400, {}, json.dumps({"errors": [{"message": str(error)}], "warnings": []}).encode()
+        return 200, {}, b'{"errors": [], "warnings": []}'
 
     def _refs(self, request: Request, repo: str) -> dict:
         def listed(refs: Mapping[str, str], prefix: str) -> list[dict]:
@@ -200,9 +210,11 @@ class HubServer(ThreadingHTTPServer):
         proposed = "create_pr" in request.query
         head = self._repository(request, repo, write=not proposed, propose=proposed).resolve(rev)
         payload, files = json.loads(request.body), []
+        hosted = head.files[".gitignore"].content.decode() if ".gitignore" in head.files else ""
+        patterns = [line for line in (payload.get("gitIgnore") or hosted).splitlines() if not line.startswith("#")]
         for path, size in ((file["path"], file["size"]) for file in payload["files"]):
             mode = "lfs" if size > LFS_THRESHOLD or any(fnmatch(path, name) for name in LFS_PATTERNS) else "regular"
-            ignored = any(fnmatch(path, pattern) for pattern in payload.get("gitIgnore", "").split())
+            ignored = any(fnmatch(path, pattern) for pattern in patterns)
             oid = head.files[path].etag if path in head.files else None
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return {"files": files}
@@ -275,7 +287,7 @@ class HubServer(ThreadingHTTPServer):
     _REPO = "([^/]+(?:/[^/]+)?)"
     _ROUTES = (
         ("GET", "/api/whoami-v2", _whoami),
-        ("POST", "/api/validate-yaml", lambda hub, request: {"errors": [], "warnings": []}),
+        ("POST", "/api/validate-yaml", _validate_yaml),
         ("POST", "/api/repos/create", _create_repo),
         ("GET", "/api/models", _list_models),
         ("GET", f"/api/models/{_REPO}(?:/revision/([^/]+))?", _model_info),

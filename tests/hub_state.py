@@ -23,6 +23,13 @@ class HubError(Exception):
         self.response: Response = (status, headers, json.dumps({"error": message, **details}).encode())
 
 
+def front_matter(card: str) -> dict[str, Any]:
+    """The metadata of a card; a YAMLError where it cannot be read."""
+    found = re.match(r"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    metadata = yaml.safe_load(found[1]) if found else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
 @dataclass(frozen=True)
 class User:
     """The owner of a token, at home below its own name and its organizations, where it writes unless `read_only`."""
@@ -116,10 +123,12 @@ class Repository:
     @property
     def tags_of_card(self) -> list[str]:
         """What models are found by: the tags of the card's metadata, and license and library."""
-        card = re.match(r"---\n(.*?)\n---", self.files().get("README.md", b"").decode(), re.DOTALL)
-        metadata = (yaml.safe_load(card[1]) if card else {}) or {}
+        try:
+            metadata = front_matter(self.files().get("README.md", b"").decode(errors="replace"))
+        except yaml.YAMLError:  # Who pushes by Git can put anything there.
+            return []
         license = [f"license:{metadata['license']}"] if "license" in metadata else []
-        return [*metadata.get("tags", ()), *license, *filter(None, [metadata.get("library_name")])]
+        return [*(metadata.get("tags") or ()), *license, *filter(None, [metadata.get("library_name")])]
 
     def lfs_object(self, oid: str, size: int) -> Blob:
         """The LFS object, which must have been uploaded."""

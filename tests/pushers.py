@@ -7,6 +7,7 @@ from multiprocessing.context import ForkServerContext
 from huggingface_hub import constants
 
 from vitreg_hub import hub
+from vitreg_hub.doors import DOORS
 from vitreg_hub.errors import HubError
 
 
@@ -23,7 +24,7 @@ def push_from_here(endpoint: str, token: str, cache: str, folder: str, repo_id: 
     constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
     constants.ENDPOINT, constants.HF_HUB_CACHE = endpoint, cache
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    hub.verify = lambda folder: {}  # its doors take seconds, and other tests open them
+    hub.verify = lambda folder: dict.fromkeys(DOORS, 0.0)  # its doors take seconds, and other tests open them
     for left in reversed(range(tries)):
         try:
             return hub.push(folder, repo_id, **options).commit

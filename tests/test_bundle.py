@@ -316,14 +316,6 @@ def test_half_precision_weights_open_in_float32_through_all_doors(folder):
     assert verify(folder) == dict.fromkeys(DOORS, 0.0)
 
 
-def test_verify_refuses_what_is_no_number(folder):
-    bundle = random_bundle()
-    bundle.state_dict["head.bias"][0] = float("nan")
-    bundle.save(folder)
-    with pytest.raises(BundleError, match="the logits differ in shape, or hold infinities or no numbers at all"):
-        verify(folder)
-
-
 def test_replaced_weights_are_the_ones_that_are_built(saved):
     bundle = ModelBundle.load(saved)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in bundle.state_dict.items()}
@@ -364,22 +356,3 @@ def test_image_that_the_patch_does_not_divide(saved):
     with pytest.raises(DataError, match="225x225 pixels does not divide into patches of 14x14: "):
         timm.create_model("vit_small_reg4", img_size=225)
     assert timm.create_model("vit_nano_reg4", img_size=(32, 24), patch_size=(4, 8)).patch_embed.grid_size == (8, 3)
-
-
-def test_verify_sees_a_difference(saved, monkeypatch):
-    other = random_bundle()
-    other = ModelBundle.from_timm(
-        randomised(other.build(), seed=1), arch=other.arch, provenance=other.provenance, label_names=other.label_names
-    )
-    monkeypatch.setattr(ModelBundle, "load", lambda source: other)
-    with pytest.raises(BundleError, match="outputs differ by door"):
-        verify(saved)
-
-
-def test_verify_reports_a_door_that_does_not_open(saved, monkeypatch):
-    monkeypatch.setattr("vitreg_hub.doors.ModelBundle.load", lambda source: random_bundle())
-    (saved / "config.json").unlink()
-    with pytest.raises(
-        BundleError, match=r"does not open in plain timm and plain transformers: .*Config file not found"
-    ):
-        verify(saved)

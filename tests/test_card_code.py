@@ -9,13 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub as hf
+import open_clip
 import pytest
 import timm
+import torch
 from cards import sections
 from huggingface_hub import ModelCard
 from models import ONE_OF_EACH_KIND, random_bundle
 from PIL import Image
+from safetensors.torch import save_file
 
+from vitreg_hub.conversion import convert
+from vitreg_hub.errors import BundleError
+from vitreg_hub.hub_tower import tower_files
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.model_cards.distributed import CARDS, DINOV2_TAG, distributed_cards
 from vitreg_hub.timm_models import SHIPPED_WEIGHTS
@@ -82,6 +88,53 @@ def test_code_runs_in_a_fresh_process_with_this_package(published, hub, tmp_path
     codes = [code for card in (*published, *distributed) for code in code_of(card) if "vitreg_hub" in code]
     assert len(codes) == len(published) + 2 * len(list(SHIPPED_WEIGHTS.iterdir())) + 1
     run(codes, tmp_path, plugin=True)
+
+
+@pytest.mark.parametrize("branch", ["main", "best"])
+def test_code_of_both_towers_loads_their_branch(branch, hub, tmp_path):
+    text = {"context_length": 7, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "clip.pt")
+    out, how = tmp_path / "bundle", {"num_heads": 2, "act": "quick_gelu", "license": "mit"}
+    converted = convert(tmp_path / "clip.pt", out, num_registers=4, text_tower=True, **how)
+    found = sections((out / "README.md").read_text(encoding="utf-8"))
+    assert "bundle-open_clip" not in found["Usage"]
+    assert "-open_clip`." in found["Usage"]
+    assert "(text tower; kept beside the bundle, in open_clip's own form)" in found["Conversion"]
+    assert "--text-tower" not in found["Conversion"]
+    alone = render(convert(tmp_path / "clip.pt", **how))
+    assert "text tower; --text-tower keeps it" in alone
+    assert "-open_clip`" not in alone
+
+    files = tower_files(Path(f"{out}-open_clip"), bundle_repo="lab/m", branch=branch, license="mit")
+    card = files["README.md"].decode()
+    assert converted.model_args["reg_tokens"] == 4
+    assert ModelCard(card).data.tags == ["open_clip", "clip"]  # the tower beside has none
+    page = "https://huggingface.co/lab/m" + ("" if branch == "main" else f"/tree/{branch}")
+    assert f"[lab/m]({page})" in card
+    api = hf.HfApi()
+    api.create_repo("lab/m-open_clip")
+    if branch != "main":
+        api.create_branch("lab/m-open_clip", branch=branch)
+    for name, content in files.items():
+        api.upload_file(repo_id="lab/m-open_clip", path_or_fileobj=content, path_in_repo=name, revision=branch)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
+    check = "assert model.encode_text(tokenizer(['a'], context_length=7)).shape == (1, 24)"
+    run([f"{code}\n{check}"], tmp_path, plugin=False)
+
+
+def test_towers_with_registers_are_tagged_so(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
+    weights = tmp_path / "open_clip_model.safetensors"
+    for name, tags in (("visual.trunk.reg_token", ["registers"]), ("visual.trunk.reg_tokens.x", [])):
+        save_file({name: torch.zeros(1)}, weights)
+        card = tower_files(tmp_path, bundle_repo="lab/m", branch="main", license=None)["README.md"].decode()
+        assert ModelCard(card).data.tags == ["open_clip", "clip", *tags]
+    weights.write_bytes(b"x")
+    with pytest.raises(BundleError, match="cannot be read") as caught:
+        tower_files(tmp_path, bundle_repo="lab/m", branch="main", license=None)
+    assert "\n" not in str(caught.value)
 
 
 def test_committed_cards_are_those_that_are_made():

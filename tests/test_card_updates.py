@@ -16,8 +16,10 @@ from training_runs import TINY
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.errors import BundleError
+from vitreg_hub.model_cards import merging
 from vitreg_hub.model_cards.artifacts import record, record_doors
 from vitreg_hub.model_cards.card import render, update
+from vitreg_hub.model_cards.merging import merge
 
 REPO = "lab/some-model"
 OLD = trained(TINY["supervised"], metrics={"accuracy": 0.25, "knn_accuracy": 0.5})
@@ -98,8 +100,8 @@ def test_deleted_block_stays_deleted(name):
 @pytest.mark.parametrize("card", ["# Mine\n", "---\nlicense: mit\n---\n# Mine\n", "---\nlicense: [\n---\n# Mine"])
 def test_card_without_blocks_is_the_authors(card):
     assert update(card, NEW, repo=REPO) == card
-    unclosed = card + "<!-- vitreg:usage -->\n<!-- /vitreg:artifacts -->\n"
-    assert update(unclosed, NEW, repo=REPO) == unclosed
+    quoted = f"{card}\nIts blocks begin with `<!-- vitreg:usage -->`.\n"
+    assert update(quoted, NEW, repo=REPO) == quoted
 
 
 FRONT = "---\nlicense: mit\nlanguage: en   # mine\n---"
@@ -174,23 +176,77 @@ def test_blocks_of_one_name_are_all_brought_up_to_date():
     )
 
 
-def test_mark_without_an_end_holds_nothing():
-    mine = "This is mine.\n\nAnd this.\n"
-    card = CARD.replace("<!-- /vitreg:registers -->\n", mine)
-    changed = update(card, NEW)
-    assert mine in changed
-    left = block(CARD, "registers").removesuffix("<!-- /vitreg:registers -->\n")
-    assert changed == RENEWED.replace(block(RENEWED, "registers"), left + mine)
-    card = CARD.replace("<!-- vitreg:registers -->\n", mine)
-    assert update(card, NEW).count(mine) == 1
-    assert update(update(card, NEW), NEW) == update(card, NEW)
+MARKS = [f"<!-- {end}vitreg:{name} -->" for name in ("summary", "results", "metadata", "novelty") for end in ("", "/")]
 
 
-def test_mark_without_an_end_does_not_reach_to_the_end_of_a_later_block():
-    begun = "<!-- vitreg:results -->\nThis is mine.\n"
-    for place in ("results", "usage"):
-        card, expected = (side.replace(block(side, place), begun + block(side, place)) for side in (CARD, RENEWED))
-        assert update(card, NEW) == expected
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("damage", ["", "mine\n", "  {mark}\n", "{mark} mine\n"])
+def test_card_that_lost_a_mark_is_refused(mark, damage):
+    whole = CARD + "<!-- vitreg:novelty -->\nold\n<!-- /vitreg:novelty -->\n"
+    broken = whole.replace(f"{mark}\n", damage.format(mark=mark))
+    assert broken != whole
+    for card in (broken, broken.replace("\n", "\r\n"), broken.replace("\n", "\r"), f"\ufeff{broken}"):
+        with pytest.raises(BundleError) as caught:
+            update(card, NEW)
+        assert mark in str(caught.value)
+        assert "put that line back, or delete this one" in str(caught.value)
+        assert not set("\r\n") & set(str(caught.value))
+
+
+@pytest.mark.parametrize("place", ["results", "usage"])
+def test_mark_that_is_there_twice_is_refused(place):
+    with pytest.raises(BundleError, match="has the line <!-- vitreg:results --> without <!-- /vitreg:results -->"):
+        update(CARD.replace(block(CARD, place), "<!-- vitreg:results -->\nThis is mine.\n" + block(CARD, place)), NEW)
+
+
+def test_record_leaves_a_folder_with_a_damaged_card_as_it_is(tmp_path):
+    folder = random_bundle().save(tmp_path / "model", card=CARD.replace("<!-- /vitreg:results -->\n", ""))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(BundleError, match="without <!-- /vitreg:results -->"):
+        record(folder, report())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_link_to_a_license_goes_with_the_license(settled):
+    for old in (OLD, licensed(OLD, "their-license")):
+        linked = with_data(render(old, repo=REPO), license_link="https://example.org/LICENSE-NC")
+        same, other = (update(linked, of, settled_license=settled) for of in (old, licensed(NEW, "apache-2.0")))
+        assert data_of(same)["license_link"] == "https://example.org/LICENSE-NC"
+        told = {key: value for key, value in data_of(other).items() if key.startswith("license")}
+        assert told == {"license": "apache-2.0"}
+        assert metadata_of_license(update(linked, licensed(NEW, "my-own"), settled_license=settled)) == {
+            "license": "other",
+            "license_name": "my-own",
+        }
+    named = with_data(CARD, license_name="mit-of-ours", license_link="LICENSE")
+    assert metadata_of_license(update(named, licensed(NEW, "apache-2.0"))) == {"license": "apache-2.0"}
+
+
+def metadata_of_license(card: str) -> dict:
+    return {key: value for key, value in data_of(card).items() if key.startswith("license")}
+
+
+def test_merge_without_a_record_changes_the_license_alone():
+    """As the card of both towers of a CLIP model is brought up to date, which has no record."""
+    theirs = (
+        "# mine\nlicense: mit   # as told\nlicense_link: LICENSE-NC\nlanguage: [en,   de]\ntags: [x,   y]\n"
+        "model-index:\n- name: a\n  results:\n  - metrics:\n    - type: accuracy\n      value: 0.5\n"
+    )
+    told = {"library_name": "open_clip", "tags": ["open_clip", "clip"], "license": "apache-2.0"}
+    card = f"---\n{theirs}---\n# Mine\n"
+    merged = merge(card, old=told, new=told, settled_license=True)
+    assert merged == card.replace(
+        "license: mit   # as told\nlicense_link: LICENSE-NC\n", "license: apache-2.0   # as told\n"
+    )
+    assert merge(merged, old=told, new=told, settled_license=True) == merged
+
+
+def test_record_holds_no_end_of_a_comment():
+    data = {"license_name": "a-->b--c---d", "tags": ["x"], "model-index": [{"name": "y"}]}
+    comment = merging.record(data)
+    assert "--" not in comment.removeprefix("<!--").removesuffix("-->")
+    assert merging.recorded(f"x\n{comment}\n") == data | {"model-index": []}
 
 
 def test_blocks_of_a_newer_version_stay():

@@ -3,12 +3,17 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from models import random_bundle
 
 from vitreg_hub.arch import ARCHS
 from vitreg_hub.cli import main
+from vitreg_hub.doors import DOORS, bundle_folder
+from vitreg_hub.hub import Pushed
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_list_prints_the_table(capsys):
@@ -44,6 +49,19 @@ def test_module_is_the_command():
     assert not run.stderr
 
 
+def test_weights_in_the_package_are_verified_and_published_by_their_name(capsys):
+    main(["verify", "vit_nano_reg4.digits"])
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == list(DOORS)
+    assert bundle_folder("vit_nano_reg4.digits") == ROOT / "vitreg_hub" / "weights" / "vit_nano_reg4.digits"
+
+
+def test_a_push_tells_what_it_sent_and_what_it_deleted(monkeypatch, capsys):
+    done = Pushed(repo_id="lab/x", commit="c", url="the address", private=False, sent=("a",), deleted=("b", "c"))
+    monkeypatch.setattr("vitreg_hub.hub.push", lambda *args, **options: done)
+    main(["push", "folder", "lab/x"])
+    assert capsys.readouterr().out == "lab/x: a, deleted b, deleted c\nthe address\n"
+
+
 def test_reader_of_the_output_may_stop():
     listing = subprocess.Popen(
         [sys.executable, "-m", "vitreg_hub", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -57,7 +75,18 @@ MISTAKES = {
     "no architecture matches 'vit_hug'; `vitreg list` prints all 147.": ["list", "vit_hug"],
     "{tmp}/nothing is no folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
     "{tmp} is no bundle: it has no config.json.": ["verify", "{tmp}"],
-    "vit_nano_reg4.digits is no folder: fetch": ["verify", "vit_nano_reg4.digits"],
+    "hf-hub:lab/x is no folder: fetch": ["verify", "hf-hub:lab/x"],
+    "vit_small_reg4.dinov2_lvd142m is no folder: ModelBundle.load('vit_small_reg4.dinov2_lvd142m').save(folder) w": [
+        "push",
+        "vit_small_reg4.dinov2_lvd142m",
+        "lab/x",
+        "--dry-run",
+    ],
+    "'' is no folder: give '.' for the current one.": ["push", "", "lab/x", "--dry-run"],
+    " '' is no folder: give '.' for the current one.": ["info", ""],
+    "/ is no bundle: it has no config.json.": ["push", "/", "lab/x", "--dry-run"],
+    "x cannot be used (File name too long): look at its name": ["info", "x" * 300],
+    "x: File name too long.": ["pull", "lab/x", "{tmp}/" + "x" * 300],
     "cannot write {tmp}/broken/config.json/new/recipe.yaml: Not a": [
         "quickstart",
         "--out",

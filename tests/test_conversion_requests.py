@@ -40,7 +40,7 @@ def test_wrong_architecture(arch, says, saved, refused):
         (dict(arch="vit_smal_reg0"), UnknownArchError, "closest: vit_small_reg0"),
         (dict(format="dinov4"), ConversionError, "no format 'dinov4'; closest: dinov2; there are openclip-timm"),
         (dict(format="deit3"), ConversionError, "does not fit the format deit3 .* names are nearest to dinov2's"),
-        (dict(num_heads=None), ConversionError, "has width 32, .* give --num-heads"),
+        (dict(num_heads=None), ConversionError, r"has width 32, .* give --num-heads \(a number that divides 32\)"),
         (dict(num_heads=5), ConversionError, "does not divide into 5 heads"),
         (dict(num_heads=-2), ConversionError, "does not divide into -2 heads"),
         (dict(act="relu"), ConversionError, "give --act gelu or quick_gelu"),

@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from hub_faults import sentence, writes
+from hub_faults import HTML, Fault, sentence, writes
 from hub_server import Drop
 from huggingface_hub import HfApi, constants
 from models import random_bundle
@@ -81,13 +81,13 @@ def test_pickles_are_refused_by_name(hub, saved, verified, name):
 def test_pull_gives_the_same_files_and_works_offline(hub, saved, verified, tmp_path, monkeypatch):
     push(saved, REPO)
     pulled = pull(REPO, tmp_path / "pulled")
-    for file in ("config.json", "model.safetensors"):
-        assert (pulled / file).read_bytes() == (saved / file).read_bytes()
+    assert (pulled / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+    assert (pulled / "config.json").read_bytes() == hub.repos[REPO].files()["config.json"]
     assert "vitreg" in (pulled / "README.md").read_text()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     requests = len(hub.requests)
     offline = ModelBundle.load(f"hf-hub:{REPO}")
-    assert offline.config() == ModelBundle.load(saved).config()
+    assert offline.config() == ModelBundle.load(pulled).config()
     assert len(hub.requests) == requests
 
 
@@ -270,6 +270,7 @@ def test_published_models_are_found_by_their_tag(hub, tmp_path, verified, capsys
     assert found[0].last_modified is not None
     assert [model.repo_id for model in list_models(arch="vit_nano_reg4")] == ["lab/vit_nano_reg4"]
     assert [model.repo_id for model in list_models(search="reg8", author="lab", limit=1)] == ["lab/vit_nano_reg8"]
+    assert [model.repo_id for model in list_models(limit=1)] == ["lab/vit_nano_reg8"]
     assert list_models(author="bob") == ()
     with pytest.raises(UnknownArchError):
         list_models(arch="vit_nano_reg5")
@@ -279,6 +280,15 @@ def test_published_models_are_found_by_their_tag(hub, tmp_path, verified, capsys
     assert row.split()[:5] == ["lab/vit_nano_reg4", "vit_nano_reg4", "mit", "0", "0"]
     with pytest.raises(SystemExit, match="none of the 2 published models matches 'other'"):
         main(["list", "--hub", "other"])
+
+
+def test_listing_of_what_is_no_hub(hub):
+    hub.fault = Fault(method="GET", path="/api/models", act=200, body=HTML).on(hub)
+    with pytest.raises(HubError, match="not what a Hub does") as caught:
+        list_models()
+    sentence(caught)
+    hub.fault = Fault(method="GET", path="/api/models", act=200, body=HTML, times=1).on(hub)
+    assert list_models() == ()
 
 
 # The command

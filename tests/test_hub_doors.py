@@ -131,7 +131,7 @@ def test_both_towers_open_in_open_clip_from_anywhere(hub, towers, tmp_path, monk
     assert str(tmp_path) not in files["open_clip_config.json"].decode()
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.library_name) == ("mit", "open_clip")
-    assert f"{hub.endpoint}/{repo})" in card.text
+    assert f"https://huggingface.co/{repo})" in card.text
 
     tokens, images = open_clip.get_tokenizer("ViT-B-32")(["a dog", "two cats"]), torch.randn(2, 3, 32, 32)
     expected = {"image": model.encode_image(images), "text": model.encode_text(tokens)}

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+import re
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +16,12 @@ from hub_state import Blob, User
 from huggingface_hub import constants
 
 from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.conversion.source import open_checkpoint
 from vitreg_hub.errors import BundleError, HubError, VitregError
 from vitreg_hub.hub import list_models, pull, push
+from vitreg_hub.hub_access import checksum
+from vitreg_hub.hub_download import download
+from vitreg_hub.info import describe
 
 REPO = "lab/model"
 SAVED = ("README.md", "config.json", "model.safetensors")
@@ -33,6 +39,8 @@ PULLERS = {
     "a wrong token": (REPO, "hf_wrong", "access token for lab/model is missing or invalid"),
     "a gated one": ("lab/gated", "hf_good", "lab/gated is gated: ask for access at .*/lab/gated"),
     "no name": ("a/b/c", "hf_good", "'a/b/c' is no repository id"),
+    "no revision": (f"{REPO}@", "hf_good", "lab/model@ names no revision: put a branch, tag or commit after the @"),
+    "no token at all": (REPO, "hf_gü", "the access token holds letters that no token has: run `hf auth login`"),
 }
 
 
@@ -50,6 +58,84 @@ def test_pull_without_permission(hub, published, old, monkeypatch, tmp_path, wha
         pull(name, tmp_path / "pulled")
     sentence(caught)
     require_nothing(tmp_path)
+
+
+# Old and new versions
+
+
+def require_refused(tmp_path, says):
+    """Neither files nor facts of the cached version are given."""
+    for act in (lambda: pull(REPO, tmp_path / "pulled"), lambda: describe(f"hf-hub:{REPO}")):
+        with pytest.raises(HubError, match=says) as caught:
+            act()
+        sentence(caught)
+    require_nothing(tmp_path)
+
+
+NO_LONGER = {
+    "a wrong token": (lambda hub: hub.tokens.pop("hf_good"), "access token for lab/model is missing or invalid"),
+    "a private one of others": (lambda hub: hub.tokens.update(hf_good=User("bob")), "no repository lab/model at"),
+    "deleted": (lambda hub: hub.repos.pop(REPO), "no repository lab/model at"),
+}
+
+
+@pytest.mark.parametrize("what", NO_LONGER)
+def test_cache_is_no_way_round_a_hub_that_refuses(hub, published, new, tmp_path, what):
+    download(REPO)
+    push(new, REPO)
+    change, says = NO_LONGER[what]
+    hub.repos[REPO].private = True
+    change(hub)
+    require_refused(tmp_path, says)
+
+
+def test_cache_of_a_branch_that_is_gone(hub, published, tmp_path):
+    hub.repos[REPO].branches["best"] = published
+    download(f"{REPO}@best")
+    del hub.repos[REPO].branches["best"]
+    with pytest.raises(HubError, match="lab/model has no such branch, tag or commit"):
+        download(f"{REPO}@best")
+
+
+def own_records(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("vitreg_hub")]
+
+
+@pytest.mark.parametrize("act", [503, 429, DROP])
+def test_cache_stands_in_for_a_hub_that_does_not_answer_and_says_so(hub, published, new, tmp_path, caplog, act):
+    download(REPO)
+    push(new, REPO)
+    hub.fault = Fault(method="GET", path="/", act=act).on(hub)
+    before = len(hub.requests)
+    folder = pull(REPO, tmp_path / "pulled")
+    assert ModelBundle.load(folder).arch == "vit_nano_reg4"
+    assert len(hub.requests) > before + 3  # it was asked more than once
+    says = [f"lab/model: the Hub does not answer, so this is the cached commit {published}."]
+    assert own_records(caplog) == says
+    assert "vit_nano_reg4" in str(describe(f"hf-hub:{REPO}"))
+    assert own_records(caplog) == says * 2
+
+
+def test_offline_cache_is_what_was_asked_for(hub, published, new, monkeypatch, caplog):
+    download(REPO)
+    push(new, REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download(REPO).name == published
+    assert not own_records(caplog)
+
+
+def test_hub_that_fails_once_the_head_is_known(hub, published, new, tmp_path):
+    download(REPO)
+    push(new, REPO)
+    heads = []
+
+    def fault(request):
+        heads.append(request.path)
+        return (503, {}, b"") if len(heads) > 1 else None
+
+    hub.fault = fault
+    with pytest.raises(HubError, match="status 503"):
+        pull(REPO, tmp_path / "pulled")
 
 
 # Downloads
@@ -188,6 +274,91 @@ def test_damage_in_the_cache_is_mended_or_told(hub, published, tmp_path, monkeyp
     require_pulled(hub, pull(REPO, tmp_path / "second"))
 
 
+@pytest.mark.parametrize("name", SAVED)
+def test_damage_in_a_cache_without_links(hub, published, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda folder: False)
+    folder = download(REPO)
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    damage(published, name)
+    require_pulled(hub, pull(REPO, tmp_path / "pulled"))
+    assert (folder / name).read_bytes() == hub.repos[REPO].files()[name]
+
+
+def test_damage_that_another_process_deletes_first(hub, published, monkeypatch):
+    hub.fault = with_weights(spoiled)(hub)
+    times = []
+
+    def checked(content, *, like):
+        found = checksum(content, like=like)
+        if Path(content).name == "model.safetensors":
+            times.append(content)
+            if len(times) == 2:
+                Path(content).resolve().unlink()
+        return found
+
+    monkeypatch.setattr("vitreg_hub.hub_download.checksum", checked)
+    with pytest.raises(HubError, match="has not the checksum that the Hub told, fetched twice"):
+        download(REPO)
+    require_sound_cache()
+
+
+@pytest.mark.parametrize("like", ["0" * 40, "0" * 64])
+def test_checksum_reads_large_files_in_parts(tmp_path, monkeypatch, like):
+    content = b"much" * 100_000
+    (tmp_path / "file").write_bytes(content)
+    monkeypatch.delattr(Path, "read_bytes")
+    expected = Blob(content, lfs=len(like) == 64).etag
+    assert checksum(tmp_path / "file", like=like) == checksum(content, like=like) == expected
+
+
+SHARDS = {
+    "*": "which is not beside it",
+    "video.*": "which is not beside it",
+    "../../../../outside.safetensors": "which is not beside it",
+}
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_index_of_a_stranger(hub, shard):
+    api = hf.HfApi(endpoint=hub.endpoint, token="hf_good")
+    api.create_repo("lab/x")
+    index = json.dumps({"weight_map": {"a": shard}}).encode()
+    for name, content in {"model.safetensors.index.json": index, "video.mp4": b"x", "data/a.dat": b"x"}.items():
+        api.upload_file(repo_id="lab/x", path_or_fileobj=content, path_in_repo=name)
+    with pytest.raises(VitregError, match=rf"names the shard {re.escape(repr(shard))}, {SHARDS[shard]}"):
+        open_checkpoint("hf-hub:lab/x")
+    fetched = {path.rpartition("/")[2] for verb, path, _ in hub.requests if "/resolve/" in path}
+    assert fetched == {"model.safetensors.index.json"}
+
+
+def by_xet(hub, commit, token):
+    """A fault by which the weights come from Xet, to which this is the Hub's token."""
+    route = f"/api/models/{REPO}/xet-read-token/{commit}"
+
+    def hook(request):
+        if request.path == route:
+            return token
+        if request.path.endswith("/model.safetensors"):
+            status, headers, body = hub.respond(request)
+            return status, {**headers, "X-Xet-Hash": "a" * 64, "Link": f'<{hub.endpoint}{route}>; rel="xet-auth"'}, body
+        return None
+
+    return hook
+
+
+def test_download_by_xet_that_breaks_off(hub, published, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    expires = int(time.time()) + 3600
+    storage = {"X-Xet-Cas-Url": f"{hub.endpoint}/no-storage", "X-Xet-Access-Token": "x"}
+    hub.fault = by_xet(hub, published, (200, {**storage, "X-Xet-Token-Expiration": str(expires)}, b"{}"))
+    with pytest.raises(HubError, match=r"fetching failed .*404.*: try again, or set HF_HUB_DISABLE_XET=1") as caught:
+        pull(REPO, tmp_path / "pulled")
+    sentence(caught)
+    require_nothing(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    require_pulled(hub, pull(REPO, tmp_path / "pulled"))
+
+
 def test_damaged_card_in_the_cache_does_not_get_to_the_hub(hub, published, new, tmp_path):
     pull(REPO, tmp_path / "pulled")
     damage(published, "README.md")
@@ -236,7 +407,18 @@ def test_offline_nothing_is_pushed_or_listed(hub, published, new, monkeypatch):
         sentence(caught)
 
 
-# Full disks
+# Disks
+
+
+@pytest.mark.parametrize("home", ["file", "/proc/none"])
+def test_cache_where_no_folder_can_be(hub, published, tmp_path, monkeypatch, home):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / home / "hub"))
+    with pytest.raises(HubError, match=r"cache of the Hub at .*hub cannot be written .* set HF_HOME") as caught:
+        pull(REPO, tmp_path / "pulled")
+    sentence(caught)
+    assert not (tmp_path / "pulled").exists()
 
 
 def no_room(*args, **kwargs):

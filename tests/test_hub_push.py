@@ -109,7 +109,8 @@ def test_what_tells_of_earlier_weights_goes_with_them(hub, tmp_path, verified):
     assert "curves.png" not in states
     pushed = push(second, REPO)
     files = hub.repos[REPO].files()
-    assert "artifacts.png" in pushed.sent
+    assert pushed.deleted == ("artifacts.png",)
+    assert not {"artifacts.png", "curves.png"} & set(pushed.sent)
     assert "artifacts.png" not in files
     assert (files["metrics.jsonl"], files["notes.txt"]) == (b"of the second", b"mine")
     assert push(second, REPO).sent == ()
@@ -124,18 +125,6 @@ def test_lost_reply_to_a_commit_that_deletes_is_found(hub, tmp_path, verified):
     assert len(hub.repos[REPO].commits) == 3
     assert hub.repos[REPO].branches["main"] == pushed.commit
     assert "artifacts.png" not in hub.repos[REPO].files()
-
-
-def test_folders_card_that_differs_from_the_hubs_is_told(hub, saved, verified, caplog):
-    push(saved, REPO)
-    (saved / "README.md").write_bytes(hub.repos[REPO].files()["README.md"])
-    push(saved, REPO)
-    assert not caplog.records
-    (saved / "README.md").write_bytes(hub.repos[REPO].files()["README.md"] + b"\nMy words.\n")
-    push(saved, REPO)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{REPO} keeps its card: the author's text in the folder's README.md differs."
-    ]
 
 
 # Where it goes
@@ -239,15 +228,15 @@ def test_repository_without_a_main_branch(hub, saved, verified):
 
 def test_file_that_cannot_be_read_is_named(hub, saved, verified, monkeypatch):
     (saved / "recipe.yaml").write_text("epochs: 1\n")
-    read = Path.read_bytes
+    opened = Path.open
 
-    def refuse(path):
+    def refuse(path, *how, **options):
         if path.name == "recipe.yaml":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read(path)
+        return opened(path, *how, **options)
 
     push(saved, REPO)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(HubError, match=r"recipe\.yaml cannot be used \(Permission denied\)") as caught:
         push(saved, REPO)
     sentence(caught)
@@ -272,7 +261,18 @@ def test_unknown_license_has_to_be_told(hub, folder, verified):
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert ModelBundle.load(f"hf-hub:{REPO}").provenance.license == "apache-2.0"
     push(saved, "lab/nobody-knows", license="unknown")
-    assert hub.repos["lab/nobody-knows"].files()["config.json"] == before["config.json"]
+    told = json.loads(hub.repos["lab/nobody-knows"].files()["config.json"])
+    told["vitreg"]["provenance"]["settings"].pop("doors")
+    assert told == json.loads(before["config.json"])
+
+
+def test_word_that_is_no_license_does_not_stay_in_the_config(hub, folder, verified):
+    saved = replace(random_bundle(), provenance=Provenance(origin="somewhere")).save(folder)
+    config = json.loads((saved / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = "unknown"
+    (saved / "config.json").write_text(json.dumps(config))
+    push(saved, REPO, license="unknown")
+    assert "license" not in json.loads(hub.repos[REPO].files()["config.json"])["pretrained_cfg"]
 
 
 def card_with(license: str, *, text: str = "# Mine\n") -> str:

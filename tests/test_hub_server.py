@@ -253,6 +253,7 @@ def test_models_are_found_by_tag_author_and_name(hub, api, published):
     (model,) = api.list_models(search="other", expand=["tags", "downloads", "lastModified"])
     assert (model.tags, model.downloads) == (["registers", "tiny", "license:mit", "timm"], 7)
     assert model.last_modified is not None
+    assert (model.private, model.likes) == (None, None)  # not asked for
 
 
 def test_delete_file(hub, api, published):
@@ -267,6 +268,22 @@ def test_gitignore_is_honoured(hub, api, published, model_folder):
     (model_folder / "run.log").write_text("noise")
     api.upload_folder(repo_id=REPO, folder_path=model_folder)
     assert hub.repos[REPO].files().keys() == {".gitattributes", ".gitignore", *FOLDER}
+
+
+def test_gitignore_of_the_repository_is_honoured(hub, api, published):
+    for name, content in ((".gitignore", b"# large\n*.safetensors\n"), ("model.safetensors", b"new"), ("x.txt", b"x")):
+        api.upload_file(repo_id=REPO, path_or_fileobj=content, path_in_repo=name)
+    files = hub.repos[REPO].files()
+    assert (files["model.safetensors"], files["x.txt"]) == (WEIGHTS, b"x")
+
+
+def test_card_that_is_no_yaml(hub, api, published):
+    broken = b"---\nlicense: [mit\n---\n"
+    with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
+        api.upload_file(repo_id=REPO, path_or_fileobj=broken, path_in_repo="README.md")
+    repo = hub.repos[REPO]
+    repo.commit("main", "by Git", {**repo.resolve("main").files, "README.md": Blob(broken)})
+    assert [model.tags for model in api.list_models()] == [[]]
 
 
 @pytest.mark.parametrize(

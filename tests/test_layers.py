@@ -33,6 +33,7 @@ LAYERS = [
         "licenses",
     },
     {"bundle_form", "tokens", "hub_download", "hub_commit"},
+    {"bundle_rules"},
     {"bundle", "hub_tower", "hub_listing"},
     {"hf_models", "doors", "datasets", "info"},
     {"any_vit", "image_source"},

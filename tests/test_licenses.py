@@ -51,7 +51,7 @@ def test_every_license_that_timm_names_is_one_that_a_source_may_tell():
 SETTLED = [
     ("mit", None, "mit"),
     ("MIT", None, "mit"),
-    (" Apache-2.0 ", "", "apache-2.0"),
+    (" Apache-2.0 ", None, "apache-2.0"),
     ("mit", "MIT", "mit"),
     ("mit", "unknown", "mit"),
     (None, "mit", "mit"),
@@ -60,7 +60,8 @@ SETTLED = [
     ("unknown", "mit", "mit"),
     ("other", "my-license", "my-license"),
     (None, "mit-0", "mit-0"),
-    (None, "other", "other"),
+    ("Public Domain", "cc0-1.0", "cc0-1.0"),
+    ("none", "unknown", None),
     (None, "cc-by-nc-4.0", "cc-by-nc-4.0"),
     ("cc-by-nc-4.0", "CC-BY-NC-4.0", "cc-by-nc-4.0"),
     ("odd name", "odd_name", "odd-name"),
@@ -80,7 +81,8 @@ def test_settled(told, given, settled):
 
 REFUSED = [
     (None, None, "nothing tells the license of FOLDER: give it with --license"),
-    ("", "", "nothing tells the license of FOLDER"),
+    ("", "", "--license '' names no license"),
+    ("mit", " ", "--license '' names no license"),
     ("unknown", None, "nothing tells the license of FOLDER"),
     ("other", None, "nothing tells the license of FOLDER"),
     ((), None, "nothing tells the license of FOLDER"),
@@ -95,6 +97,9 @@ REFUSED = [
     (None, "mit-license", "did you mean mit?"),
     (None, "cc-by-nc-4", "did you mean cc-by-nc-4.0?"),
     (None, "gpl3", "did you mean gpl-3.0?"),
+    *((None, word, "names no license") for word in ("other", "none", "NULL", "n/a", "Unlicensed")),
+    *((None, word, "names no license") for word in ("public domain", "Creative Commons")),
+    ("none", None, "nothing tells the license of FOLDER"),
     ("mit", "apach-2.0", "did you mean apache-2.0?"),
 ]
 
@@ -147,6 +152,8 @@ CARDS = {
     "---\nlicense: other\nlicense_name: dinov3-license\n---\n": ("dinov3-license",),
     "---\nlicense: other\n---\n": (),
     "---\nlicense: unknown\n---\n": (),
+    "---\nlicense: none\n---\n": (),
+    "---\nlicense: other\nlicense_name: other\n---\n": (),
     "---\nlicense: 3\n---\n": (),
     "---\nlicense: {a: b}\n---\n": (),
     "---\nlicense: [\n---\n": (),

@@ -11,12 +11,14 @@ from golden_cases import ARGUMENTS, convert, source
 from golden_cases import bundle as golden
 from huggingface_hub import ModelCard
 from models import ONE_OF_EACH_KIND, random_bundle
+from reports import report
 from training_runs import TINY, lines
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import Provenance
 from vitreg_hub.hub_access import EXTRA_FILES
 from vitreg_hub.licenses import IDENTIFIERS
+from vitreg_hub.model_cards.artifacts import summary
 from vitreg_hub.model_cards.card import render, with_doors
 from vitreg_hub.model_cards.metadata import base_model
 from vitreg_hub.training.loop import train
@@ -81,7 +83,8 @@ def test_facts_of_the_network_are_those_of_its_tensors(bundle, card):
     assert f"`{bundle.arch}`" in head
     assert f"{depth} blocks of width {width:,} with" in head
     assert f"patches of {patch} pixels" in head
-    assert f"{sum(x.numel() for x in weights.values()) / 1e6:.1f} M parameters" in head
+    number = sum(x.numel() for x in weights.values())
+    assert (f"{number / 1e6:.1f} M parameters" if number >= 1e6 else f"{number / 1e3:.1f} K parameters") in head
     assert f"multiples of {patch} pixels" in found["Intended use and limits"]
     assert f"with {channels} channel" in found["Intended use and limits"]
     has = "reg_token" in weights
@@ -211,11 +214,13 @@ def test_training_section_says_what_was_done():
     found = sections(render(trained(recipe, metrics={"knn_accuracy": 0.5}), files=EXTRA_FILES))
     assert found["Training"].splitlines() == [
         "- Recipe `tiny_dinov2`: 9 steps of 2,048 images, seed 3.",
-        "- Data: digits.",
+        "- Data: digits (scikit-learn's load_digits: Optical Recognition of Handwritten Digits, UCI Machine Learning "
+        "Repository).",
         "- Started from vit_nano_reg4.digits; trained: registers and norms.",
         "- Optimiser: adamw, peak learning rate 0.004 for 1,024 images, scaled by the square root of the batch size; "
         "weight decay 0.04 to 0.2.",
-        "- Objective: DinoV2; images were augmented by MultiCrop.",
+        "- Objective: self-distillation as in DINOv2.",
+        "- Images were augmented by DINOv2's multi-crop.",
         "- Every setting: [recipe.yaml](recipe.yaml).",
         "- Every measurement on the way: [metrics.jsonl](metrics.jsonl).",
         "",
@@ -258,7 +263,7 @@ def test_card_of_a_branch_loads_that_branch(revision):
     card = render(bundle, repo=REPO, revision=revision)
     usage = sections(card)["Usage"]
     assert re.findall(r'create_model\("(.*?)"', usage) == [f"hf-hub:{REPO}@{revision}"]
-    assert re.findall(r"from_pretrained\((.*?)\)", usage) == [f'"{REPO}", revision="{revision}"'] * 4
+    assert re.findall(r"from_pretrained\((.*?)\)", usage) == [f'"{REPO}", revision="{revision}"'] * 6
     (result,) = ModelCard(card).data.eval_results
     assert result.source_url == f"https://huggingface.co/{REPO}/tree/{revision}"
     assert render(bundle, repo=REPO, revision="main") == render(bundle, repo=REPO) != card
@@ -268,7 +273,7 @@ def test_teacher_is_told_by_its_name():
     for teacher, name in (("/home/me/teacher", "teacher"), ("../me/t", "t"), ("hf-hub:org/name", "hf-hub:org/name")):
         recipe = replace(TINY["distill"], task=replace(TINY["distill"].task, teacher=teacher))
         found = sections(render(trained(recipe)))["Training"]
-        assert f"- Objective: Distill, from the teacher {name}; images" in found
+        assert f"- Objective: distillation of tokens, from the teacher {name}.\n" in found
         assert "me/" not in found
 
 
@@ -280,6 +285,82 @@ def test_contrastive_card_names_the_towers():
     assert f"`{REPO}-open_clip` (branch `best`)." in on_branch
     others = [task for task in METRICS if task != "contrastive"]
     assert not any("open_clip" in render(trained(TINY[task]), repo=REPO) for task in others)
+
+
+def test_towers_are_named_where_they_are():
+    kept = {"text tower; kept beside the bundle, in open_clip's own form": ["a"]}
+    report = KINDS["embeddings"]().provenance.settings["conversion"]
+    converted = with_settings(KINDS["embeddings"](), conversion=report | {"dropped": kept})
+    for bundle in (converted, trained(TINY["contrastive"]), random_bundle()):
+        assert f"`{REPO}-open_clip`" in render(bundle, repo=REPO, towers=True)
+        assert "-open_clip`" not in render(bundle, repo=REPO, towers=False)
+        assert ("-open_clip`" in render(bundle, repo=REPO)) == (
+            "conversion" in str(bundle) or "Contrastive" in str(bundle)
+        )
+
+
+def test_what_was_on_in_training_is_told():
+    task = replace(TINY["supervised"].task, loss="ce", smoothing=0.1, mixup=0.2, cutmix=1.0, ema=0.98)
+    card = render(trained(replace(TINY["supervised"], task=task)))
+    on = "label smoothing 0.1, mixup of alpha 0.2, cutmix of alpha 1, weights averaged with decay 0.98 per step"
+    assert f"- Objective: classification, {on}.\n- Images were augmented by random resized crops.\n" in card
+    task = replace(task, smoothing=0.0, mixup=0.0, cutmix=0.0, ema=None)
+    assert "- Objective: classification.\n" in render(trained(replace(TINY["supervised"], task=task)))
+
+
+@pytest.mark.parametrize("task", ["supervised", "dinov2"])
+def test_number_of_evaluated_images_is_the_one_that_was_recorded(task):
+    bundle = trained(TINY[task], metrics=METRICS[task])
+    data = bundle.provenance.settings["data"] | {"evaluated": 1359}
+    card = render(with_settings(bundle, data=data), repo=REPO)
+    assert "the held-out part of digits, 1,359 images; k-NN among at most 32 training images" in card
+    for result in ModelCard(card).data.eval_results:
+        assert result.metric_args["num_images"] == 1359
+        assert "max_images" not in result.metric_args
+
+
+TOLD = {
+    "photos/val": ("photos/val", "custom", None),
+    "../x/test": ("test", "custom", None),
+    "/home/me/held-out": ("held-out", "custom", None),
+    "shards/{000..009}.tar": ("shards/{000..009}.tar", "custom", None),
+    "org/name:val": ("org/name", "org/name", "val"),
+    "hf-hub:org/name:val": ("org/name", "org/name", "val"),
+    "hf-hub:org/name": ("org/name", "org/name", None),
+    "scenes": ("scenes", "scenes", "test"),
+}
+"""Name, identifier and split in a model-index of the images that a run was told to evaluate on."""
+
+
+@pytest.mark.parametrize("test", TOLD)
+def test_only_data_that_are_on_the_hub_get_its_identifiers(test):
+    recipe = replace(TINY["supervised"], data=replace(TINY["supervised"].data, test=test))
+    (result,) = ModelCard(render(trained(recipe, metrics={"accuracy": 0.5}))).data.eval_results
+    assert (result.dataset_name, result.dataset_type, result.dataset_split) == TOLD[test]
+
+
+def test_reports_keep_no_folders_of_another_machine():
+    for told, kept in (("/home/me/photos", "photos"), ("data/photos", "data/photos"), ("org/name:val", "org/name:val")):
+        found = report()
+        found = replace(found, images=replace(found.images, name=told))
+        assert summary(found)["images"] == kept
+
+
+def test_run_without_a_full_report_points_to_its_telemetry():
+    bundle = trained(TINY["supervised"])
+    watched = with_settings(bundle, watch=bundle.provenance.settings["watch"] | {"artifact_images": 8})
+    told = sections(render(watched, files=EXTRA_FILES))["Artifacts"]
+    assert "Not measured" not in told
+    assert "No full report was made; " in told
+    assert "[metrics.jsonl](metrics.jsonl), drawn in [curves.png](curves.png)." in told
+    assert "curves.png" not in sections(render(watched, files=["metrics.jsonl"]))["Artifacts"]
+    unwatched = with_settings(bundle, watch=bundle.provenance.settings["watch"] | {"artifact_images": 0})
+    for other in (render(watched), render(unwatched, files=EXTRA_FILES), render(random_bundle(), files=EXTRA_FILES)):
+        assert sections(other)["Artifacts"].startswith("Not measured.")
+
+
+def test_nameless_license_is_not_known():
+    assert "is not known" in sections(render(licensed(random_bundle(), "other")))["Intended use and limits"]
 
 
 STRANGE = [
@@ -442,7 +523,7 @@ def test_card_of_a_real_run_tells_its_last_evaluation(tmp_path):
     assert told["patch cosine to the teacher"] == last["eval/patch_cosine"]
     assert told["k-NN accuracy"] == last["eval/knn_accuracy"]
     assert sections(card)["Training"].startswith(
-        "- Recipe `tiny_distill`: 4 steps of 8 images, seed 0.\n- Data: digits."
+        "- Recipe `tiny_distill`: 4 steps of 8 images, seed 0.\n- Data: digits ("
     )
     assert "![Curves of the run](curves.png)" in card
     assert (tmp_path / "run" / "model" / "curves.png").is_file()

@@ -327,4 +327,6 @@ def test_a_bundle_tells_its_whole_recipe(tmp_path):
     result = train(DINOV2, tmp_path / "run")
     settings = dict(ModelBundle.load(result.model).provenance.settings)
     assert (settings.pop("step"), settings.pop("total_steps")) == (STEPS, STEPS)
+    settings["data"] = dict(settings["data"])
+    assert settings["data"].pop("evaluated") == DINOV2.watch.eval_images  # the one thing there that was measured
     assert recipe_from_yaml(json.dumps(settings)) == DINOV2

@@ -1,5 +1,6 @@
 """Publishing while a run goes on and at its end, with huggingface_hub's client against the stand-in Hub."""
 
+import hashlib
 import logging
 import os
 import random
@@ -11,17 +12,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hub_faults import DROP, HTML, Fault, writes
+from huggingface_hub import HfApi
 from models import random_bundle
 from safetensors.torch import load_file
+from training_files import write_folder
 from training_runs import TINY
 
 from vitreg_hub import hub as publishing
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.errors import BundleError, HubError, LicenseError, VitregError
-from vitreg_hub.training import trainer
+from vitreg_hub.datasets import digits
+from vitreg_hub.errors import BundleError, HubError, HubRefusedError, LicenseError, VitregError
+from vitreg_hub.training import publisher, trainer
 from vitreg_hub.training.loop import train
 from vitreg_hub.training.publisher import Publisher, push_apart
+from vitreg_hub.training.recipe import DataSettings
+from vitreg_hub.training.recipes import RECIPES
 from vitreg_hub.training.run_state import checkpoints
+from vitreg_hub.training.task_settings import Distill
 from vitreg_hub.training.trainer import Trainer
 
 REPO = "lab/trained"
@@ -100,7 +108,7 @@ def test_bundle_arrives_though_its_folder_is_gone(hub, push_here, tmp_path, capl
 
 
 def test_failures_that_pass_are_tried_again(hub, push_here, tmp_path, caplog):
-    faults = [(403, {}, b"")] * 2  # which one upload alone gives up at once
+    faults = [(503, {}, b"")] * 4  # as many as one upload takes before it gives up
 
     def fault(request):
         return faults.pop() if request.command == "POST" and faults else None
@@ -125,14 +133,14 @@ def test_failure_that_stays_is_said_and_the_next_bundle_is_sent(hub, push_here, 
     publisher._uploads[0].future.result()
     assert "may not do this" in publisher.errors["main"]
     assert caplog.messages[-1] == f"publishing to {REPO}@main failed, the run goes on: {publisher.errors['main']}"
-    assert len([path for _, path, _ in hub.requests if path == "/api/repos/create"]) == 3
+    assert len([path for _, path, _ in hub.requests if path == "/api/repos/create"]) == 1  # refused
     hub.fault = lambda request: None
     publisher.submit(saved)
     assert len(publisher.close()) == 1
     assert not publisher.errors
 
 
-@pytest.mark.parametrize("kind", [BundleError, LicenseError, VitregError])
+@pytest.mark.parametrize("kind", [BundleError, HubRefusedError, LicenseError, VitregError])
 def test_failure_that_no_try_would_change_is_tried_once(kind, token, tmp_path, caplog):
     gated = Gated(kind("a door is shut."))
     gated.go.set()
@@ -141,6 +149,15 @@ def test_failure_that_no_try_would_change_is_tried_once(kind, token, tmp_path, c
     assert gated.weights == ["a"]
     assert publisher.errors == {"main": "a door is shut."}
     assert caplog.messages == [f"publishing to {REPO}@main failed, the run goes on: a door is shut."]
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(token, tmp_path):
+    gated = Gated(OSError("cannot allocate memory"))
+    gated.go.set()
+    with Publisher(REPO, push=gated, waits=(0,)) as publisher:
+        publisher.submit(checkpoint(tmp_path, "a"))
+    assert gated.weights == ["a", "a"]
+    assert (publisher.close(), publisher.errors) == ({"main": "commit of a"}, {})
 
 
 def test_waits_grow_and_end(token, tmp_path, monkeypatch):
@@ -298,8 +315,9 @@ def test_what_cannot_be_published_is_refused_at_once(hub, monkeypatch):
 
 
 def test_run_is_not_disturbed_by_a_real_upload(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as in one of several processes: the upload is none of them
-    monkeypatch.setenv("RANK", "0")
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)  # as in one of several processes, for none of which the upload waits
     saved = random_bundle().save(tmp_path / "model")
     states = torch.get_rng_state(), random.getstate()
     with Publisher(REPO, license="mit") as publisher:
@@ -331,6 +349,33 @@ def test_exit_status_tells_what_may_pass(status, kind, tmp_path, monkeypatch):
     with pytest.raises(VitregError, match=r"^it failed\.$") as error:
         push_apart(tmp_path, REPO, branch="main", private=False, license=None)
     assert type(error.value) is kind
+
+
+def test_a_push_that_never_ends_is_given_up(tmp_path, monkeypatch):
+    stalls = tmp_path / "stalls"
+    stalls.write_text("#!/bin/sh\nexec sleep 3600\n")
+    stalls.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(stalls))
+    monkeypatch.setattr(publisher, "PATIENCE", 0.1)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(VitregError, match=r"^it was not done after 0\.1 seconds and was given up: [^\n]*\.$") as error:
+        push_apart(tmp_path / "model", REPO, branch="main", private=False, license=None)
+    assert not isinstance(error.value, HubError)  # which would be tried again
+
+
+def test_patience_grows_with_the_files(tmp_path, monkeypatch):
+    patience = []
+
+    def push(*args, timeout, **options):
+        patience.append(timeout)
+        return subprocess.CompletedProcess([], 0, stdout="a commit\n", stderr="")
+
+    monkeypatch.setattr(publisher.subprocess, "run", push)
+    for name, size in (("model", 500_000), ("model-open_clip", 1_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(bytes(size))
+        assert push_apart(tmp_path / "model", REPO, branch="main", private=False, license=None) == "a commit"
+    assert patience == [1802, 1806]
 
 
 RUN = replace(
@@ -540,3 +585,151 @@ def test_a_run_on_the_hub_is_the_run_on_the_disk(hub, falling, tmp_path):
         assert bundle.provenance.settings["step"] == step
         disk = load_file(tmp_path / "run" / folder / "model.safetensors")
         assert all(torch.equal(tensor, disk[name]) for name, tensor in bundle.state_dict.items())
+
+
+@pytest.fixture
+def never_trains(monkeypatch):
+    """A run that gets as far as its parts has found nothing wrong."""
+
+    def fail(*args):
+        raise AssertionError("the Hub was not asked first")
+
+    monkeypatch.setattr("vitreg_hub.training.loop.Trainer", fail)
+
+
+def tagged(repo):
+    repo.tags["best"] = repo.branches["main"]
+
+
+@pytest.mark.parametrize(
+    ("token", "there", "private", "task", "sentence"),
+    [
+        ("hf_wrong", None, False, "supervised", "access token for lab/trained is missing or invalid"),
+        ("hf_reader", None, False, "supervised", "access token may only read: use one with write permission"),
+        ("hf_good", lambda repo: None, True, "supervised", "lab/trained is public already"),
+        ("hf_good", tagged, False, "supervised", "best is a tag of lab/trained, which takes no commits"),
+        ("hf_good", lambda repo: None, True, "contrastive", "lab/trained-open_clip is public already"),
+    ],
+)
+def test_what_the_hub_will_refuse_is_found_before_any_training(
+    token, there, private, task, sentence, hub, never_trains, tmp_path, monkeypatch
+):
+    if there is not None:
+        repo_id = REPO if task == "supervised" else f"{REPO}-open_clip"
+        HfApi().create_repo(repo_id, private=False)
+        there(hub.repos[repo_id])
+    before = len(writes(hub))
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubRefusedError, match=sentence) as error:
+        train(TINY[task], tmp_path / "run", push=REPO, private=private)
+    assert "\n" not in str(error.value)
+    assert len(writes(hub)) == before
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("act", [500, DROP, HTML])
+def test_a_hub_that_cannot_be_asked_stops_no_run(act, hub, recorder, falling, waited, tmp_path, caplog):
+    body = {"act": 200, "body": act} if act is HTML else {"act": act}
+    hub.fault = Fault(method="GET", path="/api/", **body).on(hub)
+    assert train(replace(RUN, epochs=1), tmp_path / "run", push=REPO).commits.keys() == {"main", "best"}
+    (warning,) = [text for text in caplog.messages if "whether" in text]
+    assert warning.startswith(f"whether {REPO} takes the models is not known, the run goes on: ")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch, caplog):
+    answer = threading.Event()
+    hub.fault = lambda request: answer.wait(60) and None
+    monkeypatch.setattr(publisher, "ASKING", 0.1)
+    Publisher(REPO).ask()
+    answer.set()
+    assert caplog.messages == [
+        f"whether {REPO} takes the models is not known, the run goes on: there was no answer within 0.1 seconds: check "
+        "the network."
+    ]
+
+
+def under(license, folder):
+    """A bundle with such a license, as a start or a teacher."""
+    bundle = ModelBundle.load("vit_nano_reg4.digits")
+    return str(replace(bundle, provenance=replace(bundle.provenance, license=license)).save(folder))
+
+
+def distilled(teacher, tmp_path, *, start=None, license=None):
+    """A run with a teacher, and a start, under these licenses; "none" tells none, and None is no start."""
+    named = {"none": None}
+    model = replace(RUN.model, arch="vit_nano_reg4")
+    if start is not None:
+        model = replace(model, start=under(named.get(start, start), tmp_path / "s"))
+    task = Distill(teacher=under(named.get(teacher, teacher), tmp_path / "t"))
+    return replace(RUN, model=model, task=task, license=license, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "start", "license", "sentence"),
+    [
+        ("cc-by-nc-4.0", None, None, "task.teacher .* is cc-by-nc-4.0, which does not allow every use"),
+        ("cc-by-nc-4.0", None, "mit", "has the license mit, but task.teacher .* is under cc-by-nc-4.0"),
+        ("none", None, None, "nothing tells the license of task.teacher"),
+        ("none", "mit", None, "nothing tells the license of model.start .* and task.teacher"),
+        ("apache-2.0", "mit", None, "names several licenses, apache-2.0, mit: say with --license which one holds"),
+        ("cc-by-nc-4.0", "mit", None, "is cc-by-nc-4.0, which does not allow every use"),
+        ("cc-by-nc-4.0", "mit", "mit", "is cc-by-nc-4.0, not mit"),
+    ],
+)
+def test_license_of_a_teacher_counts_like_that_of_a_start(teacher, start, license, sentence, recorder, tmp_path):
+    with pytest.raises(LicenseError, match=sentence) as error:
+        train(distilled(teacher, tmp_path, start=start, license=license), tmp_path / "run", push=REPO)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "start", "license", "told"),
+    [
+        ("cc-by-nc-4.0", None, None, "cc-by-nc-4.0"),
+        ("none", "cc-by-nc-4.0", None, "cc-by-nc-4.0"),
+        ("none", "apache-2.0", None, None),
+        ("mit", "apache-2.0", "mit", "mit"),
+    ],
+)
+def test_license_of_a_run_with_a_teacher(teacher, start, license, told, falling, tmp_path):
+    recipe = distilled(teacher, tmp_path, start=start, license=license)
+    train(recipe, tmp_path / "run")
+    provenance = ModelBundle.load(tmp_path / "run" / "model").provenance
+    assert provenance.license == told
+    digest = hashlib.sha256((tmp_path / "t" / "model.safetensors").read_bytes()).hexdigest()
+    taught = {"name": "t", "license": None if teacher == "none" else teacher, "sha256": digest}
+    assert provenance.settings["sources"]["task.teacher"] == taught
+    assert provenance.settings["sources"].keys() == {"task.teacher", *(["model.start"] * (start is not None))}
+    origin = ModelBundle.load(tmp_path / "t").provenance.origin
+    begun = "trained from scratch" if start is None else f"trained on from s ({origin})"
+    assert provenance.origin.startswith(f"{begun}, distilled from t ({origin}), on digits with ")
+
+
+def short(recipe):
+    return replace(recipe, model=replace(recipe.model, drop_path=0.0), batch_size=8, epochs=1, epoch_steps=1)
+
+
+def test_a_recipes_own_license_holds_for_its_own_images_only(falling, recorder, tmp_path):
+    recipe = short(RECIPES["supervised_digits"]())
+    train(recipe, tmp_path / "own", push=REPO)
+    assert ModelBundle.load(tmp_path / "own" / "model").provenance.license == "apache-2.0"
+    images = write_folder(tmp_path / "mine", 12)
+    private = replace(recipe, data=DataSettings(train=str(images)))
+    with pytest.raises(LicenseError, match="nothing tells the license of the weights of recipe supervised_digits"):
+        train(private, tmp_path / "run", push=REPO)
+    assert not (tmp_path / "run").exists()
+    train(private, tmp_path / "run")
+    assert ModelBundle.load(tmp_path / "run" / "model").provenance.license is None
+    train(replace(private, license="mit"), tmp_path / "said", push=REPO)
+    assert ModelBundle.load(tmp_path / "said" / "model").provenance.license == "mit"
+
+
+def test_the_bundle_tells_on_how_many_images_it_was_measured(tmp_path):
+    recipe = replace(RUN, epochs=1, watch=replace(RUN.watch, eval_images=2048, eval_every=0, save_every=1))
+    train(recipe, tmp_path / "run")
+    told = ModelBundle.load(tmp_path / "run" / "model").provenance
+    assert told.settings["data"]["evaluated"] == len(digits("test"))
+    not_measured = ModelBundle.load(checkpoints(tmp_path / "run")[0]).provenance
+    assert not not_measured.metrics
+    assert "evaluated" not in not_measured.settings["data"]

@@ -18,7 +18,7 @@ from vitreg_hub.analysis.live import telemetry
 from vitreg_hub.datasets import digits
 from vitreg_hub.image_source import open_images
 from vitreg_hub.training.recipe import WatchSettings
-from vitreg_hub.training.watch import evaluate, knn_classes
+from vitreg_hub.training.watch import EVALUATED_IMAGES, evaluate, knn_classes
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -139,8 +139,16 @@ def test_without_labels_nothing_is_classified():
         return {"brightness": images.mean(dim=(1, 2, 3))}
 
     found = run(model, transform, scorer, held_out=unlabelled)
-    assert {name for name in found if not name.startswith("artifacts/")} == {"eval/brightness"}
+    assert {name for name in found if not name.startswith("artifacts/")} == {"eval/brightness", EVALUATED_IMAGES}
     assert torch.cat(seen).tolist() == [-1] * 30
+    assert found[EVALUATED_IMAGES] == 30
+
+
+def test_the_images_that_were_scored_are_counted_not_those_that_were_asked_for():
+    model, transform = made()
+    settings = replace(SETTINGS, eval_images=2048)
+    assert run(model, transform, settings=settings)[EVALUATED_IMAGES] == 80
+    assert EVALUATED_IMAGES not in run(model, transform, settings=settings, train=None)  # without a score
 
 
 def test_images_are_a_seeded_choice_and_each_is_looked_at_once():
@@ -215,6 +223,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found == pytest.approx(alone, rel=1e-6, abs=0)
         assert found["eval/knn_accuracy"] == alone["eval/knn_accuracy"]
+        assert found[EVALUATED_IMAGES] == 31
         assert torch.load(tmp_path / f"broken{rank}.pt")["eval/knn_accuracy"] in {
             i / 7 for i in range(8)
         }  # of 8 images
+        assert torch.load(tmp_path / f"broken{rank}.pt")[EVALUATED_IMAGES] == 7

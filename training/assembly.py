@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import BEST_KEY, Provenance
 from vitreg_hub.environment import command, commit, hardware, public_text, versions
-from vitreg_hub.errors import LicenseError, RecipeError
+from vitreg_hub.errors import RecipeError
 from vitreg_hub.image_source import ImageSource
-from vitreg_hub.licenses import OTHER, UNKNOWN, settle
 from vitreg_hub.training.augment import build_augment
 from vitreg_hub.training.backbone import build_backbone
 from vitreg_hub.training.best import Best
@@ -27,9 +26,12 @@ from vitreg_hub.training.loader import TrainLoader
 from vitreg_hub.training.parallel import blocks_of
 from vitreg_hub.training.recipe import Recipe
 from vitreg_hub.training.recipe_files import public_settings
+from vitreg_hub.training.sources import START, TEACHER, Source, license_of, sources_of
 from vitreg_hub.training.task import Span, Task
 from vitreg_hub.training.task_settings import Contrastive, DinoV2, Distill, Supervised
 
+SOURCES_KEY = "sources"
+"""Key of `Provenance.settings`: name, license and sha256 of start and teacher, by the setting that names each."""
 NEEDS = {Supervised: ("labels",), Contrastive: ("texts",)}
 """What every image must have for a task."""
 
@@ -50,7 +52,7 @@ class Parts:
         span: How long the run is.
         task: The objective with its modules.
         twin: Copy of what the task publishes, in evaluation mode, whole and on the CPU.
-        start: The bundle that the run starts from, if any.
+        sources: The models that the run starts from and learns from.
     """
 
     data: TrainingData
@@ -64,7 +66,7 @@ class Parts:
     span: Span
     task: Task
     twin: nn.Module
-    start: ModelBundle | None
+    sources: tuple[Source, ...]
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -103,7 +105,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
     """
     data = open_training_data(recipe.data)
     num_classes = _num_classes(data) if isinstance(recipe.task, Supervised) else 0
-    backbone, start = build_backbone(recipe.model, num_classes=num_classes, seed=recipe.seed)
+    backbone, _ = build_backbone(recipe.model, num_classes=num_classes, seed=recipe.seed)
     config = resolve_model_data_config(backbone)
     config["input_size"] = (3, *backbone.patch_embed.img_size)
     augment = build_augment(
@@ -150,7 +152,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         span=span,
         task=task,
         twin=twin,
-        start=start,
+        sources=sources_of(recipe),
     )
 
 
@@ -205,33 +207,6 @@ def vit_of(published: nn.Module) -> VisionTransformer:
     return getattr(published, "backbone", published)
 
 
-def license_of(recipe: Recipe, start: ModelBundle | None, *, published: bool) -> str | None:
-    """The license of what a run makes: the start's, or of a run from scratch the recipe's.
-
-    Args:
-        recipe: The run.
-        start: What it starts from, if anything.
-        published: Whether somebody must say which one it is.
-
-    Returns:
-        The Hub's identifier; None if nobody knows.
-
-    Raises:
-        LicenseError: The recipe says another one than the start; or, where one must be said, it says none and the start
-            tells none either, or one that does not allow every use.
-    """
-    told, given = (start.provenance.license if start else None), recipe.license
-    if given is None and not published:
-        return told
-    if told not in (None, UNKNOWN, OTHER) and given not in (None, UNKNOWN) and given.lower() != told.lower():
-        raise LicenseError(
-            f"recipe {recipe.name} has the license {given}, but model.start {recipe.model.start} is under {told}: give "
-            f"--license {told}, or another start."
-        )
-    called = f"the weights of recipe {recipe.name}" if start is None else f"model.start {recipe.model.start}"
-    return settle(told, given, called=called)
-
-
 def surroundings(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """By what a run is made, as fields of `Provenance`."""
     libraries = ("accelerate", "datasets", *["open_clip_torch"] * isinstance(recipe.task, Contrastive))
@@ -249,6 +224,7 @@ def make_bundle(
     *,
     step: int,
     metrics: Mapping[str, float],
+    evaluated: int | None = None,
     made: Mapping[str, Any],
     best: Best | None = None,
 ) -> ModelBundle:
@@ -259,21 +235,25 @@ def make_bundle(
         parts: Its twin holds the weights of `step`.
         step: Steps that are done.
         metrics: What was measured of these weights.
+        evaluated: On how many images, if it was.
         made: By what, when and how long, as fields of `Provenance`.
         best: By what these weights are the run's best ones, if it is as such that they are bundled.
     """
-    start, data, settings = parts.start, public_text(parts.data.name), public_settings(recipe)
-    how = (
-        "trained from scratch"
-        if start is None
-        else f"trained on from {settings['model']['start']} ({start.provenance.origin})"
-    )
+    data, settings = public_text(parts.data.name), public_settings(recipe)
+    words = {source.setting: source.words for source in parts.sources}
+    how = f"trained on from {words[START]}" if START in words else "trained from scratch"
+    if TEACHER in words:
+        how += f", distilled from {words[TEACHER]},"
     settings |= {"step": step, "total_steps": parts.span.total_steps}
+    if parts.sources:
+        settings[SOURCES_KEY] = {source.setting: source.record() for source in parts.sources}
+    if evaluated is not None:
+        settings["data"] = {**settings["data"], "evaluated": evaluated}
     if best is not None:
         settings[BEST_KEY] = {"score": best.name, "step": best.step}
     provenance = Provenance(
         origin=f"{how} on {data} with vitreg_hub's recipe {recipe.name}, {step} steps",
-        license=license_of(recipe, start, published=False),
+        license=license_of(recipe, parts.sources, published=False),
         dataset=data,
         metrics=metrics,
         settings=settings,

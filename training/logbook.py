@@ -167,7 +167,7 @@ class Logbook:
         if not self._main:
             return
         line = {"step": step, "time": round(time.time(), 3), **{name: _plain(v) for name, v in metrics.items()}}
-        with _writing(self._file), self._file.open("a") as file:
+        with _writing(self._file), self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         for tracker in tuple(self._trackers):
             try:

@@ -18,13 +18,15 @@ from vitreg_hub.errors import BundleError, HubError, RecipeError, TrainingError
 from vitreg_hub.hub_access import CONFIG_FILE, RECIPE_FILE
 from vitreg_hub.licenses import settle
 from vitreg_hub.training import run_state
-from vitreg_hub.training.assembly import license_of, make_accelerator
+from vitreg_hub.training.assembly import make_accelerator
 from vitreg_hub.training.best import Best, read_best
 from vitreg_hub.training.folders import BEST, MODEL, restore_folders
 from vitreg_hub.training.logbook import Logbook, require_trackers
 from vitreg_hub.training.publisher import MAIN, Publisher
 from vitreg_hub.training.recipe import Recipe, require_start, to_dict
 from vitreg_hub.training.recipe_files import require_same_recipe, write_recipe
+from vitreg_hub.training.sources import license_of
+from vitreg_hub.training.task_settings import Contrastive
 from vitreg_hub.training.throughput import Throughput
 from vitreg_hub.training.trainer import Trainer
 
@@ -85,11 +87,13 @@ def train(
 
     Raises:
         RecipeError: Settings contradict each other, the data, the processes, or the run in `out`.
-        LicenseError: The recipe contradicts its start, or is to be published and nobody says under which license.
+        LicenseError: The recipe contradicts its start or its teacher, or is to be published and nobody says under which
+            license.
         DataError: The images cannot be used.
         TrainingError: The loss is no number any more; the last checkpoint stays.
         BundleError: `out` cannot be written to; what is complete in it stays.
-        HubError: The last model could not be published; `out` is complete.
+        HubError: The Hub says at the start that it will not take the run's models; or the last one could not be
+            published, and `out` is complete.
     """
     out = Path(out)
     require_start(recipe)
@@ -104,11 +108,12 @@ def train(
     publisher = None
     if push and accelerator.is_main_process:
         publisher = Publisher(push, private=private, license=recipe.license)  # fails now if there is no token
+        publisher.ask(towers=isinstance(recipe.task, Contrastive))
     if (out / MODEL).exists():
         return _finished(recipe, out, publisher)
     with torch.random.fork_rng(), publisher or nullcontext():
         trainer = Trainer(recipe, accelerator)
-        license_of(recipe, trainer.parts.start, published=push is not None)
+        license_of(recipe, trainer.parts.sources, published=push is not None)
         if checkpoint is not None:
             trainer.restore(run_state.load_checkpoint(checkpoint), called=checkpoint)
         if accelerator.is_main_process:

@@ -39,8 +39,8 @@ def save_open_clip(towers: nn.Module, folder: str | Path, *, bundle: ModelBundle
     config = _config(towers, bundle, trunk=trunk or f"local-dir:{folder.absolute()}")
 
     def fill(staging: Path) -> None:
-        (staging / OPENCLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (staging / CONFIG_FILE).write_text(config_text(bundle.config()))
+        (staging / OPENCLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (staging / CONFIG_FILE).write_text(config_text(bundle.config()), encoding="utf-8")
         save_file(dict(_tensors(towers, bundle)), staging / OPENCLIP_WEIGHTS, metadata={"format": "pt"})
 
     return write_folder(folder, fill)

@@ -10,21 +10,31 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Self
 
-from vitreg_hub.errors import HubError, VitregError
+import huggingface_hub as hf
+
+from vitreg_hub.environment import duration
+from vitreg_hub.errors import HubError, HubRefusedError, VitregError
 from vitreg_hub.hub import require_token
-from vitreg_hub.hub_access import TOWER_SUFFIX
+from vitreg_hub.hub_access import TOWER_SUFFIX, hub_errors, patiently
+from vitreg_hub.hub_target import Target, look
 from vitreg_hub.training.command import HUB_FAILED
+from vitreg_hub.training.folders import BEST
 
 logger = logging.getLogger(__name__)
 
 WAITS = (1, 2, 4, 8, 16, 32)
 """Seconds between one try and the next."""
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells its processes."""
+PATIENCE, SLOWEST = 1800, 250_000
+"""Seconds for a push, and bytes a second that come on top of it. The first is many times what opening the doors and the
+client's own tries take, the second a line of 2 Mbit/s: what takes longer stalls, which the client would never notice.
+"""
+ASKING = 60
+"""Seconds that the Hub has at a run's start to say whether it takes the models: many times what all tries need."""
 
 MAIN = "main"
 """Branch of the last weights."""
@@ -51,16 +61,32 @@ def push_apart(folder: Path, repo_id: str, *, branch: str, private: bool, licens
 
     Raises:
         HubError: The Hub failed, with the sentence that says how.
-        VitregError: The same of anything else, which the next try would not change.
+        VitregError: The same of anything else, which the next try would not change; or it took so long that the run is
+            not to wait for another one.
     """
     arguments = _push_arguments(folder, repo_id, branch=branch, private=private, license=license)
     command = [sys.executable, "-P", "-m", "vitreg_hub", *arguments]
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    patience = _patience(folder)
+    try:
+        done = subprocess.run(
+            command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience
+        )
+    except subprocess.TimeoutExpired as error:
+        raise VitregError(
+            f"it was not done after {duration(patience)} and was given up: the Hub stalls, or the network is too slow."
+        ) from error
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no reason given"]
     if done.returncode:
         raise (HubError if done.returncode == HUB_FAILED else VitregError)(said[-1].removeprefix("vitreg: "))
     return said[-1]
+
+
+def _patience(folder: Path) -> float:
+    """Seconds after which the push of a bundle, and of the text tower beside it, is given up."""
+    tower = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
+    files = [file for part in (folder, *[tower] * tower.is_dir()) for file in part.iterdir()]
+    return PATIENCE + sum(file.stat().st_size for file in files) / SLOWEST
 
 
 def _push_arguments(
@@ -83,8 +109,8 @@ class Publisher:
     """Publishes bundles one after the other, in the background. Only the main process makes one.
 
     What waits while another is being sent is dropped when something newer comes for its branch, and so is what the Hub
-    has failed with and waits for its next try. What fails for another reason is tried once. The run is never stopped;
-    `errors` says what went wrong.
+    has failed with and waits for its next try. What the Hub refuses, or what fails for another reason, is tried once.
+    The run is never stopped; `errors` says what went wrong.
 
     Args:
         repo_id: ``org/name``.
@@ -115,6 +141,25 @@ class Publisher:
         """Address of the last commit on each branch that got one, also if something newer failed since."""
         self.errors: dict[str, str] = {}
         """Why the newest bundle of a branch is not there; nothing of branches where it is."""
+
+    def ask(self, *, towers: bool = False) -> None:
+        """Find out now what would keep the models from being published at the end, as far as the Hub tells.
+
+        A Hub that cannot tell stops nothing: it may be there again when it is needed.
+
+        Args:
+            towers: Whether text towers go along, into a repository of their own.
+
+        Raises:
+            HubRefusedError: The token is invalid or may only read, or a repository cannot become what was asked for.
+        """
+        repos = (self.repo_id, *[f"{self.repo_id}{TOWER_SUFFIX}"] * towers)
+        try:
+            _within(ASKING, partial(_ask, repos, private=self._options["private"]))
+        except HubRefusedError:
+            raise
+        except HubError as error:
+            logger.warning("whether %s takes the models is not known, the run goes on: %s", self.repo_id, error)
 
     def submit(self, folder: str | Path, *, branch: str = MAIN) -> None:
         """Publish a bundle as soon as may be, with the text tower beside it, if there is one.
@@ -163,7 +208,8 @@ class Publisher:
                 try:
                     commit = self._push(copy / name, self.repo_id, branch=branch, **self._options)
                 except (VitregError, OSError) as error:
-                    if wait is None or not isinstance(error, HubError | OSError):
+                    final = isinstance(error, HubRefusedError) or not isinstance(error, HubError | OSError)
+                    if wait is None or final:
                         if not outdated.is_set():
                             self._failed(branch, str(error))
                         return
@@ -183,6 +229,44 @@ class Publisher:
     def _failed(self, branch: str, why: str) -> None:
         self.errors[branch] = why
         logger.error("publishing to %s@%s failed, the run goes on: %s", self.repo_id, branch, why)
+
+
+def _ask(repos: Sequence[str], *, private: bool) -> None:
+    """
+    Raises:
+        HubRefusedError: As `Publisher.ask`.
+        HubError: It cannot be found out.
+    """
+    api = hf.HfApi(library_name="vitreg_hub")
+    with hub_errors(repos[0]):
+        token = patiently(api.whoami).get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise HubRefusedError(f"the access token may only read: use one with write permission for {repos[0]}.")
+    for repo_id in repos:
+        with hub_errors(repo_id):
+            for branch in (MAIN, BEST):
+                look(api, repo_id, Target(branch=branch, private=private))
+
+
+def _within(seconds: float, request: Callable[[], None]) -> None:
+    """Make a request in a thread that nobody waits for longer than that, for the Hub's client has no such limit.
+
+    Raises:
+        HubError: There is no answer.
+    """
+    answer: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(request())
+        except BaseException as error:  # goes to whoever waits
+            answer.set_exception(error)
+
+    Thread(target=ask, name="asking the Hub", daemon=True).start()
+    try:
+        answer.result(seconds)
+    except TimeoutError as error:
+        raise HubError(f"there was no answer within {seconds} seconds: check the network.") from error
 
 
 def _is_over(future: Future[None]) -> bool:

@@ -255,7 +255,8 @@ class Recipe:
         epochs: Passes over the training images.
         epoch_steps: Steps that count as an epoch; None: as many as the data give.
         seed: Of everything that is random.
-        license: SPDX identifier of the weights; None: the start's.
+        license: SPDX identifier of the weights, as the user says it; None: that of start and teacher, or without any
+            the one that this package gives to its own recipes on their own images.
     """
 
     name: str

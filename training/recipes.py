@@ -323,7 +323,6 @@ def supervised_digits(registers: int = 4) -> Recipe:
         watch=WatchSettings(eval_every=132, save_every=132),
         batch_size=64,
         epochs=24,
-        license="apache-2.0",
     )
 
 
@@ -367,7 +366,6 @@ def dinov2_digits(registers: int = 4) -> Recipe:
         watch=WatchSettings(eval_every=44, save_every=88),
         batch_size=64,
         epochs=7,
-        license="apache-2.0",
     )
 
 
@@ -398,7 +396,6 @@ def contrastive_scenes(registers: int = 4) -> Recipe:
         watch=WatchSettings(eval_every=63, save_every=126),
         batch_size=64,
         epochs=4,
-        license="apache-2.0",
     )
 
 
@@ -429,3 +426,20 @@ RECIPES: Mapping[str, Callable[..., Recipe]] = MappingProxyType(
     }
 )
 """Recipes by name. Each takes `registers`, one of `REGISTER_COUNTS`."""
+
+LICENSES: Mapping[str, str] = MappingProxyType(
+    {recipe.__name__: "apache-2.0" for recipe in (supervised_digits, dinov2_digits, contrastive_scenes)}
+)
+"""Of what recipes make from nothing but images that come with this package or are drawn by it."""
+
+
+def default_license(recipe: Recipe) -> str | None:
+    """The license that a recipe by name gives to its weights, as long as its images and its teacher are its own.
+
+    It is no setting of the recipe, which would survive a change of those.
+    """
+    if recipe.name not in LICENSES:
+        return None
+    own = RECIPES[recipe.name]()
+    sources = [(r.data.train, r.model.start, getattr(r.task, "teacher", None)) for r in (recipe, own)]
+    return LICENSES[recipe.name] if sources[0] == sources[1] else None

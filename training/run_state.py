@@ -107,7 +107,7 @@ def save_checkpoint(run: Path, state: RunState, *, write_model: Callable[[Path],
                 whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
                 save_file(whole, folder / f"{name}.safetensors", metadata={"format": "pt"})
         text = {"step": state.step, "loaders": state.loaders, "extra": dict(state.extra)}
-        (folder / STATE_FILE).write_text(json.dumps(text))
+        (folder / STATE_FILE).write_text(json.dumps(text), encoding="utf-8")
 
     target = run / CHECKPOINTS / f"step_{state.step:07d}"
     if not target.exists():  # it does if the last step of a run that went on from it is the one it holds
@@ -124,7 +124,7 @@ def load_checkpoint(folder: Path) -> RunState:
         TrainingError: It is none, or damaged.
     """
     try:
-        text = json.loads((folder / STATE / STATE_FILE).read_text())
+        text = json.loads((folder / STATE / STATE_FILE).read_text(encoding="utf-8"))
         weights = {path.stem: load_file(path) for path in sorted((folder / STATE).glob("*.safetensors"))}
         return RunState(step=text["step"], weights=weights, loaders=tuple(text["loaders"]), extra=text["extra"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -44,7 +44,7 @@ from vitreg_hub.training.recipe import Recipe
 from vitreg_hub.training.recipe_files import write_recipe
 from vitreg_hub.training.task import Batch
 from vitreg_hub.training.throughput import Throughput
-from vitreg_hub.training.watch import evaluate
+from vitreg_hub.training.watch import EVALUATED_IMAGES, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,10 @@ class Trainer:
         measured = self.metrics if self.evaluated == self.step else {}
         scores = {name.removeprefix("eval/"): x for name, x in measured.items() if name.startswith("eval/")}
         made = {**self._surroundings, "created": now(), "seconds": self.seconds}
-        return make_bundle(self.recipe, self.parts, step=self.step, metrics=scores, made=made, best=best)
+        evaluated = measured.get(EVALUATED_IMAGES)
+        return make_bundle(
+            self.recipe, self.parts, step=self.step, metrics=scores, evaluated=evaluated, made=made, best=best
+        )
 
     def write_model(self, folder: Path, *, run: Path, best: Best | None = None) -> None:
         """Write the twin's bundle in the place of an older one, and what belongs beside it; on the main process only.

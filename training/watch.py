@@ -18,6 +18,8 @@ from vitreg_hub.vit_layout import evaluating
 
 QUERIES = 1024
 """Held-out images that are compared with all training images at once."""
+EVALUATED_IMAGES = "evaluated_images"
+"""Name of the number of held-out images that scores were sought of, among what an evaluation finds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,8 @@ def evaluate(
         num_workers: Further processes that decode.
 
     Returns:
-        `eval/knn_accuracy` in [0, 1], `eval/<score>`, and `artifacts/...` as `Telemetry.scalars` names them.
+        `eval/knn_accuracy` in [0, 1], `eval/<score>`, as `EVALUATED_IMAGES` the number of images that all processes
+        together scored, and `artifacts/...` as `Telemetry.scalars` names them.
 
     Raises:
         DataError: An image cannot be read, by any of the processes, or the model is no ViT that can be read.
@@ -167,6 +170,8 @@ def _results(shares: Sequence[_Share], settings: WatchSettings, device: torch.de
     for name, scores in held_out.scores.items() if held_out else ():
         if not scores.isnan().all():
             results[f"eval/{name}"] = scores.double().nanmean().item()
+    if results:
+        results[EVALUATED_IMAGES] = len(held_out.indices)
     for share in shares:
         results |= share.artifacts
     return results

@@ -172,7 +172,7 @@ def _stored(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, BaseIma
             config_file = Path(hf.hf_hub_download(repo_id, CONFIG_FILE, revision=revision))
         else:
             config_file = Path(name, CONFIG_FILE)
-        config = json.loads(config_file.read_text())
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         if "vitreg" in config:
             return ModelBundle.load(name).build(**_timm_args(size)), None
         if "model_type" not in config and "architecture" in config:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,14 +26,12 @@ from vitreg_hub.bundle_form import (
     empty_model,
     make_config,
     read_config,
-    rule_problems,
     shapes_of,
-    tensor_problems,
-    weights_problems,
     write_folder,
 )
-from vitreg_hub.errors import BundleError, UnknownArchError
-from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, hub_errors
+from vitreg_hub.bundle_rules import rule_problems, tensor_problems, weights_problems
+from vitreg_hub.errors import BundleError, UnknownArchError, readable
+from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, HUB_PREFIX, WEIGHTS_FILE, hub_errors, patiently
 from vitreg_hub.hub_download import download
 from vitreg_hub.positions import TIMM_RULE, PositionRule, follow, rule_of
 from vitreg_hub.residual_scale import scale_for, scaled, stream_norms
@@ -130,14 +129,17 @@ class ModelBundle:
         """
         if str(source).startswith(HUB_PREFIX):
             return cls._load_folder(download(str(source)), called=str(source))
-        if not Path(source).exists() and str(source).partition(".")[0] in ARCHS:
+        with readable(source):
+            is_name = not Path(source).exists() and str(source).partition(".")[0] in ARCHS
+        if is_name:
             return cls._load_published(str(source))
         return cls._load_folder(Path(source), called=str(source))
 
     @classmethod
     def _load_folder(cls, folder: Path, *, called: str) -> Self:
         config = read_config(folder, called=called)
-        problems = [*rule_problems(config), *weights_problems(folder, config)]
+        with readable(called):
+            problems = [*rule_problems(config), *weights_problems(folder, config)]
         if problems:
             raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
         bundle = cls.from_config(config, load_file(folder / WEIGHTS_FILE))
@@ -171,7 +173,7 @@ class ModelBundle:
         if cfg.file:
             return cls._load_folder(Path(cfg.file).parent, called=name)
         with hub_errors(cfg.hf_hub_id):
-            state_dict = load_state_dict_from_hf(cfg.hf_hub_id)
+            state_dict = patiently(partial(load_state_dict_from_hf, cfg.hf_hub_id))
         return cls(
             arch=arch,
             model_args=get_arch(arch).model_args(),
@@ -233,10 +235,10 @@ class ModelBundle:
             BundleError: The weights are not those of the architecture.
         """
         self.require_consistent()
-        (folder / CONFIG_FILE).write_text(config_text(self.config()))
+        (folder / CONFIG_FILE).write_text(config_text(self.config()), encoding="utf-8")
         save_file(dict(self.state_dict), folder / WEIGHTS_FILE, metadata={"format": "pt"})
         if card is not None:
-            (folder / CARD_FILE).write_text(card)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     def build(self, **timm_kwargs: Any) -> nn.Module:
         """Build the timm model, without initialising what the weights replace anyway.

@@ -201,7 +201,8 @@ def push(folder: str, repo: str, dry_run: bool, **options: Any) -> None:
         return
     pushed = publishing.push(folder, repo, **options)
     for done in filter(None, (pushed.text_tower, pushed)):  # the bundle's address is the last line
-        print(f"{done.repo_id}: {', '.join(done.sent) or 'nothing had changed'}")
+        did = (*done.sent, *(f"deleted {name}" for name in done.deleted))
+        print(f"{done.repo_id}: {', '.join(did) or 'nothing had changed'}")
         if done.pull_request:
             print(f"pull request {done.pull_request}")
         print(done.url)
@@ -235,7 +236,7 @@ def _print_doors(differences: dict[str, float]) -> None:
         print(f"opens    in {door.ljust(24)} largest difference {difference:g}")
 
 
-FOLDER = ("folder", {"help": "folder of a bundle"})
+FOLDER = ("folder", {"help": "folder of a bundle, or the name of weights in this package"})
 
 CONVERT = [
     ("source", {"help": "weights file, folder, or hf-hub:org/name[@revision]"}),

@@ -1,5 +1,9 @@
 """Everything a user can cause and fix. Any other exception is a bug and keeps its traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class VitregError(ValueError):
     """Base of everything a user can cause and fix."""
@@ -39,3 +43,21 @@ class RecipeError(VitregError):
 
 class TrainingError(VitregError):
     """A run that cannot go on."""
+
+
+@contextmanager
+def readable(source: str | Path) -> Iterator[None]:
+    """Read a folder that a user named.
+
+    Raises:
+        BundleError: The name is empty, which `Path` takes for the current folder, or the system does not let us read.
+    """
+    if not str(source):
+        raise BundleError("'' is no folder: give '.' for the current one.")
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename or source} cannot be used ({error.strerror or error}): look at its name, its permissions "
+            "and its disk."
+        ) from error

@@ -26,7 +26,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from vitreg_hub import environment
 from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
-from vitreg_hub.bundle_form import Preprocess, Provenance, make_config, vitreg_problems
+from vitreg_hub.bundle_form import Preprocess, Provenance, make_config
+from vitreg_hub.bundle_rules import source_problems, vitreg_problems
 from vitreg_hub.errors import BundleError
 from vitreg_hub.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
 from vitreg_hub.positions import PositionRule, follow
@@ -151,7 +152,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         """Read a config.json: ours, or any other timm repository's as if this package were not there."""
         if not config_dict.get("vitreg"):
             return TimmWrapperConfig.from_dict(config_dict, **kwargs)
-        if problems := list(vitreg_problems(config_dict["vitreg"])):
+        if problems := [*vitreg_problems(config_dict["vitreg"]), *source_problems(config_dict)]:
             raise BundleError("config.json breaks the form of a bundle: " + "; ".join(problems))
         return super().from_dict(config_dict, **kwargs)
 

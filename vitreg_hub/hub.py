@@ -11,13 +11,13 @@ import huggingface_hub as hf
 
 from vitreg_hub.bundle import ModelBundle
 from vitreg_hub.bundle_form import require_absent, write_folder
-from vitreg_hub.doors import verify
-from vitreg_hub.errors import HubError, HubRefusedError
+from vitreg_hub.doors import bundle_folder, verify
+from vitreg_hub.errors import HubError, HubRefusedError, readable
 from vitreg_hub.hub_access import BUNDLE_FILES, EXTRA_FILES, hub_errors, patiently
 from vitreg_hub.hub_commit import commit_files, open_pull_request, set_tag
 from vitreg_hub.hub_download import download, require_space
 from vitreg_hub.hub_listing import PublishedModel, list_models
-from vitreg_hub.hub_shipment import Shipment, bundle_shipment, refuse_pickles, tower_shipment
+from vitreg_hub.hub_shipment import Shipment, bundle_shipment, refuse_pickles, settle_license, tower_shipment
 from vitreg_hub.hub_target import Target, compare, look
 from vitreg_hub.hub_tower import find_tower
 from vitreg_hub.model_cards.card import with_doors
@@ -45,7 +45,8 @@ class Pushed:
         url: Its address.
         private: Whether the repository can be seen by its owner alone.
         pull_request: Address of the pull request, if one was asked for.
-        sent: Names of the files that were new, had changed or were deleted.
+        sent: Names of the files that were new or had changed.
+        deleted: Names of the files that told of earlier weights.
         text_tower: The same of both towers' repository, if the bundle has one.
     """
 
@@ -55,6 +56,7 @@ class Pushed:
     private: bool
     pull_request: str | None = None
     sent: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
     text_tower: "Pushed | None" = None
 
 
@@ -99,8 +101,11 @@ def require_token(repo_id: str) -> None:
         HubError: No token, or no repository id.
     """
     _require_repo_id(repo_id)
-    if hf.get_token() is None:
+    token = hf.get_token()
+    if token is None:
         raise HubRefusedError("no access token: run `hf auth login` or set HF_TOKEN, then try again.")
+    if not token.isascii():
+        raise HubRefusedError("the access token holds letters that no token has: run `hf auth login` or set HF_TOKEN.")
 
 
 def _require_repo_id(repo_id: str) -> None:
@@ -143,14 +148,15 @@ def push(
     """
     require_token(repo_id)
     target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
-    shipment, towers = _shipments(Path(folder), repo_id, branch=branch, license=license)
+    shipment, towers = _shipments(folder, repo_id, branch=branch, license=license)
     if towers is not None:
-        _plan(towers, target)  # what it cannot be is found before the bundle is sent
+        _plan(towers, _as_private(target, repo_id))  # what it cannot be is found before the bundle is sent
     pushed = _publish(shipment, target)
     if towers is None:
         return pushed
     try:
-        return dataclasses.replace(pushed, text_tower=_publish(towers, target, private=pushed.private))
+        beside = dataclasses.replace(target, private=pushed.private)
+        return dataclasses.replace(pushed, text_tower=_publish(towers, beside))
     except HubError as error:
         raise HubError(f"the bundle is pushed ({pushed.url}), but not its text tower: {error}") from error
 
@@ -171,9 +177,11 @@ def plan(
     """
     _require_repo_id(repo_id)
     target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
-    shipment, towers = _shipments(Path(folder), repo_id, branch=branch, license=license)
+    shipment, towers = _shipments(folder, repo_id, branch=branch, license=license)
     planned = _plan(shipment, target)
-    return planned if towers is None else dataclasses.replace(planned, text_tower=_plan(towers, target))
+    if towers is None:
+        return planned
+    return dataclasses.replace(planned, text_tower=_plan(towers, _as_private(target, repo_id)))
 
 
 def pull(name: str, folder: str | Path) -> Path:
@@ -203,15 +211,26 @@ def pull(name: str, folder: str | Path) -> Path:
     return write_folder(target, fill)
 
 
-def _shipments(folder: Path, repo_id: str, *, branch: str, license: str | None) -> tuple[Shipment, Shipment | None]:
+def _shipments(
+    source: str | Path, repo_id: str, *, branch: str, license: str | None
+) -> tuple[Shipment, Shipment | None]:
     """What the repositories of a bundle, and of its text tower, are to hold, after all checks but those of the Hub."""
-    towers = find_tower(folder)
-    for checked in filter(None, (folder, towers)):
-        refuse_pickles(checked)
-    differences = verify(folder)
-    bundle = with_doors(ModelBundle.load(folder), differences)
-    shipment = bundle_shipment(folder, bundle, repo_id, branch=branch, given_license=license)
-    return shipment, towers and tower_shipment(towers, repo_id, branch=branch, license=shipment.license)
+    folder = bundle_folder(source)
+    with readable(folder):
+        towers = find_tower(folder)
+        for checked in filter(None, (folder, towers)):
+            refuse_pickles(checked)
+        settle_license(folder, ModelBundle.load(folder), license)  # before `verify`, which takes seconds
+        bundle = with_doors(ModelBundle.load(folder), verify(folder))
+        shipment = bundle_shipment(folder, bundle, repo_id, branch=branch, given_license=license)
+        return shipment, towers and tower_shipment(towers, repo_id, branch=branch, license=shipment.license)
+
+
+def _as_private(target: Target, repo_id: str) -> Target:
+    """The target of what goes beside a repository, which is private if that one is."""
+    with hub_errors(repo_id):
+        tree = look(hf.HfApi(library_name="vitreg_hub"), repo_id, target).tree
+    return dataclasses.replace(target, private=target.private or (tree is not None and tree.private))
 
 
 def _plan(shipment: Shipment, target: Target) -> PushPlan:
@@ -243,13 +262,13 @@ def _planned(name: str, content: Path | bytes | None, *, there: Collection[str],
     )
 
 
-def _publish(shipment: Shipment, target: Target, *, private: bool = False) -> Pushed:
-    """Bring a repository to what it is to hold; if it has to be made, `private` counts as well as the target's."""
+def _publish(shipment: Shipment, target: Target) -> Pushed:
+    """Bring a repository to what it is to hold."""
     api, repo_id = hf.HfApi(library_name="vitreg_hub"), shipment.repo_id
     with hub_errors(repo_id):
         found = look(api, repo_id, target)
         if found.refs is None:
-            hidden = target.private or private or None  # None: as the organisation has it
+            hidden = target.private or None  # None: as the organisation has it
             patiently(partial(api.create_repo, repo_id, private=hidden, exist_ok=True))
             found = look(api, repo_id, target)
             if found.refs is None:
@@ -274,7 +293,8 @@ def _publish(shipment: Shipment, target: Target, *, private: bool = False) -> Pu
         url=url,
         private=found.tree.private,
         pull_request=request,
-        sent=tuple(sorted(files)),
+        sent=tuple(sorted(name for name, content in files.items() if content is not None)),
+        deleted=tuple(sorted(name for name, content in files.items() if content is None)),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,12 +33,22 @@ TOWER_SUFFIX = "-open_clip"
 
 WAITS = (1, 2, 4)
 """Seconds between one try of a request and the next."""
+LONGEST_WAIT = 300
+"""Seconds. The Hub counts requests in windows of five minutes. Source: https://huggingface.co/docs/hub/rate-limits"""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+"""Of a folder that cannot be made."""
 
 
 def parse_repo(name: str) -> tuple[str, str | None]:
-    """Split ``[hf-hub:]org/name[@revision]`` into repository and revision, as timm writes them."""
-    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    """Split ``[hf-hub:]org/name[@revision]`` into repository and revision, as timm writes them.
+
+    Raises:
+        HubError: Nothing follows the @.
+    """
+    repo_id, at, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    if at and not revision:
+        raise HubRefusedError(f"{name} names no revision: put a branch, tag or commit after the @, or leave the @ out.")
     return repo_id, revision or None
 
 
@@ -48,12 +59,11 @@ def checksum(content: Path | bytes, *, like: str) -> str:
         content: The file, or what is in it.
         like: A checksum of that kind, in hexadecimal: sha256 of a large file (LFS), Git's sha1 of any other.
     """
-    if len(like) == 40:
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
+    with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        if len(like) == 40:
+            size = file.seek(0, SEEK_END)
+            file.seek(0)
+            return hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % size)).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -77,7 +87,7 @@ def patiently(request: Callable[[], Result]) -> Result:
     """Make a request that may be made twice, again where it fails for reasons that pass.
 
     Raises:
-        HubError: What answers is no Hub.
+        HubError: What answers is no Hub, or a download from Xet, the Hub's storage, broke off.
         httpx.TransportError: As the client raises it, and so is huggingface_hub's HfHubHTTPError.
     """
     for wait in (*WAITS, None):
@@ -89,6 +99,8 @@ def patiently(request: Callable[[], Result]) -> Result:
             if wait is None or not is_transient(error):
                 raise
             pause(error, wait)
+        except RuntimeError as error:  # how hf_xet reports a download that broke off, after several tries
+            raise HubError(f"fetching failed ({one_line(error)}): try again, or set HF_HUB_DISABLE_XET=1.") from error
     raise AssertionError("the last try either returns or raises")
 
 
@@ -98,12 +110,15 @@ def no_hub() -> str:
 
 
 def pause(error: BaseException, wait: float) -> None:
-    """Wait before the next try, and where the Hub limits requests, until it takes more."""
+    """Wait before the next try, and where the Hub limits requests, until it takes more, but not for ever."""
     if isinstance(error, hf_errors.HfHubHTTPError):
-        limit = hf.utils.parse_ratelimit_headers(error.response.headers)
+        headers = error.response.headers
+        limit = hf.utils.parse_ratelimit_headers(headers)
         if limit is not None and limit.remaining == 0:
             wait = max(wait, limit.reset_in_seconds + 1)
-    time.sleep(wait)
+        elif (told := headers.get("Retry-After", "")).isdecimal():
+            wait = max(wait, int(told) + 1)
+    time.sleep(min(wait, LONGEST_WAIT))
 
 
 @contextmanager
@@ -130,24 +145,32 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except hf_errors.HfHubHTTPError as error:
         kind = HubRefusedError if error.response.status_code in (401, 403) else HubError
         raise kind(_refusal(repo_id, error)) from error
-    except (httpx.TransportError, hf_errors.OfflineModeIsEnabled) as error:
+    except (httpx.TransportError, ConnectionError, TimeoutError) as error:  # Python's own are those of hf_xet
         raise HubError(
             f"{endpoint} cannot be reached ({type(error).__name__}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from error
-    except hf_errors.XetDownloadError as error:
-        raise HubError(f"fetching {repo_id} failed ({one_line(error)}): try again.") from error
+    except UnicodeEncodeError as error:
+        raise HubRefusedError(
+            "the access token holds letters that no token has: run `hf auth login` or set HF_TOKEN."
+        ) from error
     except OSError as error:
-        cache = hf.constants.HF_HUB_CACHE
-        if error.errno not in DISK_ERRORS:
-            raise
-        if error.filename is not None and not str(error.filename).startswith(cache):
+        of_cache = error.filename is None or _is_of_cache(Path(str(error.filename)))
+        if error.errno in DISK_ERRORS and not of_cache:
             raise HubError(
                 f"{error.filename} cannot be used ({error.strerror}): look at the file and its disk."
             ) from error
+        if error.errno not in (*DISK_ERRORS, *NO_FOLDER) or not of_cache:
+            raise
         raise HubError(
-            f"the cache of the Hub at {cache} cannot be written ({error.strerror}): "
+            f"the cache of the Hub at {hf.constants.HF_HUB_CACHE} cannot be written ({error.strerror}): "
             "make room, or set HF_HOME to another folder."
         ) from error
+
+
+def _is_of_cache(path: Path) -> bool:
+    """Whether a path leads to the client's cache, or is in it or beside it."""
+    cache, home = Path(hf.constants.HF_HUB_CACHE), Path(hf.constants.HF_HOME)
+    return cache.is_relative_to(path) or path.is_relative_to(cache) or path.is_relative_to(home)
 
 
 def _lacking(repo_id: str, error: hf_errors.LocalEntryNotFoundError) -> str:
@@ -167,7 +190,8 @@ def _refusal(repo_id: str, error: hf_errors.HfHubHTTPError) -> str:
     if status == 401:
         return f"the access token for {repo_id} is missing or invalid: run `hf auth login` or set HF_TOKEN."
     if status == 403:
-        return f"the access token may not do this with {repo_id}: use a token with write permission there."
+        told = f" ({one_line(error.server_message).rstrip('.')})" if error.server_message else ""
+        return f"the access token may not do this with {repo_id}{told}: use a token with write permission there."
     if status == 429:
         return f"the Hub takes no more requests for {repo_id} for now (status 429): wait some minutes and try again."
     if status >= 500:

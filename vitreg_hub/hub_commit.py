@@ -5,7 +5,8 @@ commit names its parent, it can be sent again where it is not there.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ Files = Mapping[str, Path | bytes | None]
 """Files or what is in them, by their names in the repository; None for one that is not to be there."""
 HUBS_OWN = ".gitattributes"
 """The Hub itself changes it in a commit, where a large file needs a line there."""
+NOTHING_IGNORED = "#"
+"""In place of a repository's own .gitignore, by which the client leaves files out of a commit and says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +107,10 @@ def commit_files(api: hf.HfApi, repo_id: str, files: Files, *, branch: str, pare
     Raises:
         HubError: Someone else moved the branch, or the upload broke off; nothing of it is on the branch.
     """
+    operations = _operations(repo_id, files)
     for wait in (*WAITS, None):
         try:
-            return _send(api, repo_id, files, branch=branch, parent=parent, message=message).oid
+            return _send(api, repo_id, operations, branch=branch, parent=parent, message=message).oid
         except (hf_errors.HfHubHTTPError, httpx.TransportError, json.JSONDecodeError) as error:
             refused = isinstance(error, hf_errors.HfHubHTTPError) and error.response.status_code == 412
             if not refused and not (is_transient(error) and _is_about_the_commit(error)):
@@ -136,8 +140,9 @@ def open_pull_request(
     Raises:
         HubError: The reply was lost.
     """
+    operations = _operations(repo_id, files)
     try:
-        return _send(api, repo_id, files, branch=branch, parent=parent, message=message, create_pr=True)
+        return _send(api, repo_id, operations, branch=branch, parent=parent, message=message, create_pr=True)
     except (hf_errors.HfHubHTTPError, httpx.TransportError, json.JSONDecodeError) as error:
         if not (is_transient(error) and _is_about_the_commit(error)):
             raise
@@ -163,23 +168,43 @@ def set_tag(api: hf.HfApi, repo_id: str, tag: str, commit: str) -> None:
             raise HubError(f"{repo_id} has a tag {tag} at another commit: choose another tag.") from error
 
 
+def _operations(repo_id: str, files: Files) -> list[hf.CommitOperationAdd | hf.CommitOperationDelete]:
+    """What a commit does. The client marks in them what it has hashed and sent: a second try does not do it again."""
+    with _refusals(repo_id):
+        return [
+            hf.CommitOperationDelete(path_in_repo=name)
+            if content is None
+            else hf.CommitOperationAdd(
+                path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
+            )
+            for name, content in files.items()
+        ]
+
+
 def _send(
-    api: hf.HfApi, repo_id: str, files: Files, *, branch: str, parent: Tree, message: str, create_pr: bool = False
+    api: hf.HfApi,
+    repo_id: str,
+    operations: Sequence[hf.CommitOperationAdd | hf.CommitOperationDelete],
+    *,
+    branch: str,
+    parent: Tree,
+    message: str,
+    create_pr: bool = False,
 ) -> hf.CommitInfo:
     """Upload files and commit them.
 
     Raises:
         HubError: An upload broke off, or the Hub does not take a file.
     """
-    operations = [
-        hf.CommitOperationDelete(path_in_repo=name)
-        if content is None
-        else hf.CommitOperationAdd(
-            path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
+    with _refusals(repo_id):
+        api.preupload_lfs_files(
+            repo_id,
+            [operation for operation in operations if isinstance(operation, hf.CommitOperationAdd)],
+            revision=branch,
+            create_pr=create_pr,
+            free_memory=False,
+            gitignore_content=NOTHING_IGNORED,
         )
-        for name, content in files.items()
-    ]
-    try:
         return api.create_commit(
             repo_id,
             operations,
@@ -188,11 +213,20 @@ def _send(
             parent_commit=parent.commit,
             create_pr=create_pr,
         )
-    except (hf_errors.HfHubHTTPError, json.JSONDecodeError):
+
+
+@contextmanager
+def _refusals(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises for uploads and files into a `HubError`."""
+    try:
+        yield
+    except (hf_errors.HfHubHTTPError, hf_errors.OfflineModeIsEnabled, json.JSONDecodeError):
         raise
-    except RuntimeError as error:  # how the client reports an upload that broke off, after several tries
-        reason = type(error.__cause__).__name__ if error.__cause__ else one_line(error)
-        raise HubError(f"sending to {repo_id} failed ({reason}): nothing is there, try again.") from error
+    except (RuntimeError, ConnectionError, TimeoutError) as error:  # an upload that broke off, after several tries
+        by_xet = error.__cause__ is None
+        reason = one_line(error) if by_xet else type(error.__cause__).__name__
+        remedy = "try again, or set HF_HUB_DISABLE_XET=1" if by_xet else "try again"
+        raise HubError(f"sending to {repo_id} failed ({reason}): nothing is there, {remedy}.") from error
     except ValueError as error:  # the metadata of a card, or the LFS server's reply
         raise HubError(f"the Hub does not take a file for {repo_id}: {one_line(error).rstrip('.')}.") from error
 

@@ -7,7 +7,7 @@ from functools import partial
 import huggingface_hub as hf
 
 from vitreg_hub.arch import get_arch
-from vitreg_hub.hub_access import hub_errors
+from vitreg_hub.hub_access import hub_errors, patiently
 
 TAG = "vitreg"
 """Of every card that this package writes."""
@@ -38,14 +38,14 @@ def list_models(
         limit: How many at most.
 
     Raises:
-        HubError: No network.
+        HubError: No network, or a Hub that refuses.
         UnknownArchError: No such architecture.
     """
     tags = [TAG] if arch is None else [TAG, get_arch(arch).name]
     told = ["tags", "downloads", "likes", "lastModified", "private"]
     ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, filter=tags, author=author, search=search)
     with hub_errors("the list of models"):
-        found = list(ask(sort="downloads", limit=limit, expand=told))  # the client itself tries pages several times
+        found = patiently(lambda: list(ask(sort="downloads", limit=limit, expand=told)))
     return tuple(
         PublishedModel(
             repo_id=model.id,

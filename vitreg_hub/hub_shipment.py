@@ -1,9 +1,11 @@
 """What a push puts into a repository: a bundle's files and no others, with its license told and a card."""
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub as hf
 
@@ -22,9 +24,10 @@ from vitreg_hub.hub_access import (
     WEIGHTS_FILE,
 )
 from vitreg_hub.hub_commit import Files
-from vitreg_hub.hub_tower import TOWERS_BLOCK, tower_files
+from vitreg_hub.hub_tower import TOWERS_BLOCK, find_tower, tower_files
 from vitreg_hub.model_cards.card import decoded, render, update
-from vitreg_hub.model_cards.marked import blocks_in, replace_blocks
+from vitreg_hub.model_cards.marked import blocks_in, replace_blocks, require_whole
+from vitreg_hub.model_cards.merging import merge
 
 PICKLES = (
     ".bin",
@@ -55,7 +58,7 @@ class Shipment:
         given_license: What the user says of it.
         files: All but the card.
         card: Makes the card of the one that is on the Hub, if any.
-        has_card: Whether the folder has a card of its own.
+        own_card: The folder's, if it has one.
         left_out: Names in the folder that are not published.
     """
 
@@ -65,7 +68,7 @@ class Shipment:
     given_license: str | None
     files: Files
     card: Callable[[str | None], str]
-    has_card: bool
+    own_card: str | None = None
     left_out: tuple[str, ...]
 
 
@@ -89,26 +92,20 @@ def bundle_shipment(
     extras = [name for name in EXTRA_FILES if (folder / name).is_file()]
     files: dict[str, Path | bytes | None] = {name: folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, *extras)}
     files |= dict.fromkeys(set(EXTRA_FILES) - set(extras))
-    told = licenses.told_by(bundle.config(), folder / CARD_FILE)
-    license = licenses.settle(told, given_license, called=str(folder))
-    if license != bundle.provenance.license:
-        bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, license=license))
-        config = read_config(folder, called=str(folder))
-        for entry in (config["vitreg"]["provenance"], config["pretrained_cfg"]):
-            entry["license"] = license
-        if license is None:
-            del config["pretrained_cfg"]["license"]
+    license = settle_license(folder, bundle, given_license)
+    bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, license=license))
+    old = read_config(folder, called=str(folder))
+    config = _told(old, bundle)
+    if config != old:
         files[CONFIG_FILE] = config_text(config).encode()
-
-    where = {"repo": repo_id, "revision": None if branch == "main" else branch}
+    own_card = _own_card(folder)
+    where = {"repo": repo_id, "revision": branch, "towers": find_tower(folder) is not None}
 
     def card(existing: str | None) -> str:
-        own = folder / CARD_FILE
-        if existing is None and own.is_file():
-            existing = decoded(own.read_bytes())
-        if existing is None:
+        before = own_card if existing is None else existing
+        if before is None:
             return render(bundle, files=extras, **where)
-        return update(existing, bundle, files=extras, settled_license=True, **where)
+        return update(before, bundle, files=extras, settled_license=True, **where)
 
     return Shipment(
         repo_id=repo_id,
@@ -117,7 +114,7 @@ def bundle_shipment(
         given_license=given_license,
         files=files,
         card=card,
-        has_card=(folder / CARD_FILE).is_file(),
+        own_card=own_card,
         left_out=_others(folder, (*BUNDLE_FILES, *EXTRA_FILES)),
     )
 
@@ -136,24 +133,57 @@ def tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str 
         license=license,
         given_license=license,
         files=files,
-        card=lambda existing: card if existing is None else _towers_card(existing, card, license),
-        has_card=False,
+        card=lambda existing: card if existing is None else _towers_card(existing, card),
         left_out=_others(folder, (CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS)),
     )
 
 
-def _towers_card(existing: str, fresh: str, license: str | None) -> str:
+def settle_license(folder: Path, bundle: ModelBundle, given: str | None) -> str | None:
+    """The license of a bundle in a folder, as its config, its card and the user tell it; None if nobody knows.
+
+    Raises:
+        LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
+    """
+    return licenses.settle(licenses.told_by(bundle.config(), folder / CARD_FILE), given, called=str(folder))
+
+
+def _told(config: Mapping[str, Any], bundle: ModelBundle) -> dict[str, Any]:
+    """A bundle's config that tells its license and what was measured."""
+    told = copy.deepcopy(dict(config))
+    license = bundle.provenance.license
+    told["vitreg"]["provenance"] |= {"license": license, "settings": dict(bundle.provenance.settings)}
+    if license is not None:
+        told["pretrained_cfg"]["license"] = license
+    else:
+        told["pretrained_cfg"].pop("license", None)
+    return told
+
+
+def _own_card(folder: Path) -> str | None:
+    """The card in a bundle's folder.
+
+    Raises:
+        BundleError: It is no text in UTF-8, which the Hub does not take.
+    """
+    file = folder / CARD_FILE
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{file} is no text in UTF-8 (byte {error.start}): save it so, or delete it.") from error
+    return decoded(content)
+
+
+def _towers_card(existing: str, fresh: str) -> str:
     """The card of both towers that is on the Hub, with our block and the license brought up to date."""
+    require_whole(existing)
     if TOWERS_BLOCK not in blocks_in(existing):
         return existing
-    card = hf.ModelCard(replace_blocks(existing, {TOWERS_BLOCK: blocks_in(fresh)[TOWERS_BLOCK]}))
-    before = card.data.to_dict()
-    after = {name: value for name, value in before.items() if name not in ("license", "license_name")}
-    after |= licenses.metadata(license)
-    if after == before:
-        return card.content
-    card.data = hf.ModelCardData(**after)
-    return str(card)
+    told = hf.ModelCard(fresh).data.to_dict()
+    card = replace_blocks(existing, {TOWERS_BLOCK: blocks_in(fresh)[TOWERS_BLOCK]})
+    return merge(card, old=told, new=told, settled_license=True) or card
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -6,19 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import huggingface_hub as hf
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from vitreg_hub import licenses
-from vitreg_hub.errors import HubError, LicenseError
-from vitreg_hub.hub_access import CARD_FILE
+from vitreg_hub.errors import HubRefusedError, LicenseError
+from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE
 from vitreg_hub.hub_commit import Files, Refs, Tree, read_refs, read_tree
 from vitreg_hub.hub_download import fetch_file
 from vitreg_hub.hub_shipment import Shipment
 from vitreg_hub.model_cards.card import decoded, encoded
+from vitreg_hub.model_cards.marked import blocks_in, replace_blocks
 
 logger = logging.getLogger(__name__)
 
-REF_NAME = re.compile(r"(?!refs/|[-/.])(?!.*(\.\.|//|@\{|/\.))[^\s~^:?*\[\\]+(?<![./])(?<!\.lock)")
-"""Names of branches and tags. Source: git check-ref-format."""
+REF_NAME = re.compile(r"(?!HEAD$|refs/|[-/.])(?!.{200})(?!.*(\.\.|//|@\{|/\.))[^\s~^:?*\[\\]+(?<![./])(?<!\.lock)")
+"""Names of branches and tags, which become names of files. Source: git check-ref-format."""
+OF_OTHERS = re.compile(
+    r"(pre)?processor_config\.json|(pytorch_model|tf_model|flax_model|open_clip_|model-).*\.\w+|model\.[\w.]+\.json"
+)
+"""Files from which transformers, timm or open_clip would make something else than what is published beside them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,15 +40,15 @@ class Target:
         """Refuse names that Git has not, and contradictions.
 
         Raises:
-            HubError: With what to do.
+            HubRefusedError: With what to do.
         """
         for kind, name in (("branch", self.branch), ("tag", self.tag)):
             if name is not None and not REF_NAME.fullmatch(name):
-                raise HubError(f"{name!r} is no name of a {kind}: take letters, digits, '-', '_', '.' and '/'.")
+                raise HubRefusedError(f"{name!r} is no name of a {kind}: take letters, digits, '-', '_', '.' and '/'.")
         if self.tag is not None and self.tag in ("main", self.branch):
-            raise HubError(f"{self.tag} is a branch, and a tag of that name would hide it: choose another tag.")
+            raise HubRefusedError(f"{self.tag} is a branch, and a tag of that name would hide it: choose another tag.")
         if self.create_pr and self.tag:
-            raise HubError("a pull request is no commit of a branch yet: leave --tag out, or --create-pr.")
+            raise HubRefusedError("a pull request is no commit of a branch yet: leave --tag out, or --create-pr.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,25 +69,27 @@ def look(api: hf.HfApi, repo_id: str, target: Target) -> Found:
     """Read what is there.
 
     Raises:
-        HubError: It cannot become what was asked for.
+        HubRefusedError: It cannot become what was asked for.
     """
     refs = read_refs(api, repo_id)
     if refs is None:
         if target.create_pr:
-            raise HubError(f"there is no repository {repo_id} that takes a pull request: leave --create-pr out.")
+            raise HubRefusedError(f"there is no repository {repo_id} that takes a pull request: leave --create-pr out.")
         return Found()
     if target.branch in refs.tags:
-        raise HubError(f"{target.branch} is a tag of {repo_id}, which takes no commits: choose another branch.")
+        raise HubRefusedError(f"{target.branch} is a tag of {repo_id}, which takes no commits: choose another branch.")
     if target.create_pr and target.branch not in refs.branches:
-        raise HubError(f"{repo_id} has no branch {target.branch} for a pull request: choose one that is there.")
+        raise HubRefusedError(f"{repo_id} has no branch {target.branch} for a pull request: choose one that is there.")
     if target.tag in refs.branches:
-        raise HubError(f"{repo_id} has a branch {target.tag}, which a tag of that name would hide: choose another tag.")
+        raise HubRefusedError(
+            f"{repo_id} has a branch {target.tag}, which a tag of that name would hide: choose another tag."
+        )
     start = refs.branches.get(target.branch) or refs.branches.get("main")
     if start is None:
-        raise HubError(f"{repo_id} has no branch main to start {target.branch} from: push to one that is there.")
+        raise HubRefusedError(f"{repo_id} has no branch main to start {target.branch} from: push to one that is there.")
     tree = read_tree(api, repo_id, start)
     if target.private and not tree.private:
-        raise HubError(f"{repo_id} is public already: make it private on the Hub first, or leave --private out.")
+        raise HubRefusedError(f"{repo_id} is public already: make it private on the Hub first, or push to another one.")
     return Found(refs=refs, tree=tree)
 
 
@@ -89,13 +97,29 @@ def compare(shipment: Shipment, target: Target, found: Found) -> tuple[Files, Fi
     """All files of a shipment, and those of them that have to be sent or deleted.
 
     Raises:
-        HubError: The tag is taken.
+        HubRefusedError: The tag is taken, or another model's files are there.
         LicenseError: The card on the Hub tells another license.
     """
+    there = found.tree.checksums if found.tree is not None else {}
+    others = sorted(name for name in there if name not in shipment.files and OF_OTHERS.fullmatch(name))
+    if others:
+        raise HubRefusedError(
+            f"{shipment.repo_id} holds files of another model ({', '.join(others)}), which would be loaded with this "
+            "one: delete them there first, or push to another repository."
+        )
     files = _with_card(shipment, found)
     changed = found.changes(files)
     _refuse_tag(shipment, target, found, moves=bool(changed))
+    if CONFIG_FILE in changed and CONFIG_FILE in there:
+        _tell_of_strangers(shipment, found.tree)
     return files, changed
+
+
+def _tell_of_strangers(shipment: Shipment, tree: Tree) -> None:
+    """Say that a model which this package did not publish is replaced."""
+    config = fetch_file(shipment.repo_id, CONFIG_FILE, tree.commit, told=tree.checksums[CONFIG_FILE])
+    if b'"vitreg"' not in config.read_bytes():
+        logger.warning("%s holds a model that is no bundle, of which only the history will be left.", shipment.repo_id)
 
 
 def _with_card(shipment: Shipment, found: Found) -> Files:
@@ -107,9 +131,24 @@ def _with_card(shipment: Shipment, found: Found) -> Files:
     existing = decoded(file.read_bytes())
     card = shipment.card(existing)
     _require_license(shipment, licenses.told_by({}, file), kept=card == existing)
-    if shipment.has_card and shipment.card(None) != card:
-        logger.warning("%s keeps its card: the author's text in the folder's %s differs.", shipment.repo_id, CARD_FILE)
+    if shipment.own_card is not None and not _lines_of_author(shipment.own_card) <= _lines_of_author(card):
+        logger.warning(
+            "%s keeps the text of its card, and what the folder's %s says beside our blocks is not published: edit "
+            "the card on the Hub.",
+            *(shipment.repo_id, CARD_FILE),
+        )
+    if card == existing and not blocks_in(card):
+        logger.warning(
+            "the card of %s is its author's and stays as it is: see that it tells of these weights.", shipment.repo_id
+        )
     return {**shipment.files, CARD_FILE: encoded(card)}
+
+
+def _lines_of_author(card: str) -> set[str]:
+    """What a card says outside of our blocks."""
+    body = REGEX_YAML_BLOCK.sub("", card, count=1)
+    own = replace_blocks(body, dict.fromkeys(blocks_in(body), ""))
+    return {line.strip() for line in own.splitlines()}
 
 
 def _require_license(shipment: Shipment, told: Sequence[str], *, kept: bool) -> None:
@@ -136,4 +175,4 @@ def _require_license(shipment: Shipment, told: Sequence[str], *, kept: bool) -> 
 def _refuse_tag(shipment: Shipment, target: Target, found: Found, *, moves: bool) -> None:
     taken = found.refs.tags.get(target.tag) if found.refs is not None and target.tag else None
     if taken is not None and (moves or taken != found.tree.commit):
-        raise HubError(f"{shipment.repo_id} has a tag {target.tag} already: choose another one.")
+        raise HubRefusedError(f"{shipment.repo_id} has a tag {target.tag} already: choose another one.")

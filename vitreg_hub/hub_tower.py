@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub as hf
+from safetensors import SafetensorError, safe_open
 
 from vitreg_hub import licenses
 from vitreg_hub.errors import BundleError
@@ -22,18 +23,28 @@ CARD = """\
 # {name}
 
 Both towers of a contrastive model in [open_clip](https://github.com/mlfoundations/open_clip)'s own form. Its image
-tower alone, for timm and transformers, and all that is known about it is [{bundle}]({endpoint}/{bundle}).
+tower alone, for timm and transformers, and all that is known about it is [{bundle}]({page}).
 
 - **License:** {license}
 
 ```python
-import open_clip
-
-model, preprocess = open_clip.create_model_from_pretrained("hf-hub:{repo}")
-tokenizer = open_clip.get_tokenizer("hf-hub:{repo}")
+{code}
 ```
 <!-- /vitreg:towers -->
 """
+CODE = """\
+import open_clip
+
+model, preprocess = open_clip.create_model_from_pretrained("hf-hub:{repo}")
+tokenizer = open_clip.get_tokenizer("hf-hub:{repo}")"""
+CODE_OF_BRANCH = """\
+import open_clip
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{repo}", revision="{branch}")
+model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{{folder}}")
+tokenizer = open_clip.get_tokenizer(f"local-dir:{{folder}}")"""
+"""open_clip itself loads nothing but main."""
 TOWERS_BLOCK = "towers"
 """Name of the card's block, between marks as in all cards of this package."""
 
@@ -41,7 +52,7 @@ TOWERS_BLOCK = "towers"
 def find_tower(folder: Path) -> Path | None:
     """The folder of both towers beside a bundle's, if there is one."""
     folder = folder.absolute()
-    both = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
+    both = folder.parent / f"{folder.name}{TOWER_SUFFIX}"
     return both if (both / OPENCLIP_CONFIG).is_file() else None
 
 
@@ -73,7 +84,8 @@ def tower_files(folder: Path, *, bundle_repo: str, branch: str, license: str | N
             raise BundleError(f"{folder} has no {CONFIG_FILE}, from which timm builds the image tower: write it again.")
         vision["timm_model_name"] = f"{HUB_PREFIX}{repo}" + ("" if branch == "main" else f"@{branch}")
     files[OPENCLIP_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-    files[CARD_FILE] = _card(repo, bundle_repo, license).encode()
+    registers = _has_registers(folder / OPENCLIP_WEIGHTS)
+    files[CARD_FILE] = _card(repo, bundle_repo, license, branch=branch, registers=registers).encode()
     return files
 
 
@@ -87,18 +99,27 @@ def _read(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _card(repo: str, bundle_repo: str, license: str | None) -> str:
+def _has_registers(weights: Path) -> bool:
+    try:
+        with safe_open(weights, "pt") as file:
+            return any(name.rpartition(".")[2] == "reg_token" for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{weights} cannot be read ({error}): write it again.") from error
+
+
+def _card(repo: str, bundle_repo: str, license: str | None, *, branch: str, registers: bool) -> str:
     metadata = hf.ModelCardData(
         library_name="open_clip",
         pipeline_tag="zero-shot-image-classification",
-        tags=["open_clip", "clip", "registers"],
+        tags=["open_clip", "clip", *["registers"] * registers],
         **licenses.metadata(license),
     )
+    main = branch == "main"
     return CARD.format(
         metadata=metadata.to_yaml(),
         name=repo.rpartition("/")[2],
-        repo=repo,
         bundle=bundle_repo,
-        endpoint=hf.constants.ENDPOINT,
+        page=f"https://huggingface.co/{bundle_repo}" + ("" if main else f"/tree/{branch}"),
+        code=(CODE if main else CODE_OF_BRANCH).format(repo=repo, branch=branch),
         license=license or "unknown",
     )

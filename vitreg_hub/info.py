@@ -19,10 +19,10 @@ from vitreg_hub.bundle_form import (
     empty_model,
     make_config,
     read_config,
-    rule_problems,
 )
+from vitreg_hub.bundle_rules import rule_problems
 from vitreg_hub.environment import duration
-from vitreg_hub.errors import BundleError, UnknownArchError
+from vitreg_hub.errors import BundleError, UnknownArchError, readable
 from vitreg_hub.hub_access import HUB_PREFIX, parse_repo
 from vitreg_hub.hub_download import download_config
 from vitreg_hub.licenses import UNKNOWN
@@ -81,7 +81,9 @@ def describe(source: str | Path) -> ModelInfo:
     if called.startswith(HUB_PREFIX):
         folder = download_config(called)
         return _of_bundle(folder, name=f"{HUB_PREFIX}{parse_repo(called)[0]}@{folder.name}", called=called)
-    if Path(source).exists():
+    with readable(source):
+        is_folder = Path(source).exists()
+    if is_folder:
         return _of_bundle(Path(source), name=called, called=called)
     arch, _, tag = called.partition(".")
     spec = get_arch(called if arch not in ARCHS else arch)

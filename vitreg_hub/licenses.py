@@ -14,6 +14,11 @@ from vitreg_hub.errors import LicenseError
 UNKNOWN, OTHER = "unknown", "other"
 """The Hub's identifiers for a license that nobody knows, which a user may say too, and for one without identifier."""
 
+NAMELESS = frozenset(
+    {"", UNKNOWN, OTHER, "none", "null", "na", "n-a", "no-license", "unlicensed", "public-domain", "creative-commons"}
+)
+"""What stands where a license should, and names none."""
+
 IDENTIFIERS = frozenset(
     """
     apache-2.0 mit openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
@@ -77,7 +82,7 @@ def told_by(config: Mapping[str, Any], card: Path, *, header: Mapping[str, str] 
         named = data.get("license_name")
     found += named if isinstance(named, list) else [named]
     names = (_spelled(name) for name in found if isinstance(name, str))
-    return tuple(dict.fromkeys(name for name in names if name not in ("", UNKNOWN, OTHER)))
+    return tuple(dict.fromkeys(name for name in names if name not in NAMELESS))
 
 
 def settle(told: str | Sequence[str] | None, given: str | None, *, called: str) -> str | None:
@@ -96,15 +101,15 @@ def settle(told: str | Sequence[str] | None, given: str | None, *, called: str) 
             the user's is misspelled.
     """
     names = [told] if isinstance(told, str) else told or ()
-    told = sorted({_spelled(name) for name in names} - {"", UNKNOWN, OTHER})
+    told = sorted({_spelled(name) for name in names} - NAMELESS)
     given = None if given is None else _spelled(given)
-    if given and given not in told:
+    if given is not None and given not in told:
         _require_spelled(given)
     if not told:
         if not given:
             raise LicenseError(
                 f"nothing tells the license of {called}: give it with --license, as the Hub spells it "
-                "(apache-2.0, mit, cc-by-nc-4.0, ..., or unknown)."
+                "(apache-2.0, mit, cc-by-nc-4.0, ..., the own name of one that it does not list, or unknown)."
             )
         return None if given == UNKNOWN else given
     if len(told) > 1 and given not in told:
@@ -130,6 +135,11 @@ def _require_spelled(name: str) -> None:
     Raises:
         LicenseError: With the nearest identifiers.
     """
+    if name in NAMELESS - {UNKNOWN}:
+        raise LicenseError(
+            f"--license {name or repr(name)} names no license: give it as the Hub spells it (apache-2.0, cc0-1.0, ...) "
+            "or by its own name, or say unknown."
+        )
     if name in IDENTIFIERS:
         return
     if not NAME.fullmatch(name):

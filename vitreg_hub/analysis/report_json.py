@@ -36,7 +36,7 @@ def load_reports(file: str | Path) -> tuple[ArtifactReport, ...]:
         DataError: It is not one, or of another version.
     """
     try:
-        content = json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
         if content["form"] != FORM:
             raise DataError(f"{file} has form {content['form']!r}, this reads form {FORM}: analyze the models again.")
         return tuple(_built(ArtifactReport, report) for report in content["reports"])
