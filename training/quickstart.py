@@ -9,11 +9,12 @@ from timm.data import create_transform, resolve_model_data_config
 
 from vitreg_hub.analysis.figures import token_figure
 from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import write_file
+from vitreg_hub.bundle_form import DOORS_KEY, write_file
 from vitreg_hub.datasets import digits
 from vitreg_hub.doors import verify
 from vitreg_hub.errors import BundleError, TrainingError
 from vitreg_hub.hub import pull, push, require_token
+from vitreg_hub.model_cards.card import with_doors
 from vitreg_hub.training.loop import train
 from vitreg_hub.training.recipe import Recipe
 from vitreg_hub.training.recipes import RECIPES
@@ -85,7 +86,8 @@ def _draw(model: Path, file: Path) -> Path:
 
 def _compare_with_hub(folder: Path, repo_id: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        sent, back = ModelBundle.load(folder), ModelBundle.load(pull(repo_id, Path(scratch, "model")))
+        back = ModelBundle.load(pull(repo_id, Path(scratch, "model")))
+        sent = with_doors(ModelBundle.load(folder), back.provenance.settings.get(DOORS_KEY, {}))  # told by the push
         same = sent.config() == back.config() and all(
             torch.equal(tensor, back.state_dict[name]) for name, tensor in sent.state_dict.items()
         )
