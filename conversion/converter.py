@@ -8,18 +8,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitreg_hub import environment
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Provenance, config_text, require_absent, write_folder
-from vitreg_hub.conversion.choices import Request
-from vitreg_hub.conversion.clip import TEXT_TOWER
-from vitreg_hub.conversion.plan import Plan, make_plan
+from vitreg_hub.bundle.config import config_text
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.conversion.checkpoint.opening import Checkpoint, checksums, open_checkpoint
+from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
+from vitreg_hub.conversion.formats.clip import TEXT_TOWER
+from vitreg_hub.conversion.planning.choices import Request
+from vitreg_hub.conversion.planning.plan import Plan, make_plan
 from vitreg_hub.conversion.reference import measure
 from vitreg_hub.conversion.report import ConversionReport
-from vitreg_hub.conversion.source import Checkpoint, checksums, open_checkpoint
-from vitreg_hub.conversion.stream import write_safetensors
 from vitreg_hub.conversion.text_tower import TextTower
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE
+from vitreg_hub.files import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE, require_absent, write_folder
 from vitreg_hub.licenses import settle, told_by
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.model_cards.facts import KEPT_TOWER
@@ -46,7 +47,7 @@ def convert(
     Args:
         source: A weights file, a folder, or ``hf-hub:org/name[@revision]``.
         out: New folder for the bundle; without it the bundle is only held in memory.
-        format: Name of a format in `vitreg_hub.conversion.formats.FORMATS`; found from the tensors' names by default.
+        format: One of `vitreg_hub.conversion.formats.detect.FORMATS`; found from the names of the tensors by default.
         arch: Row of the table, which must fit the tensors; it tells heads and activation where these cannot.
         img_size: Side, or height and width, in pixels: bakes the lineage's own position table for that size in, so that
             plain timm is exact there too.

@@ -11,16 +11,16 @@ import transformers
 from huggingface_hub import ModelCardData
 from torch import Tensor
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import config_text, require_absent, write_file, write_folder
-from vitreg_hub.conversion.facts import INTERPOLATIONS
-from vitreg_hub.conversion.formats import find_format
-from vitreg_hub.conversion.rules import CheckpointFormat, Rule
-from vitreg_hub.conversion.stream import write_safetensors
+from vitreg_hub.bundle.config import config_text
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
+from vitreg_hub.conversion.formats.detect import find_format
+from vitreg_hub.conversion.formats.rules import CheckpointFormat, Rule
+from vitreg_hub.conversion.planning.facts import INTERPOLATIONS
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.hub_access import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, require_absent, write_file, write_folder
 from vitreg_hub.licenses import is_noncommercial, metadata
-from vitreg_hub.residual_scale import WRITES_TO_STREAM
+from vitreg_hub.network.residual_scale import WRITES_TO_STREAM
 
 logger = logging.getLogger(__name__)
 

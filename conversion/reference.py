@@ -14,10 +14,10 @@ from timm.layers import QuickGELU
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitreg_hub.bundle_form import Provenance
-from vitreg_hub.conversion.plan import Plan, make_plan
-from vitreg_hub.conversion.source import WEIGHT_NAMES, Checkpoint
-from vitreg_hub.residual_scale import stream_norms
+from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.conversion.checkpoint.opening import WEIGHT_NAMES, Checkpoint
+from vitreg_hub.conversion.planning.plan import Plan, make_plan
+from vitreg_hub.network.residual_scale import stream_norms
 
 REFERENCE = "reference"
 Outputs = Mapping[str, Tensor]

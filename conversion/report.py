@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import CONVERSION_KEY
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import CONVERSION_KEY
 from vitreg_hub.licenses import UNKNOWN
 
 

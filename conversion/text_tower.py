@@ -9,13 +9,12 @@ from typing import Any, Self
 
 import torch
 
-from vitreg_hub.bundle_form import write_folder
-from vitreg_hub.conversion.formats import ARCHIVE_NUMBERS
-from vitreg_hub.conversion.plan import Plan
-from vitreg_hub.conversion.source import Checkpoint
-from vitreg_hub.conversion.stream import write_safetensors
+from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
+from vitreg_hub.conversion.formats.detect import ARCHIVE_NUMBERS
+from vitreg_hub.conversion.planning.plan import Plan
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.hub_access import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS
+from vitreg_hub.files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, write_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,21 +1,20 @@
 """The measured artifacts of a bundle's model: kept in the bundle, drawn beside it, told by its card."""
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vitreg_hub.analysis.base_figures import png
-from vitreg_hub.analysis.norm_figures import norms_by_block_figure
+from vitreg_hub.analysis.figures.norms import norms_by_block_figure
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import verdict
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import ARTIFACTS_KEY, DOORS_KEY, config_text, read_config
+from vitreg_hub.bundle.config import config_text, read_config
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import ARTIFACTS_KEY, DOORS_KEY
 from vitreg_hub.environment import without_folders
-from vitreg_hub.errors import BundleError
-from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CARD_FILE, CONFIG_FILE, EXTRA_FILES
+from vitreg_hub.files import ARTIFACTS_FIGURE, CARD_FILE, CONFIG_FILE, EXTRA_FILES, read_content, replace_files
 from vitreg_hub.model_cards.card import decoded, encoded, render, tells, update
+from vitreg_hub.plotting import png
 
 BLOCKS = {ARTIFACTS_KEY: "artifacts", DOORS_KEY: "results"}
 """Which block of a card tells a measurement that the settings keep under a key."""
@@ -69,11 +68,11 @@ def _keep(folder: Path, measured: Mapping[str, Any], *, files: Mapping[str, byte
     told = False
     if card:
         beside = [name for name in EXTRA_FILES if name in files or (folder / name).is_file()]
-        old = _content(folder / CARD_FILE)
+        old = read_content(folder / CARD_FILE)
         new = render(bundle, files=beside) if old is None else update(decoded(old), bundle, files=beside)
         told = all(tells(new, BLOCKS[name]) for name in measured)
         files[CARD_FILE] = encoded(new)
-    _replace(folder, files)
+    replace_files(folder, files)
     return told
 
 
@@ -100,39 +99,3 @@ def figure(report: ArtifactReport, *, name: str) -> bytes:
         name: Of the model, instead of the path under which it was analysed.
     """
     return png(norms_by_block_figure([dataclasses.replace(report, model=dataclasses.replace(report.model, name=name))]))
-
-
-def _content(file: Path) -> bytes | None:
-    """What a file holds; None if there is none.
-
-    Raises:
-        BundleError: It cannot be read.
-    """
-    try:
-        return file.read_bytes() if file.exists() else None
-    except OSError as error:
-        raise BundleError(f"cannot read {file}: {error.strerror or error}.") from error
-
-
-def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put new files into a folder, in the place of old ones: all, or none.
-
-    Raises:
-        BundleError: It cannot be written to.
-    """
-    before = {name: _content(folder / name) for name in files}
-    done = []
-    try:
-        with tempfile.TemporaryDirectory(prefix=".vitreg-", dir=folder) as staging:
-            for name, content in files.items():
-                Path(staging, name).write_bytes(content)
-            for name in files:
-                Path(staging, name).replace(folder / name)
-                done.append(name)
-    except OSError as error:
-        for name in done:
-            if before[name] is None:
-                (folder / name).unlink()
-            else:
-                (folder / name).write_bytes(before[name])
-        raise BundleError(f"cannot write to {folder}: {error.strerror or error}.") from error

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import DOORS_KEY
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import DOORS_KEY
 from vitreg_hub.model_cards import description, reports
 from vitreg_hub.model_cards.marked import blocks_in, join, replace_blocks, require_whole
 from vitreg_hub.model_cards.merging import front_matter, merge, record, recorded

@@ -1,9 +1,9 @@
 """The parts of a card that tell what a model is, how it is used and what it is for."""
 
 from vitreg_hub import licenses
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import CONVERSION_KEY
-from vitreg_hub.hub_access import TOWER_SUFFIX
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import CONVERSION_KEY
+from vitreg_hub.files import TOWER_SUFFIX
 from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import (
     EMBEDDINGS,
@@ -18,7 +18,7 @@ from vitreg_hub.model_cards.facts import (
     scores,
 )
 from vitreg_hub.model_cards.settings import one_line
-from vitreg_hub.positions import TIMM_RULE, PositionRule
+from vitreg_hub.network.positions import TIMM_RULE, PositionRule
 
 PAPER = "[Darcet et al., ICLR 2024](https://arxiv.org/abs/2309.16588)"
 

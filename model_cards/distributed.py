@@ -10,9 +10,9 @@ from timm.models import PretrainedCfg
 from vitreg_hub import licenses
 from vitreg_hub.analysis.measures import analyze
 from vitreg_hub.arch import get_arch
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.doors import verify
-from vitreg_hub.hub_access import EXTRA_FILES
+from vitreg_hub.bundle.doors import verify
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.files import EXTRA_FILES
 from vitreg_hub.model_cards import description, reports, settings
 from vitreg_hub.model_cards.artifacts import record, record_doors
 from vitreg_hub.model_cards.facts import in_words, scores

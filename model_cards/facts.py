@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from vitreg_hub.arch import get_arch
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import CONVERSION_KEY
-from vitreg_hub.datasets import TRAINING_SETS
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import CONVERSION_KEY
 from vitreg_hub.environment import without_folders
-from vitreg_hub.hub_access import HUB_PREFIX
-from vitreg_hub.image_source import ON_HUB
+from vitreg_hub.images.embedded import TRAINING_SETS
+from vitreg_hub.images.source import ON_HUB
 from vitreg_hub.model_cards import settings
+from vitreg_hub.names import HUB_PREFIX
 
 CLIP_FAMILIES = ("clip", "clip_quickgelu")
 CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")

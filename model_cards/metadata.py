@@ -6,8 +6,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from vitreg_hub import licenses
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import CONVERSION_KEY
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import CONVERSION_KEY
 from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import LOGITS, SCORES, measured_on, on_the_hub, output, scores
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.environment import duration, without_folders
-from vitreg_hub.hub_access import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
+from vitreg_hub.files import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
 from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import SOURCES, count, in_words, measured_on, scores
 from vitreg_hub.model_cards.settings import one_line

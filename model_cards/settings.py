@@ -6,8 +6,8 @@ A part that lacks a key or has a value of another kind reads as empty. All texts
 from collections.abc import Mapping
 from typing import Any
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import ARTIFACTS_KEY, BEST_KEY, CONVERSION_KEY, DOORS_KEY
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import ARTIFACTS_KEY, BEST_KEY, CONVERSION_KEY, DOORS_KEY
 
 NUMBER, TEXT_OR_NONE = int | float, str | None
 RUN = {

@@ -10,12 +10,12 @@ from models import ONE_OF_EACH_KIND, random_bundle
 from reports import report
 from training_runs import TINY
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Provenance
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.model_cards.artifacts import summary
-from vitreg_hub.training.recipe import Recipe
-from vitreg_hub.training.recipe_files import with_kinds
-from vitreg_hub.training.task_settings import Supervised
+from vitreg_hub.training.recipes.files import with_kinds
+from vitreg_hub.training.recipes.settings import Recipe
+from vitreg_hub.training.tasks.supervised.settings import Supervised
 
 MADE = {
     "command": "vitreg train tiny --out run",

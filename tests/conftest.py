@@ -22,7 +22,7 @@ from models import random_bundle
 from safetensors.torch import save_file
 
 import vitreg_hub  # noqa: F401  (registers the models)
-from vitreg_hub.doors import DOORS
+from vitreg_hub.bundle.doors import DOORS
 from vitreg_hub.errors import ConversionError, VitregError
 from vitreg_hub.hub import push
 
@@ -102,7 +102,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Pushes skip the doors, which take seconds and which other tests open; the folders that they were asked for."""
     asked: list[Path] = []
-    monkeypatch.setattr("vitreg_hub.hub.verify", lambda folder: asked.append(folder) or dict.fromkeys(DOORS, 0.0))
+    monkeypatch.setattr(
+        "vitreg_hub.hub.publish.verify", lambda folder: asked.append(folder) or dict.fromkeys(DOORS, 0.0)
+    )
     return asked
 
 
@@ -136,5 +138,5 @@ def published(hub: HubServer, old: Path, verified: list[Path]) -> str:
 def no_curves() -> Iterator[None]:
     """Runs draw no curves of themselves, which takes longer than a tiny run; other tests look at those."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitreg_hub.training.trainer.draw_curves", lambda *args, **options: None)
+        patch.setattr("vitreg_hub.training.run.trainer.draw_curves", lambda *args, **options: None)
         yield

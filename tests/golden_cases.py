@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.tokens import block_tokens
 
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -5,8 +5,8 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Provenance
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
 
 TINY = {"depth": 3, "embed_dim": 32, "num_heads": 2}
 ONE_OF_EACH_KIND = {

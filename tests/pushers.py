@@ -7,7 +7,7 @@ from multiprocessing.context import ForkServerContext
 from huggingface_hub import constants
 
 from vitreg_hub import hub
-from vitreg_hub.doors import DOORS
+from vitreg_hub.bundle.doors import DOORS
 from vitreg_hub.errors import HubError
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from vitreg_hub.analysis.examples import Example
-from vitreg_hub.analysis.histogram import EDGES, packed
+from vitreg_hub.analysis.meters.histogram import EDGES, packed
 from vitreg_hub.analysis.results import (
     QUANTILES,
     ArtifactReport,

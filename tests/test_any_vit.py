@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import transforms
 
 from vitreg_hub.any_vit import UNKNOWN, open_vit
-from vitreg_hub.bundle import ModelBundle
+from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, DataError, HubError, UnknownArchError
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)

@@ -9,8 +9,8 @@ import pytest
 from models import random_bundle
 
 from vitreg_hub.arch import ARCHS
+from vitreg_hub.bundle.doors import DOORS, bundle_folder
 from vitreg_hub.cli import main
-from vitreg_hub.doors import DOORS, bundle_folder
 from vitreg_hub.hub import Pushed
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_weights_in_the_package_are_verified_and_published_by_their_name(capsys)
 
 def test_a_push_tells_what_it_sent_and_what_it_deleted(monkeypatch, capsys):
     done = Pushed(repo_id="lab/x", commit="c", url="the address", private=False, sent=("a",), deleted=("b", "c"))
-    monkeypatch.setattr("vitreg_hub.hub.push", lambda *args, **options: done)
+    monkeypatch.setattr("vitreg_hub.hub.publish.push", lambda *args, **options: done)
     main(["push", "folder", "lab/x"])
     assert capsys.readouterr().out == "lab/x: a, deleted b, deleted c\nthe address\n"
 

@@ -35,8 +35,9 @@ from transformers import (
     pipeline,
 )
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Preprocess, Provenance
+from vitreg_hub.bundle.config import Preprocess
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.errors import DataError, UnknownArchError
 from vitreg_hub.hf_models import VitRegBackbone, VitRegConfig, VitRegForImageClassification, VitRegModel
 

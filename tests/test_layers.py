@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,64 +20,73 @@ PACKAGES = {
 }
 LAYERS = [
     {"errors"},
-    {"arch"},
-    {
-        "timm_models",
-        "hub_access",
-        "vit_layout",
-        "positions",
-        "hf_attention",
-        "residual_scale",
-        "plain_doors",
-        "environment",
-        "licenses",
-    },
-    {"bundle_form", "tokens", "hub_download", "hub_commit"},
-    {"bundle_rules"},
-    {"bundle", "hub_tower", "hub_listing"},
-    {"hf_models", "doors", "datasets", "info"},
-    {"any_vit", "image_source"},
+    {"arch", "console", "environment", "licenses", "plotting"},
+    {"network", "timm_models", "files", "names"},
+    {"remote", "tokens"},
+    {"bundle"},
+    {"hf_models", "images"},
+    {"any_vit", "passes"},
     {"analysis"},
     {"model_cards"},
-    {"hub_shipment"},
-    {"hub_target"},
     {"hub"},
     {"conversion", "training"},
     {"cli"},
     {"__main__"},
 ]
+"""Rooms from the lowest floor to the highest. Those on one floor know nothing of each other."""
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    """Yield (dotted name, file) of every module of the project."""
+def modules() -> dict[str, Path]:
+    """The file of every module of the project by its dotted name."""
+    found = {}
     for package, folder in PACKAGES.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            yield ".".join((package, *parts)).removesuffix(".__init__"), path
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    return module.removeprefix("vitreg_hub.").partition(".")[0]
 
 
 def layer(module: str) -> int:
-    part = module.removeprefix("vitreg_hub.").partition(".")[0]
-    return next(i for i, names in enumerate(LAYERS) if part in names)
+    return next(i for i, rooms in enumerate(LAYERS) if room(module) in rooms)
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield the modules of ours that a file imports anywhere, also inside functions."""
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports anywhere, also inside functions."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vitreg_hub":
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "vitreg_hub" else []
-            yield from names or [node.module]
+            named = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {module if module in MODULES else node.module for module in named.values()}
         elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.startswith("vitreg_hub."))
+            found |= {a.name for a in node.names if a.name.startswith("vitreg_hub.")}
+    return found & MODULES.keys()
 
 
-@pytest.mark.parametrize(("module", "path"), [m for m in modules() if m[0] != "vitreg_hub"], ids=lambda v: str(v))
-def test_imports_point_down(module, path):
-    own = module.removeprefix("vitreg_hub.").partition(".")[0]
-    for target in imports(path):
-        part = target.removeprefix("vitreg_hub.").partition(".")[0]
-        assert part == own or layer(target) < layer(module), f"{module} may not import {target}"
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "vitreg_hub"])
+def test_imports_point_down(module):
+    for target in imports(MODULES[module]) - {"vitreg_hub"}:
+        assert room(target) == room(module) or layer(target) < layer(module), f"{module} may not import {target}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: imports(path) - {module} for module, path in MODULES.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"imports go in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_no_module_has_the_name_of_one_in_the_standard_library():
+    named = {path for path in MODULES.values() if path.stem in sys.stdlib_module_names - {"__main__"}}
+    assert not named
 
 
 def test_wheel_holds_every_file_of_the_checkout(tmp_path):

@@ -12,8 +12,8 @@ from models import random_bundle
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Provenance
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.conversion import convert, export
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import LicenseError
@@ -245,7 +245,9 @@ def test_other_faults_are_told_first(source, refused):
 
 
 def test_a_license_is_asked_for_before_weights_are_read(source, monkeypatch):
-    monkeypatch.setattr("vitreg_hub.conversion.source.Checkpoint.read", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "vitreg_hub.conversion.checkpoint.opening.Checkpoint.read", lambda *args: pytest.fail("weights were read")
+    )
     with pytest.raises(LicenseError):
         convert(source, **DINOV2)
 

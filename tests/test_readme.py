@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from hub_server import HubServer
 
 from vitreg_hub.cli import main
-from vitreg_hub.training.recipes import RECIPES
+from vitreg_hub.training.recipes.named import RECIPES
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

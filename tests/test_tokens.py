@@ -8,8 +8,8 @@ from models import ONE_OF_EACH_KIND, TINY, random_bundle, randomised
 from torch import nn
 from transformers import AutoModel
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Provenance
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.errors import DataError
 from vitreg_hub.tokens import attention_maps, block_tokens, observe
 

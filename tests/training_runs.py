@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitreg_hub.training.recipe import (
+from vitreg_hub.training.recipes.settings import (
     CropAugment,
     DataSettings,
     ModelSettings,
@@ -18,7 +18,10 @@ from vitreg_hub.training.recipe import (
     ScaleSettings,
     WatchSettings,
 )
-from vitreg_hub.training.task_settings import Contrastive, DinoV2, Distill, Head, Supervised
+from vitreg_hub.training.tasks.contrastive.settings import Contrastive
+from vitreg_hub.training.tasks.dinov2.settings import DinoV2, Head
+from vitreg_hub.training.tasks.distill.settings import Distill
+from vitreg_hub.training.tasks.supervised.settings import Supervised
 
 STEPS = 4
 HEAD = Head(prototypes=32, bottleneck=16, hidden=32)

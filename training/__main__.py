@@ -4,7 +4,8 @@ import sys
 
 from accelerate import PartialState
 
-from vitreg_hub.training.command import console, run_command
+from vitreg_hub.console import console
+from vitreg_hub.training.command import run_command
 
 with console():
     run_command(sys.argv[1:])

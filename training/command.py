@@ -2,25 +2,19 @@
 
 import argparse
 import difflib
-import logging
-import os
-import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from accelerate import PartialState
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 
 from vitreg_hub.arch import get_arch
+from vitreg_hub.console import HelpFormatter
 from vitreg_hub.environment import duration
-from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeError, UnknownArchError, VitregError
-from vitreg_hub.training.folders import BEST
-from vitreg_hub.training.recipe import Recipe, require_start
-from vitreg_hub.training.recipe_files import (
+from vitreg_hub.errors import RecipeError
+from vitreg_hub.training.recipes.files import (
     KINDS,
     add_settings,
     build_recipe,
@@ -31,7 +25,9 @@ from vitreg_hub.training.recipe_files import (
     type_error,
     updated,
 )
-from vitreg_hub.training.recipes import RECIPES
+from vitreg_hub.training.recipes.named import RECIPES
+from vitreg_hub.training.recipes.settings import Recipe, require_start
+from vitreg_hub.training.run.folders import BEST
 
 SUMMARY = "Train a Vision Transformer with registers by a recipe."
 USAGE = "vitreg train RECIPE [--registers N] [--config FILE.yaml] [--optim.lr 5e-4 ...] --out DIR"
@@ -49,8 +45,6 @@ EXAMPLES = """examples:
 SCORE_PREFIX = "eval/"
 """What the names of scores begin with, among all that an evaluation measures."""
 HELP, PRINT = ("-h", "--help"), "--print_config"
-HUB_FAILED = 3
-"""Exit status of a command that the Hub kept from succeeding."""
 
 RUN: list[tuple[str, dict[str, Any]]] = [
     ("--registers", {"type": int, "default": 4, "metavar": "N", "help": "register tokens: 0, 1, 2, 4, 8 or 16"}),
@@ -82,36 +76,6 @@ RUN: list[tuple[str, dict[str, Any]]] = [
     ("--private", {"action": "store_true", "help": "of --push: a new repository can be seen by its owner alone"}),
     (PRINT, {"action": "store_true", "help": "print all settings as YAML for --config, and stop"}),
 ]
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's help, with the examples as they are written."""
-
-
-@contextmanager
-def console() -> Iterator[None]:
-    """What a command runs in: log lines as they are, and a user's mistake as one sentence with exit status 1.
-
-    A Hub that failed, but did not refuse, ends in `HUB_FAILED`, so that a script knows what may succeed later.
-
-    All processes of a run read the same settings, so the first alone reports what is wrong with them.
-    """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("vitreg_hub").setLevel(logging.INFO)
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-        sys.stdout.flush()
-    except VitregError as error:
-        if isinstance(error, HubError) and not isinstance(error, HubRefusedError):
-            print(f"vitreg: {error}", file=sys.stderr)
-            sys.exit(HUB_FAILED)
-        silent = isinstance(error, LicenseError | RecipeError | UnknownArchError) and os.environ.get("RANK", "0") != "0"
-        sys.exit(1 if silent else f"vitreg: {error}")
-    except BrokenPipeError:  # `vitreg list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit("vitreg: interrupted")
 
 
 def run_command(args: Sequence[str]) -> None:

@@ -13,22 +13,22 @@ from typing import Literal
 import torch
 from accelerate.utils import gather_object
 
-from vitreg_hub.bundle_form import read_config
+from vitreg_hub.bundle.config import read_config
 from vitreg_hub.errors import BundleError, HubError, RecipeError, TrainingError
-from vitreg_hub.hub_access import CONFIG_FILE, RECIPE_FILE
+from vitreg_hub.files import CONFIG_FILE, RECIPE_FILE
 from vitreg_hub.licenses import settle
-from vitreg_hub.training import run_state
-from vitreg_hub.training.assembly import make_accelerator
-from vitreg_hub.training.best import Best, read_best
-from vitreg_hub.training.folders import BEST, MODEL, restore_folders
-from vitreg_hub.training.logbook import Logbook, require_trackers
-from vitreg_hub.training.publisher import MAIN, Publisher
-from vitreg_hub.training.recipe import Recipe, require_start, to_dict
-from vitreg_hub.training.recipe_files import require_same_recipe, write_recipe
-from vitreg_hub.training.sources import license_of
-from vitreg_hub.training.task_settings import Contrastive
-from vitreg_hub.training.throughput import Throughput
-from vitreg_hub.training.trainer import Trainer
+from vitreg_hub.training.recipes.files import require_same_recipe, write_recipe
+from vitreg_hub.training.recipes.settings import Recipe, require_start, to_dict
+from vitreg_hub.training.run import checkpoints as run_state
+from vitreg_hub.training.run.assembly import make_accelerator
+from vitreg_hub.training.run.best import Best, read_best
+from vitreg_hub.training.run.folders import BEST, MODEL, restore_folders
+from vitreg_hub.training.run.origins import license_of
+from vitreg_hub.training.run.publisher import MAIN, Publisher
+from vitreg_hub.training.run.trainer import Trainer
+from vitreg_hub.training.tasks.contrastive.settings import Contrastive
+from vitreg_hub.training.watch.logbook import Logbook, require_trackers
+from vitreg_hub.training.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 

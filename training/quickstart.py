@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from vitreg_hub.analysis.figures import token_figure
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import DOORS_KEY, write_file
-from vitreg_hub.datasets import digits
-from vitreg_hub.doors import verify
+from vitreg_hub.analysis.figures.report import token_figure
+from vitreg_hub.bundle.doors import verify
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import DOORS_KEY
 from vitreg_hub.errors import BundleError, TrainingError
-from vitreg_hub.hub import pull, push, require_token
+from vitreg_hub.files import write_file
+from vitreg_hub.hub.publish import pull, push, require_token
+from vitreg_hub.images.embedded import digits
 from vitreg_hub.model_cards.card import with_doors
 from vitreg_hub.training.loop import train
-from vitreg_hub.training.recipe import Recipe
-from vitreg_hub.training.recipes import RECIPES
+from vitreg_hub.training.recipes.named import RECIPES
+from vitreg_hub.training.recipes.settings import Recipe
 
 FIGURE, NUM_IMAGES = "tokens.png", 4
 

@@ -68,3 +68,20 @@ def linear_then_constant(value: float, *, warmup: int, start: float) -> CosineSc
     Source: dinov2/train/train.py build_schedulers (Apache-2.0).
     """
     return CosineSchedule(base=value, final=value, total=warmup, warmup=warmup, warmup_start=start)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """How long a run is.
+
+    Attributes:
+        epoch_steps: Steps of one epoch.
+        total_steps: Steps of the run.
+    """
+
+    epoch_steps: int
+    total_steps: int
+
+    def steps(self, epochs: float) -> int:
+        """Steps of so many epochs."""
+        return round(epochs * self.epoch_steps)

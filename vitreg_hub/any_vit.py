@@ -1,6 +1,5 @@
 """Any ViT by name, folder, Hub id or module, with the preprocessing that its weights expect."""
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
 from vitreg_hub.arch import ARCHS, require_divisible
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.errors import BundleError, DataError, UnknownArchError, VitregError
-from vitreg_hub.hub_access import CONFIG_FILE, HUB_PREFIX, hub_errors, parse_repo
-from vitreg_hub.vit_layout import unwrapped
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.errors import BundleError, DataError, VitregError
+from vitreg_hub.files import CONFIG_FILE
+from vitreg_hub.names import HUB_PREFIX, _has_weights, parse_repo
+from vitreg_hub.network.layout import unwrapped
+from vitreg_hub.remote.client import hub_errors
 
 UNKNOWN = "unknown"
 """Preprocessing of a module that tells nothing about it."""
@@ -112,35 +113,6 @@ def open_vit(
         preprocessing=words,
         untrained=untrained,
     )
-
-
-def require_known(model: str | Path) -> None:
-    """Refuse a name that means nothing, without opening the model.
-
-    Raises:
-        UnknownArchError: It is no folder, no repository, no architecture, or has no such tag.
-    """
-    if not str(model).startswith(HUB_PREFIX) and not Path(model).is_dir():
-        _has_weights(str(model))
-
-
-def _has_weights(name: str) -> bool:
-    """Whether a name asks for weights, or has some that ship with this package.
-
-    Raises:
-        UnknownArchError: Neither we nor timm have the architecture, or it has no such tag.
-    """
-    arch, _, tag = name.partition(".")
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(name, {*timm.list_models(), *ARCHS}, n=3)
-        raise UnknownArchError(
-            f"there is no folder and no architecture {name!r}; closest: {', '.join(near) or 'none'}. `vitreg list` "
-            f"and timm.list_models() print all; a Hub repository needs the prefix '{HUB_PREFIX}'."
-        )
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{arch}.*")]
-    if tag and tag not in tags:
-        raise UnknownArchError(f"{arch} has no weights {tag!r}; it has {', '.join(tags) or 'none'}.")
-    return bool(tag) or bool(arch in ARCHS and timm.get_pretrained_cfg(arch).file)
 
 
 def _named(name: str, size: tuple[int, int] | None, *, untrained: bool) -> nn.Module:

@@ -15,19 +15,20 @@ import torch
 from accelerate import PartialState
 from jsonargparse import ArgumentParser
 
-from vitreg_hub import conversion, doors
+from vitreg_hub import conversion
 from vitreg_hub import hub as publishing
-from vitreg_hub.analysis.checkpoints import analyze_all
-from vitreg_hub.analysis.report_files import REPORT_PAGE, draw_attention, write_report
+from vitreg_hub.analysis.many import analyze_all
+from vitreg_hub.analysis.report.write import REPORT_PAGE, draw_attention, write_report
 from vitreg_hub.analysis.wording import names, verdict
 from vitreg_hub.arch import ARCHS
-from vitreg_hub.bundle_form import read_config, require_absent
+from vitreg_hub.bundle import doors
+from vitreg_hub.bundle.config import read_config
+from vitreg_hub.bundle.info import describe
 from vitreg_hub.conversion.exporter import EXPORTS
-from vitreg_hub.conversion.formats import FORMATS
+from vitreg_hub.conversion.formats.detect import FORMATS
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import VitregError
-from vitreg_hub.hub_access import CONFIG_FILE, TOWER_SUFFIX
-from vitreg_hub.info import describe
+from vitreg_hub.files import CONFIG_FILE, TOWER_SUFFIX, require_absent
 from vitreg_hub.model_cards.artifacts import record
 from vitreg_hub.training import command as train_command
 from vitreg_hub.training import quickstart as quickstart_run

@@ -26,11 +26,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from vitreg_hub import environment
 from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
-from vitreg_hub.bundle_form import Preprocess, Provenance, make_config
-from vitreg_hub.bundle_rules import source_problems, vitreg_problems
+from vitreg_hub.bundle.config import Preprocess, make_config
+from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.rules import source_problems, vitreg_problems
 from vitreg_hub.errors import BundleError
-from vitreg_hub.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
-from vitreg_hub.positions import PositionRule, follow
+from vitreg_hub.network.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
+from vitreg_hub.network.positions import PositionRule, follow
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
 

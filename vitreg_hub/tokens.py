@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.vit_layout import VitLayout, attention_weights, evaluating
+from vitreg_hub.network.layout import VitLayout, attention_weights, evaluating
 
 # Letters: B images, N = C + R + P tokens: C class tokens, R registers, P patches; D channels, H heads.
 

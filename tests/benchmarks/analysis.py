@@ -10,8 +10,8 @@ from interleaved import medians
 from torch import Tensor, nn
 
 import vitreg_hub  # noqa: F401  (registers the models)
-from vitreg_hub.analysis.live import telemetry
-from vitreg_hub.analysis.norms import NormMeter
+from vitreg_hub.analysis.meters.norms import NormMeter
+from vitreg_hub.analysis.telemetry import telemetry
 from vitreg_hub.tokens import observe
 
 MODELS = (("vit_nano_reg4", 32, 64), ("vit_small_reg4", 224, 8), ("vit_large_reg4", 224, 8))

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Provenance
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.conversion import convert, export
 
 

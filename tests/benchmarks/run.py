@@ -11,8 +11,8 @@ import torch
 from interleaved import medians, table
 from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, TimmWrapperModel, logging
 
-from vitreg_hub.bundle import ModelBundle
-from vitreg_hub.bundle_form import Provenance
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.hf_models import VitRegModel
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from interleaved import medians
 
-from vitreg_hub.training.assembly import make_accelerator
-from vitreg_hub.training.logbook import Logbook
-from vitreg_hub.training.optimizer import clip_gradients
-from vitreg_hub.training.recipe import Recipe
-from vitreg_hub.training.recipes import RECIPES
-from vitreg_hub.training.trainer import Trainer, on_device
+from vitreg_hub.training.optim.optimizer import clip_gradients
+from vitreg_hub.training.recipes.named import RECIPES
+from vitreg_hub.training.recipes.settings import Recipe
+from vitreg_hub.training.run.assembly import make_accelerator
+from vitreg_hub.training.run.trainer import Trainer, on_device
+from vitreg_hub.training.watch.logbook import Logbook
 
 MODELS = (("vit_nano_reg4", 32, 32), ("vit_small_reg4", 224, 8), ("vit_large_reg4", 224, 4))
 """Architecture, side of the images, images of a step; on a GPU eight times as many."""

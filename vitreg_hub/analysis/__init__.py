@@ -1,7 +1,6 @@
 """What "Vision Transformers Need Registers" (Darcet et al., ICLR 2024) measures of artifacts, on any ViT."""
 
-from vitreg_hub.analysis.checkpoints import analyze_all
-from vitreg_hub.analysis.live import Telemetry, telemetry
+from vitreg_hub.analysis.many import analyze_all
 from vitreg_hub.analysis.measures import (
     analyze,
     attention_mass,
@@ -12,9 +11,10 @@ from vitreg_hub.analysis.measures import (
     patch_norms,
     token_examples,
 )
-from vitreg_hub.analysis.report_files import draw_attention, write_report
-from vitreg_hub.analysis.report_json import load_reports
+from vitreg_hub.analysis.report.as_json import load_reports
+from vitreg_hub.analysis.report.write import draw_attention, write_report
 from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.analysis.telemetry import Telemetry, telemetry
 
 __all__ = [
     "ArtifactReport",

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vitreg_hub.analysis.norms import NormMeter
+from vitreg_hub.analysis.meters.norms import NormMeter
 from vitreg_hub.analysis.results import BlockNorms, ImageFacts, ModelFacts
 from vitreg_hub.any_vit import open_vit
 from vitreg_hub.errors import DataError
-from vitreg_hub.image_source import Batch, open_images
+from vitreg_hub.images.source import Batch, open_images
+from vitreg_hub.network.layout import VitLayout
 from vitreg_hub.tokens import Observation, observe
-from vitreg_hub.vit_layout import VitLayout
 
 Images = Tensor | Sequence[Image.Image] | str | Path | datasets.Dataset | datasets.IterableDataset
 """Images in any form that `open_images` takes."""

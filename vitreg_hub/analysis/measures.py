@@ -8,14 +8,14 @@ from typing import Any, Unpack
 import numpy as np
 from torch import nn
 
-from vitreg_hub.analysis.attention_meter import AttentionMeter
 from vitreg_hub.analysis.engine import Images, Meter, Options, Study
-from vitreg_hub.analysis.example_meter import ExampleMeter
 from vitreg_hub.analysis.examples import Example
-from vitreg_hub.analysis.global_probe import TokenClassification
-from vitreg_hub.analysis.local_probes import LocalProbes
-from vitreg_hub.analysis.places import PlaceMeter
-from vitreg_hub.analysis.redundancy import NeighborSimilarity
+from vitreg_hub.analysis.meters.attention import AttentionMeter
+from vitreg_hub.analysis.meters.examples import ExampleMeter
+from vitreg_hub.analysis.meters.global_probe import TokenClassification
+from vitreg_hub.analysis.meters.local_probes import LocalProbes
+from vitreg_hub.analysis.meters.places import PlaceMeter
+from vitreg_hub.analysis.meters.redundancy import NeighborSimilarity
 from vitreg_hub.analysis.results import (
     ArtifactReport,
     AttentionMass,

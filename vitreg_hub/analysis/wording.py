@@ -4,15 +4,9 @@ import math
 from collections.abc import Sequence
 
 from vitreg_hub.analysis.results import QUANTILES, ArtifactReport
+from vitreg_hub.plotting import number
 
 LONGEST_NAME = 34
-
-
-def number(value: float | None) -> str:
-    """Three digits; a dash for what was not measured."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def percent(share: float | None) -> str:

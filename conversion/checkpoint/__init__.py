@@ -1,0 +1,1 @@
+"""Checkpoint files of others: opened, read one tensor at a time, written."""

@@ -1,0 +1,1 @@
+"""What a checkpoint may be: one file per lineage, as data."""

@@ -1,0 +1,149 @@
+"""transformers' DINOv2, ViT and DeiT, in the names of its files and in those of its memory, and PH-Reg on top of it."""
+
+from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
+from vitreg_hub.conversion.formats.dinov2 import MASK_TOKEN
+from vitreg_hub.conversion.formats.rules import CheckpointFormat, Rule, drop, keep, qkv
+from vitreg_hub.conversion.formats.vit import NO_ANTIALIAS, WIDTH_64
+from vitreg_hub.network.positions import PositionRule
+
+HALF = (0.5, 0.5, 0.5)
+"""transformers/image_utils.py, IMAGENET_STANDARD_MEAN and _STD, the defaults of ViTImageProcessor."""
+
+STEM = (
+    keep("embeddings.cls_token", "cls_token"),
+    keep("embeddings.position_embeddings", "pos_embed"),
+    keep("embeddings.patch_embeddings.projection.{x}", "patch_embed.proj.{x}"),
+    drop("embeddings.mask_token", MASK_TOKEN),
+    keep("layernorm.{x}", "norm.{x}"),
+)
+
+
+def _attention(*layers: str) -> tuple[Rule, ...]:
+    """Attention of both spellings, on disk and in memory (transformers/conversion_mapping.py)."""
+    disk, memory = layers
+    return (
+        *qkv(*(f"{disk}.attention.attention.{name}.{{x}}" for name in ("query", "key", "value"))),
+        *qkv(*(f"{memory}.attention.{name}_proj.{{x}}" for name in "qkv")),
+        keep(f"{disk}.attention.output.dense.{{x}}", "blocks.{i}.attn.proj.{x}"),
+        keep(f"{memory}.attention.o_proj.{{x}}", "blocks.{i}.attn.proj.{x}"),
+    )
+
+
+LAYER, V5_LAYER = "encoder.layer.{i}", "layers.{i}"
+
+DINOV2_TOWER = (
+    *STEM,
+    *_attention(LAYER, LAYER),
+    keep(f"{LAYER}.norm1.{{x}}", "blocks.{i}.norm1.{x}"),
+    keep(f"{LAYER}.norm2.{{x}}", "blocks.{i}.norm2.{x}"),
+    keep(f"{LAYER}.layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
+    keep(f"{LAYER}.layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
+    keep(f"{LAYER}.mlp.fc1.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
+    keep(f"{LAYER}.mlp.fc2.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
+    keep(f"{LAYER}.mlp.weights_in.{{x}}", "blocks.{i}.mlp.fc1.{x}", swiglu=True),
+    keep(f"{LAYER}.mlp.weights_out.{{x}}", "blocks.{i}.mlp.fc2.{x}", swiglu=True),
+    keep(f"{LAYER}.mlp.gate_proj.{{x}}", "blocks.{i}.mlp.fc1.{x}", part=(0, 2), swiglu=True),
+    keep(f"{LAYER}.mlp.up_proj.{{x}}", "blocks.{i}.mlp.fc1.{x}", part=(1, 2), swiglu=True),
+    keep(f"{LAYER}.mlp.down_proj.{{x}}", "blocks.{i}.mlp.fc2.{x}", swiglu=True),
+)
+
+VIT_TOWER = (
+    *STEM,
+    *_attention(LAYER, V5_LAYER),
+    *(keep(f"{layer}.layernorm_before.{{x}}", "blocks.{i}.norm1.{x}") for layer in (LAYER, V5_LAYER)),
+    *(keep(f"{layer}.layernorm_after.{{x}}", "blocks.{i}.norm2.{x}") for layer in (LAYER, V5_LAYER)),
+    keep(f"{LAYER}.intermediate.dense.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
+    keep(f"{V5_LAYER}.mlp.fc1.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
+    keep(f"{LAYER}.output.dense.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
+    keep(f"{V5_LAYER}.mlp.fc2.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
+    drop("pooler.dense.{x}", "tanh layer on the class token, which timm does not have"),
+)
+
+TWO_INPUTS = "reads class token and mean patch side by side, timm's head reads one vector"
+
+HF_DINOV2 = CheckpointFormat(
+    name="hf-dinov2",
+    title="transformers' Dinov2",
+    library="transformers",
+    rules=DINOV2_TOWER,
+    outside=(drop("classifier.{x}", TWO_INPUTS),),
+    prefixes=("dinov2.",),
+    marks=(r"embeddings\.position_embeddings", r"encoder\.layer\.\d+\.layer_scale1\.lambda1"),
+    family="dinov2",
+    heads=WIDTH_64,
+    positions=NO_ANTIALIAS,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)
+
+HF_DINOV2_REGISTERS = CheckpointFormat(
+    name="hf-dinov2-with-registers",
+    title="transformers' Dinov2WithRegisters",
+    library="transformers",
+    rules=(*DINOV2_TOWER, keep("embeddings.register_tokens", "reg_token")),
+    outside=(drop("classifier.{x}", TWO_INPUTS),),
+    prefixes=("dinov2_with_registers.",),
+    marks=(*HF_DINOV2.marks, r"embeddings\.register_tokens"),
+    family="dinov2",
+    heads=WIDTH_64,
+    positions=PositionRule(antialias=True),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)
+
+HF_VIT = CheckpointFormat(
+    name="hf-vit",
+    title="transformers' ViT",
+    library="transformers",
+    rules=VIT_TOWER,
+    outside=(keep("classifier.{x}", "head.{x}"),),
+    prefixes=("vit.",),
+    marks=(r"embeddings\.position_embeddings", r".*\.layernorm_before\.weight"),
+    family="plain",
+    norm_eps=None,
+    positions=NO_ANTIALIAS,
+    mean=HALF,
+    std=HALF,
+    needs_config=True,
+)
+
+HF_DEIT = CheckpointFormat(
+    name="hf-deit",
+    title="transformers' DeiT",
+    library="transformers",
+    rules=(*VIT_TOWER, keep("embeddings.distillation_token", "dist_token")),
+    outside=(
+        keep("cls_classifier.{x}", "head.{x}"),
+        keep("distillation_classifier.{x}", "head_dist.{x}"),
+        drop("classifier.{x}", "reads the class token alone, timm's distilled model averages two heads"),
+    ),
+    prefixes=("deit.",),
+    marks=(*HF_VIT.marks, r"embeddings\.distillation_token"),
+    family="plain",
+    norm_eps=None,
+    other_rows=2,
+    positions=NO_ANTIALIAS,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    needs_config=True,
+)
+
+PH_REG = CheckpointFormat(
+    name="ph-reg",
+    title="PH-Reg's students",
+    rules=DINOV2_TOWER,
+    outside=(
+        keep("registers", "reg_token"),  # before the class token there: blocks do not see the order of tokens
+        drop("embed.{rest}", "another name of the same weights"),
+        drop("encoder.{rest}", "another name of the same weights"),
+        drop("layernorm.{rest}", "another name of the same weights"),
+    ),
+    prefixes=("model.",),
+    marks=HF_DINOV2.marks,
+    needs_prefix=True,
+    family="dinov2",
+    heads=WIDTH_64,
+    positions=NO_ANTIALIAS,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)

@@ -1,0 +1,150 @@
+"""Which tensor of a checkpoint becomes which of timm's, what is dropped, and everything that does not fit."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+from vitreg_hub.conversion.formats.detect import nearest
+from vitreg_hub.conversion.formats.rules import CheckpointFormat, Rule
+from vitreg_hub.errors import ConversionError
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+SHOWN = 8
+"""Problems that a message names; the others are counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """A checkpoint in timm's names.
+
+    Attributes:
+        parts: For every name of timm's, the tensors of the checkpoint that are concatenated to it, with their rules.
+        dropped: Names that have no place, by reason.
+        problems: What does not fit, a sentence each.
+    """
+
+    checkpoint: Checkpoint = field(repr=False)
+    fmt: CheckpointFormat
+    parts: Mapping[str, tuple[tuple[str, Rule], ...]]
+    dropped: Mapping[str, tuple[str, ...]]
+    problems: tuple[str, ...]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.parts
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of timm's; empty without one."""
+        shapes = [
+            rule.reshape.timm_shape(self.checkpoint.infos[source].shape) for source, rule in self.parts.get(name, ())
+        ]
+        return (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else (shapes or [()])[0]
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor of timm's, in float32."""
+        parts = [rule.reshape.to_timm(self.checkpoint.read(source)) for source, rule in self.parts[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def source_of(self, name: str) -> str:
+        """How the checkpoint's format names a tensor of timm's."""
+        sources = [rule.source_name(name) for rule in (*self.fmt.rules, *self.fmt.outside)]
+        return next((source for source in sources if source), name)
+
+    def require_fit(self, wanted: Mapping[str, tuple[int, ...]], *, made: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a checkpoint whose tensors are not those of a network.
+
+        Args:
+            wanted: Shapes of the network's tensors.
+            made: Shapes of tensors that the conversion makes itself, from others or anew.
+
+        Raises:
+            ConversionError: With all problems at once.
+        """
+        problems = list(self.problems)
+        for name in sorted(wanted.keys() - made.keys() - self.parts.keys()):
+            problems.append(f"{self.source_of(name)} is missing")
+        for name, shape in wanted.items():
+            found = made.get(name) or (self.shape(name) if name in self.parts else shape)
+            if found != shape:
+                problems.append(f"{self.source_of(name)} has shape {list(found)}, wanted {list(shape)}")
+        for name in sorted(self.parts.keys() - wanted.keys() - made.keys()):
+            problems.append(f"{self.parts[name][0][0]} has no place in the network")
+        self.refuse(problems)
+
+    def refuse(self, problems: list[str]) -> None:
+        """Raise all problems in one sentence, if there are any.
+
+        Raises:
+            ConversionError: There are.
+        """
+        if not problems:
+            return
+        shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
+        near = nearest(self.checkpoint.infos)
+        other = f" The names are nearest to {near.name}'s." if near and near != self.fmt else ""
+        rank = (
+            " It looks like one rank's part of a run: merge the ranks first."
+            if "rank_" in self.checkpoint.files[0].name
+            else ""
+        )
+        raise ConversionError(
+            f"{self.checkpoint.called} does not fit the format {self.fmt.name} ({self.fmt.title}): "
+            f"{shown}.{other}{rank}"
+        )
+
+
+def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
+    """Find the rule of every tensor. Nothing is read, and problems are collected, not raised."""
+    prefix = fmt.prefix_in(checkpoint.infos)
+    parts: dict[str, dict[int, tuple[str, Rule]]] = {}
+    dropped: dict[str, list[str]] = {}
+    problems: list[str] = []
+    for name, info in checkpoint.infos.items():
+        rules = fmt.rules_for(name, prefix)
+        if len(rules) != 1:
+            problems.append(f"{name} {list(info.shape)} " + ("is unknown" if not rules else "fits several rules"))
+            continue
+        (rule,) = rules
+        if rule.give is None:
+            dropped.setdefault(rule.why, []).append(name)
+            continue
+        target = rule.timm_name(fmt.spelled(name, prefix)) or rule.timm_name(name)
+        if info.dtype not in FLOATS:
+            problems.append(f"{name} holds {info.dtype}, no floating-point numbers")
+        if rule.reshape.dims not in (None, len(info.shape)) or not info.shape:
+            problems.append(
+                f"{name} has shape {list(info.shape)}, wanted {rule.reshape.dims or 'at least 1'} dimensions"
+            )
+            continue
+        if 0 in info.shape:
+            problems.append(f"{name} has shape {list(info.shape)}, which is empty")
+            continue
+        if (twin := parts.setdefault(target, {}).get(rule.part[0])) is not None:
+            problems.append(f"{name} and {twin[0]} are the same tensor")
+        parts[target][rule.part[0]] = (name, rule)
+    complete = dict(_complete(parts, problems, checkpoint))
+    return Assignment(
+        checkpoint=checkpoint,
+        fmt=fmt,
+        parts=complete,
+        dropped={why: tuple(names) for why, names in dropped.items()},
+        problems=tuple(problems),
+    )
+
+
+def _complete(
+    parts: Mapping[str, Mapping[int, tuple[str, Rule]]], problems: list[str], checkpoint: Checkpoint
+) -> Iterator[tuple[str, tuple[tuple[str, Rule], ...]]]:
+    """Yield the tensors of timm's that have all of their parts."""
+    for target, found in parts.items():
+        ordered = tuple(found[k] for k in sorted(found))
+        shapes = [checkpoint.infos[name].shape for name, _ in ordered]
+        if {rule.part[1] for _, rule in ordered} != {len(ordered)}:
+            names = ", ".join(name for name, _ in ordered)
+            problems.append(f"{names}: {len(ordered)} of {ordered[0][1].part[1]} parts of one matrix")
+        elif len(ordered) > 1 and len(set(shapes)) > 1:
+            problems.append(f"{', '.join(name for name, _ in ordered)} differ in shape: {', '.join(map(str, shapes))}")
+        else:
+            yield target, ordered

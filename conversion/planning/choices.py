@@ -1,0 +1,244 @@
+"""Which row of the table a checkpoint becomes, with which overrides, and refusals of what is ambiguous."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import VisionTransformer
+
+from vitreg_hub.arch import ARCHS, REGISTER_COUNTS, ArchSpec, get_arch, row
+from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+from vitreg_hub.conversion.formats.rules import CheckpointFormat
+from vitreg_hub.conversion.planning.facts import Structure, Told, exact_square
+from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.positions import Grid
+from vitreg_hub.network.residual_scale import scale_for, stream_norms
+
+ACTS = ("gelu", "quick_gelu")
+
+MAX_PATCHES = 2**20
+"""No ViT reads more; a larger number is a slip, and its table would fill the memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the user asked for; None leaves the choice to the checkpoint.
+
+    Attributes:
+        format: Name of a format, or auto.
+        arch: Name of a row of the table.
+        img_size: Height and width in pixels for which the position table is made.
+        num_registers: Registers of the result.
+        num_heads: Attention heads, where neither tensors nor config tell.
+        act: "gelu" or "quick_gelu", where neither tensors nor config tell.
+    """
+
+    format: str = "auto"
+    arch: str | None = None
+    img_size: tuple[int, int] | None = None
+    num_registers: int | None = None
+    num_heads: int | None = None
+    act: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """Decisions about one checkpoint, each from tensors, config, format and request, in this order."""
+
+    checkpoint: Checkpoint
+    fmt: CheckpointFormat
+    structure: Structure
+    told: Told
+    request: Request
+
+    def __post_init__(self) -> None:
+        for key, value in self.told.shape.items():
+            if value is not None and value != getattr(self.structure, key):
+                has = getattr(self.structure, key)
+                self._refuse(
+                    f"has {key} {has}, but the config beside it says {value}: put the config of these weights there"
+                )
+        if self.request.act not in (None, *ACTS):
+            self._refuse(f"cannot have the activation {self.request.act!r}: give --act {' or '.join(ACTS)}")
+
+    def num_registers(self) -> int:
+        """Registers of the result."""
+        own, wanted = self.structure.num_registers, self.request.num_registers
+        if wanted is None or wanted == own:
+            return own
+        if own:
+            self._refuse(f"has {own} registers already; they can be kept, but not replaced by {wanted}")
+        if wanted not in REGISTER_COUNTS:
+            self._refuse(f"cannot get {wanted} registers: the table has {', '.join(map(str, REGISTER_COUNTS))}")
+        return wanted
+
+    def family(self) -> str:
+        """Key of `vitreg_hub.arch.FAMILIES`."""
+        has = self.structure
+        if has.swiglu and (not has.layer_scale or has.pre_norm or has.distilled or self.fmt.family == "deit3"):
+            self._refuse("has a SwiGLU MLP in a network for which timm has none")
+        if has.pre_norm:
+            return "clip_quickgelu" if self.act() == "quick_gelu" else "clip"
+        if has.distilled:
+            return "plain" if self.num_registers() else "deit_distilled"
+        if not has.layer_scale:
+            return "plain"
+        if (family := self.told.family or self.fmt.family or self._asked_family()) in ("dinov2", "deit3"):
+            return family
+        without_class_row = exact_square(has.position_rows) and not has.num_registers
+        return "deit3" if without_class_row and not has.swiglu else "dinov2"
+
+    def act(self) -> str:
+        """timm's name of the activation."""
+        told, asked = self.told.act, self.request.act
+        if told is None and not self.structure.pre_norm:
+            told = "gelu"  # of timm's VisionTransformer
+        if told and asked and told != asked:
+            self._refuse(f"has the activation {told}, not {asked}: leave --act out")
+        lineage = get_arch(self.request.arch).lineage if self.request.arch else None
+        from_arch = lineage.act if lineage and lineage.pre_norm else None
+        found = told or asked or from_arch
+        if found is None:
+            self._refuse(
+                "was trained with GELU or with QuickGELU, which no tensor tells: give --act gelu (OpenCLIP's LAION, "
+                "DataComp and CommonPool models) or --act quick_gelu (OpenAI's, MetaCLIP's and DFN's)"
+            )
+        return found
+
+    def num_heads(self) -> int:
+        """Attention heads."""
+        width, told, asked = self.structure.embed_dim, self.told.num_heads, self.request.num_heads
+        if told is not None and asked is not None and told != asked:
+            self._refuse(f"has {told} heads as the config beside it says, not {asked}: leave --num-heads out")
+        from_arch = get_arch(self.request.arch).num_heads if self.request.arch else None
+        known = (told, asked, from_arch, self.fmt.heads.get(width))
+        found = next((number for number in known if number is not None), None)
+        if found is None:
+            often = f"often {width // 64}, 64 channels each" if width % 64 == 0 else f"a number that divides {width}"
+            self._refuse(
+                f"has width {width}, for which no tensor tells the number of attention heads: give --num-heads "
+                f"({'16 or 20' if width == 1280 else often})"
+            )
+        if found < 1 or width % found:
+            self._refuse(f"has width {width}, which does not divide into {found} heads")
+        return found
+
+    def row(self) -> ArchSpec:
+        """The row of the table: the one asked for, the one that fits, or the family's nearest."""
+        family, registers, has = self.family(), self.num_registers(), self.structure
+        if self.request.arch:
+            return self._asked_row(get_arch(self.request.arch), family, registers)
+        sizes = {spec.size for spec in ARCHS.values() if spec.family == family and spec.swiglu == has.swiglu}
+        rows = [row(family, size, registers) for size in sizes]
+        return min(rows, key=lambda spec: (abs(spec.embed_dim - has.embed_dim), abs(spec.depth - has.depth), spec.name))
+
+    def native_grid(self) -> tuple[Grid, int]:
+        """Height and width in patches of the position table, and its rows before those of the patches."""
+        others = self._other_rows()
+        patches = self.structure.position_rows - others
+        patch_height, patch_width = self.structure.patch_size
+        # a size that was asked for is that of the table only where nothing else can be: it may have as many patches
+        asked = None if exact_square(patches) else self.request.img_size
+        if size := self.told.img_size or asked:
+            grid = (size[0] // patch_height, size[1] // patch_width)
+            if grid[0] * grid[1] == patches:
+                return grid, others
+            if self.told.img_size:
+                self._refuse(
+                    f"has positions for {patches} patches, but the config beside it says images of "
+                    f"{size[0]}x{size[1]}: put the config of these weights there"
+                )
+        if not exact_square(patches):
+            self._refuse(
+                f"has positions for {patches} patches, no square, and neither tensors nor config tell their height and "
+                "width: give --img-size HEIGHT,WIDTH of the training images"
+            )
+        return (math.isqrt(patches), math.isqrt(patches)), others
+
+    def image_size(self, native: Grid) -> tuple[int, int]:
+        """Height and width in pixels for which the position table is made."""
+        size = self.request.img_size or tuple(n * p for n, p in zip(native, self.structure.patch_size, strict=True))
+        if math.prod(size) // math.prod(self.structure.patch_size) > MAX_PATCHES:
+            self._refuse(f"cannot get positions for an image of {size[0]}x{size[1]}: more than {MAX_PATCHES} patches")
+        return size
+
+    def _other_rows(self) -> int:
+        has = self.structure
+        if self.told.other_rows is not None:
+            return 2 if has.distilled and self.told.other_rows else self.told.other_rows
+        possible = {0, 1, 1 + has.num_registers, 2 if has.distilled else 1}
+        fitting = [number for number in sorted(possible) if exact_square(has.position_rows - number)]
+        if len(fitting) != 1:
+            self._refuse(
+                f"has {has.position_rows} positions, and no tensor tells which of them are for patches: "
+                "convert it from a folder with timm's config.json"
+            )
+        return fitting[0]
+
+    def model_args(self, spec: ArchSpec, size: Grid) -> dict[str, Any]:
+        """Complete arguments of the row's entrypoint, for images of a height and width in pixels."""
+        has, args = self.structure, spec.model_args()
+        height, width = has.patch_size
+        args |= dict(
+            img_size=list(size),
+            patch_size=height if height == width else [height, width],
+            in_chans=has.in_chans,
+            embed_dim=has.embed_dim,
+            depth=has.depth,
+            num_heads=self.num_heads(),
+            reg_tokens=self.num_registers(),
+        )
+        if int(has.embed_dim * spec.mlp_ratio) != has.hidden:
+            ratio = has.hidden / has.embed_dim
+            args["mlp_ratio"] = (
+                ratio if int(has.embed_dim * ratio) == has.hidden else (has.hidden + 0.5) / has.embed_dim
+            )
+        if has.layer_scale and not spec.lineage.init_values:
+            args["init_values"] = 1e-5  # any number: the weights replace it
+        act = self.act() if not has.swiglu else None
+        if act not in (None, spec.lineage.act):
+            args["act_layer"] = act
+        args |= {key: False for key in ("qkv_bias", "proj_bias") if not getattr(has, key)}
+        pooling = self.told.global_pool or ("avg" if has.average else "token")
+        args["global_pool"] = pooling
+        if has.average != (pooling == "avg"):  # timm moves the final norm behind the pooling of averages by itself
+            args["fc_norm"] = has.average
+        return args
+
+    def residual_scale(self, network: VisionTransformer, spec: ArchSpec) -> float:
+        """How many times larger the residual stream must be for the source's epsilon."""
+        if self.told.residual_scale != 1:
+            return self.told.residual_scale
+        eps = self.told.norm_eps
+        if eps is None:
+            eps = 1e-5 if self.structure.pre_norm else 1e-6  # of timm's CLIP and timm's others
+        for norm in stream_norms(network):
+            norm.eps = eps
+        return scale_for(network, norm_eps=spec.lineage.norm_eps)
+
+    def _asked_family(self) -> str | None:
+        return get_arch(self.request.arch).family if self.request.arch else None
+
+    def _asked_row(self, spec: ArchSpec, family: str, registers: int) -> ArchSpec:
+        has = self.structure
+        facts = {
+            "family": (spec.family, family),
+            "width": (spec.embed_dim, has.embed_dim),
+            "depth": (spec.depth, has.depth),
+            "heads": (spec.num_heads, self.num_heads()),
+            "patch size": ((spec.patch_size, spec.patch_size), has.patch_size),
+            "MLP width": (int(spec.embed_dim * spec.mlp_ratio), has.hidden),
+            "SwiGLU": (spec.swiglu, has.swiglu),
+            "registers": (
+                spec.num_registers,
+                row(family, spec.size, registers).num_registers if spec.family == family else registers,
+            ),
+        }
+        wrong = [f"{fact} {mine}, not {theirs}" for fact, (theirs, mine) in facts.items() if mine != theirs]
+        if wrong:
+            add = "; new registers come with --registers" if spec.num_registers and not has.num_registers else ""
+            self._refuse(f"is no {spec.name}: it has {', '.join(wrong)}{add}")
+        return spec
+
+    def _refuse(self, what: str) -> None:
+        raise ConversionError(f"{self.checkpoint.called} {what}.")

@@ -1,0 +1,200 @@
+"""Everything about a conversion that can be decided without reading the weights."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec
+from vitreg_hub.bundle.config import Preprocess, empty_model, make_config, shapes_of
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.rules import rule_problems
+from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+from vitreg_hub.conversion.formats.detect import detect, find_format, refuse_look_alikes
+from vitreg_hub.conversion.formats.rules import CheckpointFormat
+from vitreg_hub.conversion.planning.assignment import assign
+from vitreg_hub.conversion.planning.choices import Choices, Request
+from vitreg_hub.conversion.planning.facts import Structure, told_by
+from vitreg_hub.conversion.planning.run_config import is_run, run_rule
+from vitreg_hub.conversion.planning.tensors import Assembly
+from vitreg_hub.errors import BundleError, ConversionError, DataError
+from vitreg_hub.network.positions import PositionRule
+from vitreg_hub.network.residual_scale import can_scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A bundle to be, except for its weights.
+
+    Attributes:
+        spec: The row of the table.
+        model_args: Complete arguments of the row's upstream entrypoint.
+        num_classes: Outputs of the head.
+        preprocess: The images that the weights expect.
+        positions: How positions are resampled.
+        residual_scale: How many times larger the residual stream is stored.
+        label_names: Names of the classes.
+        request: What the user asked for.
+        assembly: Reads or makes every tensor.
+        notes: What the user should know, a sentence each.
+    """
+
+    spec: ArchSpec
+    model_args: Mapping[str, Any]
+    num_classes: int
+    preprocess: Preprocess
+    positions: PositionRule
+    residual_scale: float
+    label_names: tuple[str, ...] | None
+    request: Request
+    assembly: Assembly = field(repr=False)
+    notes: tuple[str, ...]
+
+    def bundle(self, state_dict: Mapping[str, Tensor], provenance: Provenance) -> ModelBundle:
+        """The bundle of this plan and its weights."""
+        return ModelBundle(
+            arch=self.spec.name,
+            model_args=self.model_args,
+            num_classes=self.num_classes,
+            state_dict=state_dict,
+            preprocess=self.preprocess,
+            provenance=provenance,
+            label_names=self.label_names,
+            positions=self.positions,
+            residual_scale=self.residual_scale,
+        )
+
+    def network(self) -> dict[str, Any]:
+        """What no tensor tells, in words."""
+        rule, eps = self.positions, self.spec.lineage.norm_eps / self.residual_scale**2
+        offset = f" offset {rule.offset:g}" if rule.offset else ""
+        return {
+            "heads": self.model_args["num_heads"],
+            "epsilon": f"{eps:.3g}",
+            "activation": "silu" if self.spec.swiglu else self.model_args.get("act_layer", self.spec.lineage.act),
+            "pooling": self.model_args["global_pool"],
+            "positions": f"bicubic {'with' if rule.antialias else 'without'} antialias{offset}",
+            "mean": "/".join(f"{value:.3g}" for value in self.preprocess.mean),
+            "std": "/".join(f"{value:.3g}" for value in self.preprocess.std),
+        }
+
+    @property
+    def fmt(self) -> CheckpointFormat:
+        """The format of the source."""
+        return self.assembly.tensors.fmt
+
+
+def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
+    """Decide what a checkpoint becomes.
+
+    Raises:
+        ConversionError: It does not fit its format, no bundle can hold it, or something is ambiguous.
+        UnknownArchError: `request.arch` is in no row.
+    """
+    refuse_look_alikes(checkpoint)
+    fmt = detect(checkpoint) if request.format == "auto" else find_format(request.format)
+    tensors = assign(checkpoint, fmt)
+    structure = Structure.of(tensors)
+    told = told_by(checkpoint, fmt)
+    try:
+        choice = Choices(checkpoint=checkpoint, fmt=fmt, structure=structure, told=told, request=request)
+        spec, (native, other_rows), registers = choice.row(), choice.native_grid(), choice.num_registers()
+        size = choice.image_size(native)
+        args = choice.model_args(spec, size)
+    except ConversionError:
+        tensors.refuse(list(tensors.problems))  # the cause, where there are any
+        raise
+    preprocess = Preprocess(input_size=(structure.in_chans, *size), **told.preprocess)
+    released = (fmt.registers_positions if structure.num_registers else None) or fmt.positions
+    rule = told.positions or run_rule(checkpoint, fmt) or released
+    config = make_config(
+        spec=spec,
+        model_args=args,
+        num_classes=structure.num_classes,
+        preprocess=preprocess,
+        provenance=Provenance(origin=checkpoint.called),
+    )
+    try:
+        problems = list(rule_problems(config))
+        network = None if problems else empty_model(config, weight_init="skip")
+        scale = 1.0 if problems else choice.residual_scale(network, spec)
+        if scale != 1 and not can_scale(network):
+            problems.append(
+                f"its LayerNorms have epsilon {told.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
+                "only tell without LayerScale and without a norm before the first block"
+            )
+    except (BundleError, DataError, TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        problems = [str(error).partition("\n")[0]]
+    if problems:
+        raise ConversionError(f"{checkpoint.called} makes no bundle of {spec.name}: {'; '.join(problems)}")
+    wanted = shapes_of(network.state_dict())
+    assembly = Assembly(
+        tensors=tensors,
+        wanted=wanted,
+        native=native,
+        grid=tuple(network.patch_embed.grid_size),
+        other_rows=other_rows,
+        rule=rule,
+        scale=scale,
+        is_scaled=told.residual_scale != 1,
+        num_new_registers=registers - structure.num_registers,
+    )
+    tensors.require_fit(wanted, made=assembly.made())
+    return Plan(
+        spec=spec,
+        model_args=args,
+        num_classes=structure.num_classes,
+        preprocess=preprocess,
+        positions=rule,
+        residual_scale=scale,
+        label_names=told.label_names if len(told.label_names or ()) == structure.num_classes else None,
+        assembly=assembly,
+        request=request,
+        notes=(*_notes(checkpoint, assembly), *_assumptions(checkpoint, choice)),
+    )
+
+
+def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
+    """What a user should know, a sentence each."""
+    fmt = assembly.tensors.fmt
+    if new := assembly.num_untrained_registers:
+        yield (
+            f"{new} register{'s' if new > 1 else ''} drawn from N(0, {REGISTER_INIT_STD}^2), untrained: they cost "
+            "accuracy until they are trained (github.com/huggingface/pytorch-image-models/issues/2046)"
+        )
+    if assembly.distillation_is_register:
+        yield "the distillation token became the first register"
+    if assembly.grid != assembly.native:
+        yield (
+            f"positions of {assembly.native[0]}x{assembly.native[1]} patches were resampled to "
+            f"{assembly.grid[0]}x{assembly.grid[1]} by the lineage's own rule"
+        )
+    if assembly.scale != 1 and not assembly.is_scaled:
+        yield (
+            f"the residual stream is stored {assembly.scale:g} times larger, which gives timm's LayerNorms the "
+            "source's epsilon; un-normed block tokens of plain timm and plain transformers are larger by that"
+        )
+    kinds = sorted({info.dtype for info in checkpoint.infos.values()} & {"F16", "BF16", "F64"})
+    if kinds:
+        yield f"tensors of type {', '.join(kinds)} were cast to F32"
+    if fmt.name in ("openai", "hf-clip"):
+        yield "all tokens pass the final norm in a bundle, in the source only the class token does"
+    if checkpoint.left_out:
+        yield f"not read: {', '.join(checkpoint.left_out[:6])}{' ...' if len(checkpoint.left_out) > 6 else ''}"
+
+
+def _assumptions(checkpoint: Checkpoint, choice: Choices) -> Iterator[str]:
+    """What neither tensors nor config nor lineage tell, and how it was decided."""
+    fmt, has = choice.fmt, choice.structure
+    usual = fmt.heads.get(has.embed_dim)
+    if choice.told.num_heads is None and usual not in (None, choice.num_heads()):
+        yield f"{choice.num_heads()} heads as asked for; {fmt.title} has {usual} at width {has.embed_dim}"
+    is_bare = fmt.name in ("timm", "openclip-timm") and choice.told.global_pool is None
+    if is_bare and not has.average:
+        yield "the class token is pooled: no tensor tells otherwise, a config beside the weights would"
+    if is_bare or (fmt.name == "openclip" and not checkpoint.openclip_config):
+        yield f"mean and std of images are {fmt.title}'s usual ones: no tensor tells, a config beside the weights would"
+    if is_run(checkpoint, fmt) and has.num_registers and run_rule(checkpoint, fmt) is None:
+        yield "positions follow Meta's releases with registers: the run's config.yaml beside the weights would tell"

@@ -1,0 +1,229 @@
+"""The page is whole, says the numbers, and works in a browser without a network."""
+
+import base64
+import io
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
+from reports import examples, report, with_cutoff
+
+from vitreg_hub.analysis.figures.report import report_figures
+from vitreg_hub.analysis.report.page import render
+from vitreg_hub.analysis.results import Cutoff
+from vitreg_hub.analysis.wording import names, percent, verdict
+from vitreg_hub.plotting import number
+
+VOID = {"meta", "link", "img", "br", "hr"}
+HOSTILE = """</title><script>alert('x')</script><img src="http://evil.example/x.png" onerror="a(1)" & $x$"""
+BROWSER_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class Walk(HTMLParser):
+    """Looks that every element is closed where it must be, and keeps what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def walk(page: str) -> Walk:
+    seen = Walk()
+    seen.feed(page)
+    seen.close()
+    assert not seen.open
+    return seen
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [
+        report("plain", depth=24),
+        report("clean", outliers=False, registers=4, depth=40, grid=(12, 16), num_params=1_136_000_000),
+        report(HOSTILE, registers=16, labels=False, seed=3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(models) -> str:
+    return render(models, report_figures(models, [examples(model, 2) for model in models]))
+
+
+def test_page_is_well_formed_and_self_contained(page):
+    seen = walk(page)
+    assert page.startswith("<!DOCTYPE html>")
+    assert seen.all("html")[0]["lang"] == "en"
+    assert len(seen.all("title")) == len(seen.all("h1")) == 1
+    assert not seen.all("script")
+    for tag, attributes in seen.elements:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#")), tag
+    assert "url(" not in page
+    assert "@import" not in page
+    ids = [attributes["id"] for _, attributes in seen.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {link["href"][1:] for link in seen.all("a")} <= set(ids)
+
+
+def test_images_open_and_are_described(page, models):
+    pictures = walk(page).all("img")
+    assert len(pictures) == 10 + len(models)
+    for picture in pictures:
+        assert picture["alt"]
+        kind, _, data = picture["src"].partition(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as opened:
+            opened.load()
+            assert opened.width / opened.height == pytest.approx(
+                int(picture["width"]) / int(picture["height"]), rel=0.01
+            )
+
+
+def test_numbers_of_the_report_are_in_the_tables(page, models):
+    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page)
+    plain = models[0]
+    for block in plain.blocks:
+        row = [f"{norm:.3g}" for norm in block.quantiles]
+        starts = [i for i, cell in enumerate(cells) if cell == row[0]]
+        assert any(cells[i : i + len(row)] == row for i in starts)
+    for token in plain.global_information.tokens:
+        assert f"{100 * token.accuracy:.3g} %" in cells
+    for mass in models[1].attention:
+        assert f"{100 * mass.to_normal:.3g} %" in cells
+    probe = plain.local_information.outlier
+    assert f"{probe.position_distance:.3g} ({probe.chance_distance:.3g})" in cells
+    assert f"{plain.redundancy.outlier.mean:.3g}" in cells
+    assert "1.14 B" in cells
+    assert f"{max(max(row) for row in plain.places.per_position) * 100:.3g} %" in cells
+
+
+def test_summary_and_verdicts_stand_side_by_side(page, models):
+    seen = walk(page)
+    share = f"{100 * models[0].outlier_fraction[23]:.3g} %"
+    assert f"{share} of the patch tokens in block 23 are outliers" in seen.text
+    assert "No outliers: in no block" in seen.text
+    table = page[page.index("Models side by side") :]
+    head, first = re.findall(r"<tr>(.*?)</tr>", table)[:2]
+    assert head.count("<th") == 1 + len(models)
+    assert re.findall(r"<td>(.*?)</td>", first) == ["86.6 M", "1.14 B", "86.6 M"]
+    assert "Numbers are random." in seen.text
+    assert "synthetic images" in seen.text
+    assert "torch 2.9.0" in seen.text
+
+
+def test_names_cannot_break_out(page):
+    seen = walk(page)
+    assert "<script" not in page
+    assert '<img src="http' not in page
+    assert HOSTILE in seen.text
+
+
+def test_what_was_not_measured_is_explained(page):
+    assert "The images have no labels." in walk(page).text
+
+
+def test_one_model_without_anything_makes_a_page():
+    alone = report("nano", outliers=False, class_tokens=0, labels=False, grid=(8, 8), depth=4)
+    seen = walk(render([alone], report_figures([alone])))
+    assert "comparison" not in [attributes.get("id") for _, attributes in seen.elements]
+    assert len(seen.all("img")) == 4
+
+
+def test_numbers_in_words():
+    assert [percent(x) for x in (0.0, 1.0, 0.023, 1e-9, None)] == ["0 %", "100 %", "2.3 %", "under 0.001 %", "-"]
+    assert [number(x) for x in (152.34, 12345.6, 0.5, None, float("nan"))] == ["152", "12,346", "0.5", "-", "-"]
+    long = "hub/" + "x" * 60
+    assert names([report("a"), report("a"), report(long)])[:2] == ("a", "a (2)")
+    assert len(names([report(long)])[0]) < 40
+
+
+def test_verdicts_in_words():
+    plain, clean = report(), report(outliers=False, registers=4)
+    block = plain.blocks[11]
+    share, cutoff = f"{100 * block.outlier_fraction:.3g}", f"{block.cutoff.value:.3g}"
+    assert verdict(plain) == (
+        f"{share} % of the patch tokens in block 11 are outliers (norm above {cutoff}); they first appear in block 8."
+    )
+    assert verdict(clean).startswith(
+        "No outliers: in no block do a few patch tokens stand out; in block 11, the norms have one mode. Its 4"
+    )
+    assert verdict(replace(plain, block=3)).startswith(
+        f"No outliers in block 3, but {share} % of the patch tokens in block 8"
+    )
+    given = with_cutoff(clean, Cutoff(value=400.0, source="given", why="given"))
+    assert verdict(given).startswith("No outliers: no patch token has a norm above the given cutoff of 400. Its 4")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not executable:
+        pytest.skip("no chromium on this machine")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGS)
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_browser_shows_everything_without_a_network(browser, page, tmp_path, width, scheme):
+    file = Path(tmp_path, "report.html")
+    file.write_text(page, encoding="utf-8")
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_offline(True)
+    tab, problems, requests = context.new_page(), [], []
+    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+    tab.on("requestfailed", lambda request: problems.append(request.url[:80]))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(file.as_uri(), wait_until="load")
+    pictures = tab.locator("img").all()
+    assert len(pictures) == 13
+    for picture in pictures:
+        assert picture.evaluate("image => image.complete && image.naturalWidth") > 0
+        box = picture.bounding_box()
+        assert box["width"] > 200
+        assert box["height"] > 50
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    for folded in tab.locator("details").all():
+        folded.evaluate("details => details.open = true")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 22, 22)"}[scheme]
+    context.close()
+    assert not problems
+    assert {url.partition(":")[0] for url in requests} <= {"file", "data"}

@@ -1,0 +1,329 @@
+"""A run that was stopped anywhere ends as one that was not, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file
+from training_runs import LAMB, STEPS, TINY, lines
+
+from vitreg_hub.bundle.doors import verify
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.errors import BundleError, RecipeError, TrainingError
+from vitreg_hub.files import write_folder
+from vitreg_hub.images.embedded import digits
+from vitreg_hub.training import loop
+from vitreg_hub.training.data import opening as data
+from vitreg_hub.training.loop import train
+from vitreg_hub.training.recipes.files import recipe_to_yaml
+from vitreg_hub.training.run import checkpoints as run_state
+from vitreg_hub.training.run.checkpoints import checkpoints
+from vitreg_hub.training.run.trainer import Trainer
+from vitreg_hub.training.tasks.supervised.task import SupervisedTask
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+RUNS = {
+    **TINY,
+    "lamb": LAMB,
+    "nadamuon": replace(LAMB, optim=replace(LAMB.optim, opt="nadamuon")),
+    "stream": replace(TINY["supervised"], data=replace(TINY["supervised"].data, streaming=True, shuffle_block=12)),
+}
+
+
+def saving(name: str, **changes):
+    recipe = RUNS[name]
+    watch = replace(recipe.watch, save_every=1, eval_every=2, keep=2)
+    return replace(recipe, watch=watch, model=replace(recipe.model, drop_path=0.2), **changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    made = {}
+
+    def run(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("run") / name
+            train(saving(name), made[name])
+        return made[name]
+
+    return run
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Everything that the last checkpoint, the model, the best model and their text towers hold."""
+    files = [*checkpoints(run)[-1].rglob("*.safetensors"), *run.glob("[mb]*/*.safetensors")]
+    return {f"{file.parent.name}/{file.name}/{key}": x for file in files for key, x in load_file(file).items()}
+
+
+def configs(run: Path) -> list[dict]:
+    """What the bundles tell of themselves, without what depends on the clock and on who started the run, and when."""
+    found = []
+    for folder in (checkpoints(run)[-1], run / "model", *[run / "best"] * (run / "best").exists()):
+        found.append(json.loads((folder / "config.json").read_text()))
+        for name in ("created", "seconds", "command"):
+            found[-1]["vitreg"]["provenance"].pop(name, None)
+    return found
+
+
+def told(run: Path) -> list[dict]:
+    """What is written of every step, without what depends on the clock and the machine."""
+    clock = {"time", "images_per_second", "data_wait", "eta_seconds", "memory_gib"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines(run)]
+
+
+def assert_same(run: Path, other: Path) -> None:
+    one, two = tensors(run), tensors(other)
+    assert one.keys() == two.keys()
+    assert any(key.startswith("state/optimizer.safetensors/") for key in one)
+    assert any(key.startswith("best/") for key in one)
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    assert configs(run) == configs(other)
+    assert told(run) == told(other)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [(name, step) for name in TINY for step in (1, 3)] + [("lamb", 2), ("nadamuon", 2), ("stream", 2)]
+)
+def test_killed_in_a_step(name, step, uninterrupted, tmp_path, monkeypatch):
+    do_step = Trainer.do_step
+
+    def killed(self, number, *args):
+        if number == step:
+            raise Killed
+        torch.rand(7)  # what else happens in a process
+        return do_step(self, number, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "do_step", killed)
+        with pytest.raises(Killed):
+            train(saving(name), tmp_path / "run")
+    assert [path.name for path in checkpoints(tmp_path / "run")][-1] == f"step_{step:07d}"
+    assert not (tmp_path / "run" / "model").exists()
+    train(saving(name), tmp_path / "run")
+    assert_same(tmp_path / "run", uninterrupted(name))
+
+
+@pytest.mark.parametrize("moment", ["before the first checkpoint", "while writing one", "before the model"])
+def test_killed_elsewhere(moment, uninterrupted, tmp_path, monkeypatch):
+    name = "supervised"
+    with monkeypatch.context() as patched:
+        if moment == "before the first checkpoint":
+            patched.setattr(Trainer, "save", raiser)
+        elif moment == "before the model":
+            patched.setattr(loop, "_finish", raiser)
+        else:
+            count = iter(range(100))
+
+            def killed(*args, **kwargs):
+                if next(count) == 9:  # in the second checkpoint
+                    raise Killed
+                safetensors.torch.save_file(*args, **kwargs)
+
+            patched.setattr(run_state, "save_file", killed)
+            patched.setattr(run_state, "write_folder", write_and_leave)
+        with pytest.raises(Killed):
+            train(saving(name), tmp_path / "run")
+    if moment == "while writing one":
+        assert [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
+    train(saving(name), tmp_path / "run")
+    assert_same(tmp_path / "run", uninterrupted(name))
+    assert len(checkpoints(tmp_path / "run")) == 2
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def raiser(*args, **kwargs):
+    raise Killed
+
+
+def write_and_leave(target: Path, fill) -> Path:
+    """As `write_folder` in a process that is killed: nothing is tidied up."""
+    staging = target.with_name(f".{target.name}-left")
+    staging.mkdir(parents=True)
+    fill(staging)
+    staging.rename(target)
+    return target
+
+
+def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
+    recipe = saving("supervised")
+    recipe = replace(recipe, watch=replace(recipe.watch, save_every=0))
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time, torch\nfrom pathlib import Path\n"
+        "from vitreg_hub.training.loop import train\nfrom vitreg_hub.training.run.trainer import Trainer\n"
+        "from vitreg_hub.training.recipes.files import recipe_from_yaml\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
+        "step = Trainer.do_step\n"
+        "def slow(self, number, *args):\n"
+        "    if number == 2: Path(sys.argv[2]).touch(); time.sleep(3)\n"
+        "    return step(self, number, *args)\n"
+        "Trainer.do_step = slow\n"
+        "result = train(recipe_from_yaml(Path(sys.argv[1]).read_text()), sys.argv[3])\n"
+        "assert result.model is None and result.step == 3, result\n"
+    )
+    command = [sys.executable, script, tmp_path / "recipe.yaml", tmp_path / "there", tmp_path / "run"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (tmp_path / "there").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000003"]
+    train(saving("supervised"), tmp_path / "run")
+    assert tensors(tmp_path / "run").keys() == tensors(uninterrupted("supervised")).keys()
+    assert_same(tmp_path / "run", uninterrupted("supervised"))
+
+
+def test_weights_can_be_read_one_by_one(uninterrupted):
+    state = checkpoints(uninterrupted("dinov2"))[-1] / "state"
+    assert {file.name for file in state.iterdir()} == {
+        *("backbone.safetensors", "heads.safetensors", "teacher.safetensors", "optimizer.safetensors", "state.json")
+    }
+    backbone, teacher = load_file(state / "backbone.safetensors"), load_file(state / "teacher.safetensors")
+    model = ModelBundle.load(uninterrupted("dinov2") / "model").build()
+    assert set(backbone) == {*model.state_dict(), "mask_token"}
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(teacher[f"backbone.{key}"], tensor)
+    assert not torch.equal(backbone["cls_token"], teacher["backbone.cls_token"])
+    assert {"ema.safetensors", "backbone.safetensors"} <= {
+        file.name for file in (checkpoints(uninterrupted("supervised"))[-1] / "state").iterdir()
+    }
+
+
+def test_checkpoints_are_bundles(uninterrupted):
+    before, folder = checkpoints(uninterrupted("supervised"))
+    assert set(verify(folder).values()) == {0.0}
+    assert "accuracy" in ModelBundle.load(folder).provenance.metrics
+    assert not ModelBundle.load(before).provenance.metrics  # of other weights
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    run = uninterrupted("distill")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    result = train(saving("distill"), run)
+    assert (result.step, result.model) == (STEPS, run / "model")
+    assert result.metrics["eval/patch_cosine"] == lines(run)[-1]["eval/patch_cosine"]
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_another_recipe_is_refused(uninterrupted, tmp_path):
+    run = uninterrupted("distill")
+    other = saving("distill")
+    other = replace(other, optim=replace(other.optim, lr=5e-4))
+    with pytest.raises(RecipeError, match=r"has optim.lr 0.001, not 0.0005"):
+        train(other, run)
+    with pytest.raises(BundleError, match="is not to be resumed"):
+        train(saving("distill"), run, resume="never")
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="holds no run"):
+        train(saving("distill"), tmp_path)
+    with pytest.raises(TrainingError, match="no checkpoint"):
+        train(saving("distill"), tmp_path / "new", resume=str(tmp_path))
+    assert not (tmp_path / "new").exists()
+
+
+def test_from_a_named_checkpoint(uninterrupted, tmp_path):
+    run = uninterrupted("distill")
+    train(saving("distill"), tmp_path / "new", resume=str(checkpoints(run)[0]))
+    one, two = tensors(tmp_path / "new"), tensors(run)
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+def test_a_named_checkpoint_overwrites_no_other_run(uninterrupted):
+    run, other = uninterrupted("distill"), uninterrupted("supervised")
+    before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    with pytest.raises(RecipeError, match=r"has task\.kind Supervised, not Distill"):
+        train(saving("distill"), other, resume=str(checkpoints(run)[0]))
+    assert before == {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    with pytest.raises(BundleError, match="is further than step_0000003: go on from there in another folder"):
+        train(saving("distill"), run, resume=str(checkpoints(run)[0]))
+
+
+def test_data_that_grew_are_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_finish", raiser)
+        with pytest.raises(Killed):
+            train(saving("distill"), tmp_path / "run")
+    fewer = digits("train").select(range(1000))
+    monkeypatch.setattr(data, "TRAINING_SETS", {"digits": lambda split: fewer if split == "train" else digits(split)})
+    with pytest.raises(TrainingError, match="is of a run with 1438 images and 4 steps, but this one has 1000 images"):
+        train(saving("distill"), tmp_path / "run")
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
+    """A loss can be finite while a gradient is not."""
+    after_step = SupervisedTask.after_step
+
+    def poisoned(self, step):
+        after_step(self, step)
+        if step == 2:
+            self.network.backbone.reg_token.data[0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(SupervisedTask, "after_step", poisoned)
+    with pytest.raises(TrainingError, match="reg_token of backbone holds what is no number after 3 steps"):
+        train(saving("supervised"), tmp_path / "run")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000001", "step_0000002"]
+
+
+def test_damaged_checkpoint_is_named(uninterrupted, tmp_path):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "_finish", raiser)
+        with pytest.raises(Killed):
+            train(saving("distill"), tmp_path / "run")
+    file = checkpoints(tmp_path / "run")[-1] / "state" / "backbone.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(TrainingError, match=f"step_{STEPS:07d} is no checkpoint that a run can go on from"):
+        train(saving("distill"), tmp_path / "run")
+
+
+def test_loss_that_is_no_number_keeps_the_last_good_state(tmp_path, monkeypatch):
+    recipe = saving("supervised")
+    do_step = Trainer.do_step
+
+    def poisoned(self, step, batches, *args):
+        if step == 2:
+            batches[0].crops[0][1, 0, 3, 3] = float("nan")
+        return do_step(self, step, batches, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "do_step", poisoned)
+        with pytest.raises(
+            TrainingError, match=r"loss is nan in step 2, whose batch begins with row \d+.*step_0000002"
+        ):
+            train(recipe, tmp_path / "run")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000001", "step_0000002"]
+    weights = load_file(checkpoints(tmp_path / "run")[-1] / "state" / "backbone.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert train(recipe, tmp_path / "run").step == STEPS
+
+
+def test_full_disk_keeps_the_last_good_state(tmp_path, monkeypatch):
+    def full(target: Path, fill) -> Path:
+        def fill_a_little(staging: Path) -> None:
+            fill(staging)
+            if target.name == "step_0000003":
+                raise OSError(28, "No space left on device")
+
+        return write_folder(target, fill_a_little)
+
+    monkeypatch.setattr(run_state, "write_folder", full)
+    with pytest.raises(BundleError, match="step_0000003: No space left on device"):
+        train(saving("supervised"), tmp_path / "run")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000001", "step_0000002"]
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")]

@@ -1,0 +1,1 @@
+"""Images of a run: opened, sampled, loaded, augmented."""

@@ -1,0 +1,143 @@
+"""What is done to an image before it is trained on: from a picture to normalised views."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torchvision import transforms
+
+from vitreg_hub.errors import RecipeError
+from vitreg_hub.training.recipes.settings import Augment, CropAugment, MultiCrop, ThreeAugment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Views:
+    """Makes one view after the other of the same picture.
+
+    Draws from the global generators of Python, numpy and torch, in this order for the same picture and seeds.
+
+    Attributes:
+        transforms: One per view.
+    """
+
+    transforms: tuple[Callable[[Image.Image], Tensor], ...]
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
+        """Views [3, H, W] of an RGB picture."""
+        return tuple(transform(image) for transform in self.transforms)
+
+
+def build_augment(
+    settings: Augment, *, img_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str
+) -> Views:
+    """The transform of a recipe.
+
+    Args:
+        settings: What is done.
+        img_size: Side of the views in pixels; of multi-crop, of the two global ones.
+        mean: Of each channel, for normalisation.
+        std: Of each channel, for normalisation.
+        interpolation: timm's name: bicubic, bilinear, ...
+
+    Returns:
+        One view; of multi-crop two global ones and then the local ones. It can be sent to other processes.
+
+    Raises:
+        RecipeError: A configuration of RandAugment that timm does not read.
+    """
+    target = {"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
+    match settings:
+        case CropAugment():
+            return Views(transforms=(_crop_augment(settings, img_size, target),))
+        case ThreeAugment():
+            return Views(transforms=(_three_augment(settings, img_size, target),))
+        case MultiCrop():
+            first, second, local = settings.blur
+            return Views(
+                transforms=(
+                    _crop(settings, img_size, settings.global_scale, first, 0.0, **target),
+                    _crop(settings, img_size, settings.global_scale, second, settings.solarize, **target),
+                    *[_crop(settings, settings.local_size, settings.local_scale, local, 0.0, **target)]
+                    * settings.num_local,
+                )
+            )
+
+
+def _crop_augment(settings: CropAugment, img_size: int, target: dict[str, Any]) -> transforms.Compose:
+    if settings.rand_augment is not None:
+        try:
+            rand_augment_transform(settings.rand_augment)
+        except (AssertionError, ValueError) as error:
+            raise RecipeError(
+                f"augment.rand_augment is {settings.rand_augment!r}, which timm does not read: give something like "
+                "rand-m9-mstd0.5-inc1, or null for none."
+            ) from error
+    return create_transform(
+        input_size=img_size,
+        is_training=True,
+        scale=settings.scale,
+        ratio=settings.ratio,
+        hflip=settings.hflip,
+        color_jitter=None,
+        auto_augment=settings.rand_augment,
+        re_prob=settings.erasing,
+        re_mode="pixel",  # noise, as in DeiT and OpenCLIP
+        **target,
+    )
+
+
+def _three_augment(settings: ThreeAugment, img_size: int, target: dict[str, Any]) -> transforms.Compose:
+    """timm's policy "3a" is DeiT-III's choice of three; "src" changes what comes before it only."""
+    crop, colors, to_tensor = create_transform(
+        input_size=img_size,
+        is_training=True,
+        hflip=settings.hflip,
+        color_jitter=settings.color_jitter,
+        auto_augment="3a",
+        separate=True,
+        **target,
+    )
+    if settings.crop == "src":
+        crop = transforms.Compose(
+            [
+                transforms.Resize(img_size, str_to_interp_mode(target["interpolation"])),
+                transforms.RandomCrop(img_size, padding=4, padding_mode="reflect"),
+                transforms.RandomHorizontalFlip(settings.hflip),
+            ]
+        )
+    return transforms.Compose([crop, colors, to_tensor])
+
+
+def _crop(
+    settings: MultiCrop,
+    size: int,
+    scale: tuple[float, float],
+    blur: float,
+    solarize: float,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str,
+) -> transforms.Compose:
+    """One crop of DINOv2, by the classes that upstream takes: torchvision's newer ones differ in the last bit.
+
+    Source: dinov2/data/augmentations.py.
+    """
+    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale, settings.ratio, str_to_interp_mode(interpolation)),
+            transforms.RandomHorizontalFlip(settings.hflip),
+            transforms.RandomApply([jitter], settings.color_jitter),
+            transforms.RandomGrayscale(settings.gray),
+            transforms.RandomApply([transforms.GaussianBlur(9, (0.1, 2.0))], blur),
+            transforms.RandomSolarize(128, solarize),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )

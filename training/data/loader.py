@@ -1,0 +1,342 @@
+"""Global batches for one process of several. What is in a batch depends on the seed and the step alone."""
+
+import signal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vitreg_hub.errors import DataError, RecipeError
+from vitreg_hub.training.data.opening import TrainingData
+from vitreg_hub.training.data.samples import Need, Piece, Sample, SampleReader, Transform, handed_over
+from vitreg_hub.training.data.streams import Stream
+from vitreg_hub.training.distributed.randomness import seed_of
+from vitreg_hub.training.tasks.base import Batch
+
+TRIES = 16
+"""Images that are tried in the place of an unreadable one."""
+
+MIN_CORRUPT = 3
+"""Unreadable images that can be bad luck."""
+
+
+class TrainLoader:
+    """Reads the batches of one process.
+
+    Rows with numbers: an epoch is a permutation from (seed, epoch) whose last incomplete batch is left out, and the
+    image at position p of step s is seeded by (seed, s, p). Nothing depends on workers, processes or on where a run
+    began. Streams: see `Stream`; the batches depend on the number of processes and workers, and a run goes on from
+    `state` only.
+
+    Args:
+        data: What is read.
+        transform: Makes views of an RGB picture; what it draws comes from the global generators.
+        batch_size: Images of a step, over all processes and accumulated parts.
+        rank: Which of the processes this is.
+        world_size: Number of processes.
+        accumulate: Parts of a step that a process takes one after the other.
+        seed: Of all that is random.
+        repeats: Times that each image comes in a row. An epoch keeps its number of steps, so fewer images are in it.
+            Source: deit/samplers.py, `RASampler`.
+        num_workers: Further processes that read, 0 for none.
+        max_corrupt: Share of unreadable images at which to stop.
+        needs: What every row must have; where it is not needed, a label may be -1 and a caption empty.
+
+    Raises:
+        RecipeError: Numbers contradict each other.
+        DataError: There are too few images, or what is needed is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: TrainingData,
+        transform: Transform,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
+        repeats: int = 1,
+        num_workers: int = 0,
+        max_corrupt: float = 0.01,
+        needs: Collection[Need] = (),
+    ) -> None:
+        parts = world_size * accumulate
+        if batch_size % parts:
+            raise RecipeError(
+                f"batch_size is {batch_size}, which {world_size} processes times scale.accumulate {accumulate} do not "
+                f"divide: give a multiple of {parts}."
+            )
+        if num_workers < 0 or repeats < 1:
+            raise RecipeError(
+                f"data.num_workers is {num_workers} and augment.repeats is {repeats}: give at least 0 and 1."
+            )
+        for need, there in (("labels", data.has_labels), ("texts", data.has_texts)):
+            if need in needs and not there:
+                raise DataError(
+                    f"{data.name} has no {need}, which this task needs: name their column as data.{need[:-1]}_column, "
+                    f"its columns are {', '.join(data.columns)}."
+                )
+        if data.num_images is not None and data.num_images < batch_size:
+            raise DataError(
+                f"{data.name} has {data.num_images} images, which is less than one batch: give a batch_size of at most "
+                f"{data.num_images // parts * parts or parts} instead of {batch_size}."
+            )
+        self.data, self.batch_size, self.seed, self.repeats = data, batch_size, seed, repeats
+        self.rank, self.world_size, self.accumulate, self.num_workers = rank, world_size, accumulate, num_workers
+        self._reader = SampleReader(data=data, transform=transform, needs=frozenset(needs))
+        self._corrupt = _CorruptCount(data, max_corrupt)
+        self._next_step, self._num_pieces = 0, 0
+        self._positions: list[dict[str, Any] | None] = [None] * self._num_readers
+
+    @property
+    def _num_readers(self) -> int:
+        return max(1, self.num_workers)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which as many images are read as there are.
+
+        Raises:
+            DataError: It is a stream that does not know.
+        """
+        if self.data.num_images is None:
+            raise DataError(
+                f"{self.data.name} is a stream that does not tell how many images it has: give data.stream_images, or "
+                "epoch_steps."
+            )
+        return self.data.num_images // self.batch_size
+
+    @property
+    def num_corrupt(self) -> int:
+        """Images of this process that were found unreadable so far."""
+        return len(self._corrupt.names)
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """Yield this process's `accumulate` batches of every step. Workers live as long as the iteration.
+
+        Args:
+            start_step: First step, from 0; of a stream the one at which it is.
+            stop_step: The step after the last one.
+
+        Raises:
+            DataError: Too many images cannot be read, labels or captions are missing or wrong, or a stream is not at
+                `start_step`.
+        """
+        if self.data.is_stream and start_step != self._next_step:
+            raise DataError(
+                f"{self.data.name} is a stream at step {self._next_step} and cannot begin at step {start_step}: go on "
+                "from a checkpoint, or start anew."
+            )
+        pieces = self._streamed() if self.data.is_stream else self._looked_up(start_step, stop_step)
+        with closing(pieces):
+            for step in range(start_step, stop_step):
+                for part in range(self.accumulate):
+                    piece, corrupt = self._next_piece(pieces)
+                    self._next_step = step + (part == self.accumulate - 1)
+                    yield Batch(
+                        step=step,
+                        positions=torch.from_numpy(self._share(part)),
+                        names=tuple(piece.names),
+                        crops=tuple(piece.crops),
+                        labels=piece.labels,
+                        texts=None if piece.texts is None else tuple(piece.texts),
+                        corrupt=tuple(corrupt),
+                    )
+
+    def state(self) -> dict[str, Any]:
+        """This process's place in the data, JSON-safe, as of the batches that were handed out; ask between steps."""
+        return {
+            "step": self._next_step,
+            "pieces": self._num_pieces,
+            "corrupt": self._corrupt.state(),
+            "readers": self._num_readers,
+            "positions": list(self._positions) if self.data.is_stream else None,
+        }
+
+    def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on where a run was.
+
+        Args:
+            states: What `state` told in each of the run's processes, in their order.
+
+        Raises:
+            DataError: It is a stream, and the run had another number of processes or workers, or none.
+        """
+        state = states[self.rank % len(states)]
+        there, here = state["positions"] is not None, self.data.is_stream
+        if there != here or (here and (len(states), state["readers"]) != (self.world_size, self._num_readers)):
+            raise DataError(
+                f"the checkpoint comes from {_tell(there, len(states), state['readers'])}, but this run has "
+                f"{_tell(here, self.world_size, self._num_readers)}: a stream goes on with the same numbers only."
+            )
+        self._next_step, self._num_pieces = state["step"], state["pieces"]
+        self._corrupt.load_state(state["corrupt"])
+        if here:
+            self._positions = list(state["positions"])
+
+    def _share(self, part: int) -> np.ndarray:
+        """Positions in the global batch [b] of one part of this process, sorted.
+
+        Positions i and B - 1 - i are always together and at opposite places, so mixup and cutmix, which pair images
+        so, give the same in parts as on the whole batch. Source: timm/data/mixup.py, `Mixup`.
+        """
+        position = np.arange(self.batch_size)
+        pairs = np.where(position % 2, self.batch_size - 1 - position // 2, position // 2)  # 0, B - 1, 1, B - 2, ...
+        size = self.batch_size // (self.world_size * self.accumulate)
+        chunk = part * self.world_size + self.rank
+        return np.sort(pairs[chunk * size : (chunk + 1) * size])
+
+    def _next_piece(self, pieces: Iterator[Piece | DataError]) -> tuple[Piece, list[str]]:
+        """The next piece with images, and the unreadable ones that were not known before."""
+        corrupt = []
+        while True:
+            piece = next(pieces)
+            if isinstance(piece, DataError):
+                raise piece
+            corrupt += self._corrupt.add(piece)
+            if piece.crops:
+                return piece, corrupt
+
+    def _looked_up(self, start_step: int, stop_step: int) -> Iterator[Piece | DataError]:
+        yield from DataLoader(
+            _Rows(self._reader, self.seed),
+            batch_sampler=self._draws(start_step, stop_step),
+            num_workers=self.num_workers,
+            collate_fn=handed_over,
+            worker_init_fn=outlive_sigterm,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it would move the global one
+        )
+
+    def _draws(self, start_step: int, stop_step: int) -> Iterator[list[tuple[int, int, int]]]:
+        """Yield (step, position, row) of all images of each piece."""
+        known, order = None, None
+        for step in range(start_step, stop_step):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != known:
+                known = epoch
+                order = np.random.default_rng(seed_of(self.seed, epoch)).permutation(self.data.num_images)
+            for part in range(self.accumulate):
+                positions = self._share(part)
+                rows = order[(step_of_epoch * self.batch_size + positions) // self.repeats]
+                yield [(step, int(position), int(row)) for position, row in zip(positions, rows, strict=True)]
+
+    def _streamed(self) -> Iterator[Piece | DataError]:
+        """Take from the readers in turn. Each has a torch loader of its own, so that a run can go on at any turn."""
+        readers = [
+            iter(
+                DataLoader(
+                    Stream(
+                        self._reader,
+                        batch_size=self.batch_size // (self.world_size * self.accumulate),
+                        seed=self.seed,
+                        repeats=self.repeats,
+                        rank=self.rank,
+                        world_size=self.world_size,
+                        worker=worker,
+                        num_workers=self._num_readers,
+                        position=position,
+                    ),
+                    batch_size=None,
+                    num_workers=min(1, self.num_workers),
+                    collate_fn=handed_over,
+                    worker_init_fn=outlive_sigterm,
+                    pin_memory=torch.cuda.is_available(),
+                    generator=torch.Generator(),
+                )
+            )
+            for worker, position in enumerate(self._positions)
+        ]
+        while True:
+            worker = self._num_pieces % len(readers)
+            piece = next(readers[worker])
+            if isinstance(piece, Piece) and piece.crops:
+                self._positions[worker], self._num_pieces = piece.position, self._num_pieces + 1
+            yield piece
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which is often sent to all processes of a job, to the one that then writes a checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _Rows(Dataset):
+    """What runs in the workers where rows can be looked up."""
+
+    def __init__(self, reader: SampleReader, seed: int) -> None:
+        self.reader, self.seed = reader, seed
+
+    def __getitems__(self, draws: Sequence[tuple[int, int, int]]) -> Piece | DataError:
+        try:
+            return self._piece(draws)
+        except DataError as error:
+            return error
+
+    def _piece(self, draws: Sequence[tuple[int, int, int]]) -> Piece | DataError:
+        """Samples of all rows, another row in the place of each that cannot be read."""
+        rows, samples, corrupt = self.reader.data.rows, [], []
+        for step, position, number in draws:
+            for attempt in range(TRIES + 1):
+                if attempt:
+                    number = seed_of(self.seed, step, position, attempt) % len(rows)
+                sample = self.reader.read(rows[number], number, (self.seed, step, position))
+                if isinstance(sample, Sample):
+                    samples.append(sample)
+                    break
+                corrupt.append(sample.name)
+            else:
+                return self.reader.piece([], corrupt, len(samples) + len(corrupt))
+        return self.reader.piece(samples, corrupt, len(samples) + len(corrupt))
+
+
+class _CorruptCount:
+    """Counts unreadable images, and says when they are too many.
+
+    They are, if more than the allowed share of the whole set is known to be unreadable; or, before that is sure, if
+    `MIN_CORRUPT` images are and their share of those read lies three standard deviations above the allowed one, so
+    that a set with fewer is not refused by bad luck at its start.
+    """
+
+    def __init__(self, data: TrainingData, max_corrupt: float) -> None:
+        self.data, self.max_corrupt = data, max_corrupt
+        self.num_read, self.num_unreadable = 0, 0
+        self.names: dict[str, None] = {}
+
+    def add(self, piece: Piece) -> list[str]:
+        """Count a piece's images and return the names that are new."""
+        new = [name for name in dict.fromkeys(piece.corrupt) if name not in self.names]
+        self.names |= dict.fromkeys(new)
+        self.num_read += piece.num_read
+        self.num_unreadable += len(piece.corrupt)
+        hopeless = not (piece.crops or self.data.is_stream)  # none of many tries in one place
+        if hopeless or (piece.corrupt and self._too_many()):
+            first = ", ".join(list(self.names)[:3])
+            share = self.num_unreadable / self.num_read
+            raise DataError(
+                f"{len(self.names)} images of {self.data.name} cannot be read, {share:.1%} of those that were tried, "
+                f"where data.max_corrupt allows {self.max_corrupt:.1%} (first: {first}): replace or remove them."
+            )
+        return new
+
+    def _too_many(self) -> bool:
+        known, allowed = len(self.names), self.max_corrupt * self.num_read
+        surely = self.data.num_images is not None and known > self.max_corrupt * self.data.num_images
+        likely = known >= MIN_CORRUPT and self.num_unreadable > allowed + 3 * allowed**0.5
+        return surely or likely
+
+    def state(self) -> dict[str, Any]:
+        return {"read": self.num_read, "unreadable": self.num_unreadable, "names": list(self.names)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.num_read, self.num_unreadable = state["read"], state["unreadable"]
+        self.names = dict.fromkeys(state["names"])
+
+
+def _tell(stream: bool, processes: int, readers: int) -> str:
+    kind = "a stream" if stream else "data that are read by number"
+    return f"{kind} with {processes} processes of {readers} readers (data.num_workers)"

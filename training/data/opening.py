@@ -1,0 +1,364 @@
+"""Training data by name, and what is held out, through `datasets`."""
+
+import difflib
+import itertools
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from glob import glob
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import datasets
+import pyarrow.compute
+
+from vitreg_hub.errors import DataError
+from vitreg_hub.images.embedded import TRAINING_SETS, Split
+from vitreg_hub.images.source import (
+    ON_HUB,
+    SPLIT_FOLDERS,
+    ImageSource,
+    features_of,
+    file_of,
+    find_column,
+    hub_stream,
+    image_folder,
+    is_integer,
+    open_images,
+)
+from vitreg_hub.names import HUB_PREFIX
+from vitreg_hub.training.recipes.settings import DataSettings
+
+Rows = datasets.Dataset | datasets.IterableDataset
+
+FORMS = (
+    f"an embedded set ({', '.join(TRAINING_SETS)}), a folder of images, parquet files, WebDataset shards "
+    "(train-{0000..0099}.tar, also as URL), or org/name[:split] on the Hub"
+)
+
+READERS = {".tar": "webdataset", ".parquet": "parquet"}
+"""Builders of `datasets` by the ending of the files."""
+
+IMAGE_COLUMNS = ("image", "jpg", "png")
+LABEL_COLUMNS = ("label", "cls")
+TEXT_COLUMNS = ("text", "txt", "caption")
+
+HUB_SPLITS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
+"""Which split on the Hub is read if none is named: the first of these that there is."""
+
+MAX_SHARDS = 64
+"""Into how many shards rows that are at hand are cut to be read as a stream."""
+
+# What `datasets` raises, also in the middle of a stream, for files that are broken, of another kind or out of reach.
+# IndexError: its builder takes the first sample of an archive without any.
+UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, EOFError, IndexError),
+    *(tarfile.TarError, datasets.exceptions.DatasetsError),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingData:
+    """Rows to train on, and where in a row things are; `open_training_data` makes it.
+
+    Attributes:
+        name: What the data are called.
+        rows: A `datasets.Dataset`, or an `IterableDataset` that is read from the start to the end.
+        num_images: How many there are; None for a stream that cannot tell.
+        columns: All columns, for messages.
+        image_column: Column of images, not decoded.
+        label_column: Column of class numbers, if there is one.
+        text_column: Column of captions, or of lists of captions, if there is one.
+        label_names: Names of the classes, where they are known.
+        num_classes: Number of classes, where it is known.
+        shuffle_block: Rows of a stream that are held and shuffled at a time.
+    """
+
+    name: str
+    rows: Rows = field(repr=False)
+    num_images: int | None
+    columns: tuple[str, ...]
+    image_column: str
+    label_column: str | None = None
+    text_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    num_classes: int | None = None
+    shuffle_block: int = 2048
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the rows cannot be looked up by number."""
+        return isinstance(self.rows, datasets.IterableDataset)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is a column of labels."""
+        return self.label_column is not None
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there is a column of captions."""
+        return self.text_column is not None
+
+    def called(self, row: Mapping[str, Any], number: int) -> str:
+        """What a row's image is called: its file, or its number."""
+        value = row[self.image_column]
+        path = file_of(value)
+        if "__key__" in row:
+            return f"{path or row['__key__']} in {Path(row['__url__']).name}"
+        if path and not (isinstance(value, dict) and value.get("bytes")):
+            return path
+        return f"row {number}" + (f" ({path})" if path else "")
+
+
+def open_training_data(settings: DataSettings) -> TrainingData:
+    """Open what is trained on. Nothing is downloaded: shards, URLs and sets on the Hub are streamed.
+
+    Parquet files on the disk are read by index, for which `datasets` converts them in its cache, unless
+    `settings.streaming`.
+
+    Raises:
+        DataError: There are no such data, or a column is missing.
+    """
+    return _open(settings.train, "train", settings)
+
+
+def open_held_out(
+    settings: DataSettings, training: TrainingData | None = None, *, max_images: int | None = None, seed: int = 0
+) -> ImageSource | None:
+    """Open what is held out: `settings.test`, or the test part of an embedded set; None if there is neither.
+
+    Its labels are numbered as the training's, by their names. Where one side has no names, numbers are taken as they
+    are.
+
+    Args:
+        settings: Columns are taken from it where the held-out data have them, and found otherwise.
+        training: What is trained on, if it is open already.
+        max_images: Read no more, as `open_images` does.
+        seed: Decides which.
+
+    Raises:
+        DataError: There are no such data, or they have classes that the training data have not.
+    """
+    name = settings.test or (settings.train if settings.train in TRAINING_SETS else None)
+    if name is None:
+        return None
+    training = training or open_training_data(settings)
+    held_out = _open(name, "test", settings)
+    if held_out.name == training.name and name not in TRAINING_SETS:  # of which another part is read
+        raise DataError(f"{name} is what is trained on: give other images as data.test, or null for none.")
+    return as_image_source(_numbered_as(training, held_out), max_images=max_images, seed=seed)
+
+
+def as_image_source(data: TrainingData, *, max_images: int | None = None, seed: int = 0) -> ImageSource:
+    """The same images in the form that is evaluated on.
+
+    Args:
+        data: Training or held-out data.
+        max_images: Read no more: a random subset, or the first ones of a stream.
+        seed: Decides which subset.
+
+    Raises:
+        DataError: max_images makes no sense.
+    """
+    rows = data.rows
+    if rows.features:
+        usual = {data.image_column: "image"} | ({data.label_column: "label"} if data.has_labels else {})
+        renamed = {old: new for old, new in usual.items() if old != new}
+        rows = rows.select_columns(list(usual)).rename_columns(renamed)
+    return open_images(rows, name=data.name, max_images=max_images, seed=seed)
+
+
+def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
+    """Open rows and find their columns.
+
+    Args:
+        name: What the user calls them.
+        split: What they are for. Columns that are given must be there to train on; and only to train on them, rows
+            that are at hand become a stream, of which no random subset could be taken.
+        settings: How they are read.
+    """
+    training = split == "train"
+    called, rows = _rows(name, split, settings.streaming)
+    rows = rows.with_format(None)
+    num_images = (
+        len(rows)
+        if isinstance(rows, datasets.Dataset)
+        else _told_by_stream(rows) or (settings.stream_images if training else None)
+    )
+    if num_images == 0:
+        raise DataError(f"{called} holds no images.")
+    if training and settings.streaming and isinstance(rows, datasets.Dataset):
+        rows = rows.to_iterable_dataset(num_shards=min(num_images, MAX_SHARDS))
+    features = features_of(rows)
+
+    def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:
+        chosen = getattr(settings, setting)
+        if chosen is None or not (training or chosen in features):
+            return find_column(features, usual, wanted)
+        if chosen not in features:
+            raise DataError(f"data.{setting} is {chosen!r}, but the columns of {called} are {', '.join(features)}.")
+        if not wanted(features[chosen]):
+            raise DataError(f"data.{setting} is {chosen!r}, but that column of {called} does not hold {kind}.")
+        return chosen
+
+    image = column("image_column", IMAGE_COLUMNS, _is_image, "images")
+    label = column("label_column", LABEL_COLUMNS, _is_label, "class labels or whole numbers")
+    text = column("text_column", TEXT_COLUMNS, _is_text, "text")
+    if image is None:
+        raise DataError(f"{called} needs a column of images: name it as data.image_column ({', '.join(features)}).")
+    if rows.features:
+        kept = [image, label, text, "__key__", "__url__"]
+        rows = rows.select_columns([name for name in kept if name in features])
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    names = tuple(getattr(features.get(label), "names", None) or ()) or None
+    return TrainingData(
+        name=called,
+        rows=rows,
+        num_images=num_images,
+        columns=tuple(features),
+        image_column=image,
+        label_column=label,
+        text_column=text,
+        label_names=names,
+        num_classes=len(names) if names else settings.num_classes or _count_classes(rows, label),
+        shuffle_block=settings.shuffle_block,
+    )
+
+
+def _told_by_stream(rows: datasets.IterableDataset) -> int | None:
+    splits = rows.info.splits or {}
+    return splits[rows.split].num_examples or None if rows.split in splits else None
+
+
+def _count_classes(rows: Rows, label: str | None) -> int | None:
+    """One more than the largest number, if the rows are at hand."""
+    if label is None or not isinstance(rows, datasets.Dataset):
+        return None
+    largest = pyarrow.compute.max(rows.data.column(label)).as_py()
+    return None if largest is None else largest + 1
+
+
+def _is_image(feature: Any) -> bool:
+    """Whether pictures can be read from a column; files that pandas wrote tell only what they are stored as."""
+    stored = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    return stored or isinstance(feature, datasets.Image) or feature == datasets.Value("binary")
+
+
+def _is_label(feature: Any) -> bool:
+    return isinstance(feature, datasets.ClassLabel) or is_integer(feature)
+
+
+def _is_text(feature: Any) -> bool:
+    inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+    return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
+
+
+def _rows(name: str, split: Split, streaming: bool) -> tuple[str, Rows]:
+    """What the data are called, and their rows."""
+    if name in TRAINING_SETS:
+        return name, TRAINING_SETS[name](split)
+    if files := _files(name):
+        return name, _of_files(name, files, streaming)
+    if Path(name).is_dir():
+        return name, image_folder(Path(name))
+    if on_hub := ON_HUB.fullmatch(name.removeprefix(HUB_PREFIX)):
+        return hub_stream(*on_hub.groups(), HUB_SPLITS[split])
+    near = difflib.get_close_matches(name, TRAINING_SETS, n=1)
+    hint = f", did you mean {near[0]!r}" if near else ""
+    raise DataError(f"there are no training data {name!r}{hint}: give {FORMS}.")
+
+
+def _of_files(name: str, files: list[str], streaming: bool) -> Rows:
+    reader = READERS[_ending(files[0])]
+    streaming = streaming or reader == "webdataset" or any("://" in file for file in files)
+    try:
+        return datasets.load_dataset(reader, data_files=files, split="train", streaming=streaming)
+    except UNREADABLE as error:
+        raise DataError(f"{name} cannot be read as {reader}: {reason(error)}.") from error
+
+
+def reason(error: BaseException) -> str:
+    """First line of an error's text, without the full stop."""
+    return (str(error).partition("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def _files(name: str) -> list[str]:
+    """Shards or parquet files that a path, pattern or folder stands for; none if it is something else."""
+    if Path(name).is_dir():
+        found = (sorted(map(str, Path(name).glob(f"*{ending}"))) for ending in READERS)
+        files = next(filter(None, found), [])
+        splits = sorted({re.split(r"[-_.\d]", Path(file).name)[0] for file in files} & SPLIT_FOLDERS)
+        if len(splits) > 1:
+            pattern = Path(name) / f"{splits[-1]}*{_ending(files[0])}"
+            raise DataError(f"{name} holds the splits {', '.join(splits)}: give the files of one, such as {pattern}.")
+        return files
+    if _ending(name) not in READERS:
+        return []
+    return list(itertools.chain.from_iterable(_matches(path, name) for path in dict.fromkeys(_braces(name))))
+
+
+def _ending(name: str) -> str:
+    return Path(urlsplit(name).path if "://" in name else name).suffix
+
+
+def _matches(path: str, name: str) -> list[str]:
+    if "://" in path:
+        if "*" in path:
+            raise DataError(
+                f"{name} is a URL, whose files cannot be listed: count them, as in train-{{0000..0099}}.tar."
+            )
+        return [path]
+    files = [path] if Path(path).exists() else sorted(glob(path, recursive=True))
+    if not files:
+        raise DataError(f"there is no file {path}" + (f", which {name} asks for." if path != name else "."))
+    return [str(Path(file).absolute()) for file in files]
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """All names that a pattern with ``{first..last}`` or ``{one,other}`` stands for, as in a shell."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if not match:
+        yield pattern
+        return
+    first, last, several = match.groups()
+    inner = several.split(",") if several else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    if not inner:
+        raise DataError(f"{pattern} counts from {first} to {last}: give the smaller number first.")
+    for part in inner:
+        yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
+
+
+def _numbered_as(training: TrainingData, held_out: TrainingData) -> TrainingData:
+    """Held-out data with the training's numbers of classes."""
+    wanted, own, label = training.label_names, held_out.label_names, held_out.label_column
+    if not (wanted and own):
+        if training.num_classes and held_out.num_classes and held_out.num_classes > training.num_classes:
+            raise DataError(
+                f"{held_out.name} has labels up to {held_out.num_classes - 1}, but {training.name} has "
+                f"{training.num_classes} classes: hold out images of the same classes."
+            )
+        return held_out
+    if wanted == own:
+        return held_out
+    if unknown := [name for name in own if name not in wanted]:
+        raise DataError(
+            f"{held_out.name} has the class {unknown[0]!r}, which {training.name} has not: hold out images of the same "
+            f"{len(wanted)} classes."
+        )
+    feature = datasets.ClassLabel(names=list(wanted))
+    renumber = partial(_renumbered, label, [wanted.index(name) for name in own])
+    if isinstance(held_out.rows, datasets.Dataset):
+        labels = [renumber({label: number})[label] for number in held_out.rows[label]]
+        rows = held_out.rows.remove_columns(label).add_column(label, labels, feature=feature)
+    else:
+        rows = held_out.rows.map(renumber, features=datasets.Features(held_out.rows.features | {label: feature}))
+    return replace(held_out, rows=rows, label_names=wanted, num_classes=len(wanted))
+
+
+def _renumbered(label: str, numbers: list[int], row: dict[str, Any]) -> dict[str, Any]:
+    known = row[label] is not None and row[label] >= 0
+    return row | {label: numbers[row[label]] if known else None}

@@ -1,0 +1,140 @@
+"""From rows to what a batch is made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitreg_hub.errors import DataError
+from vitreg_hub.images.source import BROKEN, read_rgb
+from vitreg_hub.training.data.opening import TrainingData
+from vitreg_hub.training.distributed.randomness import seed_of, seeded
+
+Need = Literal["labels", "texts"]
+Transform = Callable[[Image.Image], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image, ready to be trained on.
+
+    Attributes:
+        name: What it is called.
+        views: Of the image, each [3, H, W].
+        label: Its class, -1 where it is unknown.
+        text: A caption, empty where there is none.
+    """
+
+    name: str
+    views: tuple[Tensor, ...]
+    label: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unreadable:
+    """One image that cannot be read, by name."""
+
+    name: str
+
+
+class Piece(NamedTuple):
+    """What workers hand over; a tuple, for those torch can pin.
+
+    Attributes:
+        names: What the images are called.
+        crops: Views, each [b, 3, H, W]; none if not enough images could be read.
+        labels: Classes [b], if there are any.
+        texts: Captions, if there are any.
+        corrupt: Names of images that could not be read.
+        num_read: How many images were read or tried.
+        position: Where a stream goes on after this.
+    """
+
+    names: Sequence[str]
+    crops: Sequence[Tensor]
+    labels: Tensor | None
+    texts: Sequence[str] | None
+    corrupt: Sequence[str]
+    num_read: int
+    position: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleReader:
+    """Makes samples of rows.
+
+    Attributes:
+        data: What the rows are.
+        transform: Makes views of an RGB picture; what it draws comes from the global generators.
+        needs: What every row must have.
+    """
+
+    data: TrainingData
+    transform: Transform
+    needs: frozenset[Need] = frozenset()
+
+    def read(self, row: dict[str, Any], number: int, key: Sequence[int]) -> Sample | Unreadable:
+        """Read a row.
+
+        Args:
+            row: Of the data.
+            number: Of the row, for messages.
+            key: Decides all that is random.
+
+        Raises:
+            DataError: A label or caption that is needed is missing, or a label is out of range.
+        """
+        name = self.data.called(row, number)
+        try:
+            image = read_rgb(row[self.data.image_column])
+        except BROKEN:
+            return Unreadable(name=name)
+        with seeded(*key):
+            views = tuple(self.transform(image))
+        return Sample(name=name, views=views, label=self._label(row, name), text=self._text(row, name, key))
+
+    def _label(self, row: dict[str, Any], name: str) -> int:
+        data = self.data
+        label = row[data.label_column] if data.has_labels else None
+        if label is None or label == -1:  # which sets on the Hub write for none
+            if "labels" in self.needs:
+                raise DataError(f"{name} of {data.name} has no label, which this task needs: leave such images out.")
+            return -1
+        if label < 0 or (data.num_classes is not None and label >= data.num_classes):
+            classes = f"from 0 to {data.num_classes - 1}" if data.num_classes else "from 0"
+            raise DataError(
+                f"{name} of {data.name} has the label {label}, but classes are numbered {classes}: correct the labels."
+            )
+        return int(label)
+
+    def _text(self, row: dict[str, Any], name: str, key: Sequence[int]) -> str:
+        text = row[self.data.text_column] if self.data.has_texts else None
+        if isinstance(text, list):
+            texts = [one for one in text if one]
+            text = texts[seed_of(*key, 0) % len(texts)] if texts else None
+        if not text and "texts" in self.needs:
+            raise DataError(f"{name} of {self.data.name} has no caption, which this task needs: leave such images out.")
+        return text or ""
+
+    def piece(self, samples: Sequence[Sample], corrupt: Sequence[str], num_read: int, position: Any = None) -> Piece:
+        """Stack samples."""
+        data = self.data
+        return Piece(
+            names=tuple(sample.name for sample in samples),
+            crops=tuple(torch.stack(views) for views in zip(*(sample.views for sample in samples), strict=True)),
+            labels=torch.tensor([sample.label for sample in samples]) if data.has_labels else None,
+            texts=tuple(sample.text for sample in samples) if data.has_texts else None,
+            corrupt=tuple(corrupt),
+            num_read=num_read,
+            position=position,
+        )
+
+
+def handed_over(piece: Piece | DataError) -> Piece | DataError:
+    """In place of torch's collation: pieces are ready. Errors are returned, for raised in a worker they would arrive
+    with a traceback in their text."""
+    return piece

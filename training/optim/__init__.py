@@ -1,0 +1,1 @@
+"""Optimisers and their groups of parameters."""

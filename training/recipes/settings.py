@@ -1,0 +1,351 @@
+"""One training run, completely: nested frozen settings, each with its unit. Knows nothing of torch."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vitreg_hub.errors import RecipeError
+from vitreg_hub.training.tasks import TaskSettings
+from vitreg_hub.training.tasks.dinov2.settings import DinoV2
+from vitreg_hub.training.tasks.supervised.settings import Supervised
+
+Trainable = Literal["all", "registers", "registers+norms"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """The network that is trained.
+
+    Attributes:
+        arch: Row of `vitreg list`.
+        start: Weights to start from: a bundle's folder, ``hf-hub:org/name``, or an architecture with a tag. None: from
+            scratch. A start that differs from `arch` in the number of registers gets new ones, or loses its own.
+        start_required: Whether the recipe is the second stage of a run and must not begin from scratch.
+        img_size: Side of the images in pixels; None: the architecture's, or the start's.
+        patch_size: Side of a patch in pixels; None: the architecture's, or the start's.
+        drop_path: Probability to skip a branch, the same in every block; drawn by each process for its own images.
+        layer_scale: LayerScale of a network from scratch; None: the architecture's. DINOv2's 1e-5 is for hundreds of
+            thousands of steps: a few hundred go by before its blocks do anything.
+        trainable: Which weights change; all others stay as they are, bit for bit.
+    """
+
+    arch: str
+    start: str | None = None
+    start_required: bool = False
+    img_size: int | None = None
+    patch_size: int | None = None
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    trainable: Trainable = "all"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings:
+    """What is trained on, and what is held out.
+
+    Attributes:
+        train: An embedded set (digits, photos, scenes), a folder of images in class folders, parquet files, WebDataset
+            shards (``shards/train-{0000..0099}.tar``, also as URL), or ``org/name[:split]`` on the Hub.
+        test: The same kinds; never trained on. None: the held-out part of an embedded set, else nothing is evaluated.
+        image_column: Column of images; None: the only one, or "image", "jpg" or "png".
+        label_column: Column of labels; None: the only one of class labels, or "label" or "cls".
+        text_column: Column of captions; None: "text", "txt" or "caption".
+        num_classes: Number of classes, where labels are plain numbers and the data do not tell.
+        streaming: Read from the start to the end instead of by index; shards and Hub sets always are.
+        shuffle_block: Rows of a stream that are held and shuffled at a time, per worker.
+        stream_images: Images of one epoch of a stream, if it cannot tell.
+        num_workers: Processes that decode and augment, per process; 0: none.
+        max_corrupt: Share of unreadable images at which the run stops.
+    """
+
+    train: str
+    test: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    text_column: str | None = None
+    num_classes: int | None = None
+    streaming: bool = False
+    shuffle_block: int = 2048
+    stream_images: int | None = None
+    num_workers: int = 0
+    max_corrupt: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CropAugment:
+    """Random resized crop, as in OpenCLIP, and what may follow it.
+
+    Attributes:
+        scale: Range of the crop's area, as a share of the image.
+        ratio: Range of width by height.
+        hflip: Probability of a mirror image.
+        rand_augment: timm's configuration of RandAugment, such as "rand-m9-mstd0.5-inc1".
+        erasing: Probability that a rectangle is erased.
+        repeats: Times that each image of an epoch is drawn anew (repeated augmentation).
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    hflip: float = 0.0
+    rand_augment: str | None = None
+    erasing: float = 0.0
+    repeats: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThreeAugment:
+    """DeiT-III's 3-Augment: a crop, a mirror image, one of grey, solarised and blurred, and colour jitter.
+
+    Source: deit/augment.py, `new_data_aug_generator`.
+
+    Attributes:
+        crop: "rrc" cuts 8 to 100 % of the area; "src" resizes the shorter side and cuts a square at random (with a
+            margin of 4 reflected pixels).
+        color_jitter: Of brightness, contrast and saturation.
+        hflip: Probability of a mirror image.
+        repeats: Times that each image of an epoch is drawn anew (repeated augmentation).
+    """
+
+    crop: Literal["rrc", "src"] = "rrc"
+    color_jitter: float = 0.3
+    hflip: float = 0.5
+    repeats: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultiCrop:
+    """DINOv2's two global and several local crops.
+
+    Upstream hands its blur probabilities to torchvision inverted, and the released models were trained so: the
+    probabilities here are those that take effect. Source: dinov2/data/augmentations.py and transforms.py:17-21;
+    facebookresearch/dinov2#411.
+
+    Attributes:
+        local_size: Side of the local crops in pixels; the global ones have the model's `img_size`.
+        num_local: Local crops of each image.
+        global_scale: Range of a global crop's area, as a share of the image.
+        local_scale: The same of a local crop.
+        ratio: Range of width by height.
+        hflip: Probability of a mirror image.
+        color_jitter: Probability of jitter (brightness .4, contrast .4, saturation .2, hue .1).
+        gray: Probability of grey.
+        blur: Probability of blur in the first global, the second global and the local crops.
+        solarize: Probability in the second global crop.
+    """
+
+    local_size: int = 96
+    num_local: int = 8
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.8
+    gray: float = 0.2
+    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    solarize: float = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimSettings:
+    """The optimiser and what changes over the run. Rates and decay follow a cosine, after a linear warm-up.
+
+    Attributes:
+        opt: timm's name of the optimiser.
+        lr: Peak learning rate.
+        lr_batch: Number of images that `lr` is meant for, if it is to be scaled by the square root of the global batch
+            over it; None: taken as it is.
+        min_lr: Where the cosine ends.
+        warmup_epochs: Epochs of warm-up.
+        warmup_lr: Where the warm-up starts.
+        weight_decay: Decoupled, at the start.
+        weight_decay_end: At the end; None: the same.
+        decay_rule: Which parameters decay. "timm": none of one dimension, no positions, class token or registers.
+            "dinov2": all but biases, norms and LayerScale. "openclip": as "timm", and no logit scale.
+        betas: Of Adam and its kin; None: the optimiser's own, or none.
+        eps: Of Adam and its kin; None: the optimiser's own.
+        layer_decay: Factor of the rate from each layer to the one below.
+        patch_embed_lr: Factor of the rate of the patch embedding.
+        clip: Largest norm of the gradients; None: they are not clipped.
+        clip_per_module: Whether backbone and each head are clipped on their own.
+    """
+
+    opt: str = "adamw"
+    lr: float
+    lr_batch: int | None = None
+    min_lr: float = 0.0
+    warmup_epochs: float = 0
+    warmup_lr: float = 0.0
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    decay_rule: Literal["timm", "dinov2", "openclip"] = "timm"
+    betas: tuple[float, float] | None = (0.9, 0.999)
+    eps: float | None = None
+    layer_decay: float = 1.0
+    patch_embed_lr: float = 1.0
+    clip: float | None = None
+    clip_per_module: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleSettings:
+    """How the work is spread. Nothing but `accumulate` changes what is learnt, beyond rounding.
+
+    Attributes:
+        precision: Number type of the forward pass; weights and optimiser keep float32.
+        accumulate: Parts that a process takes one after the other in each step. Losses that need the global batch
+            (contrastive, Sinkhorn, KoLeo) see one part of every process at a time, and are others then.
+        sharding: "ddp" copies the weights to every process, "fsdp2" spreads weights, gradients and optimiser over them.
+        checkpointing: Whether activations are computed again in the backward pass instead of kept.
+        compile: Whether the blocks are compiled by torch.compile.
+    """
+
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulate: int = 1
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchSettings:
+    """What is written down while the run goes on.
+
+    Attributes:
+        log_every: Steps between lines of metrics.
+        eval_every: Steps between evaluations (task's scores, k-NN accuracy, artifacts); 0: only at the end. One is
+            made before the first step as well.
+        save_every: Steps between checkpoints; 0: only at the end.
+        keep: Checkpoints that are kept.
+        trackers: accelerate's trackers by name: tensorboard, wandb, trackio, ...; JSONL is always written.
+        eval_images: Held-out images that are looked at, and training images that k-NN compares them with.
+        knn_neighbors: Of the k-NN classifier. Source: dinov2/eval/knn.py.
+        knn_temperature: Of its votes. Source: the same.
+        artifact_images: Images for the artifact telemetry; 0: none.
+        cutoff: Norm above which a patch token is an outlier; None: found in the norms.
+    """
+
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep: int = 2
+    trackers: tuple[str, ...] = ()
+    eval_images: int = 2048
+    knn_neighbors: int = 20
+    knn_temperature: float = 0.07
+    artifact_images: int = 64
+    cutoff: float | None = None
+
+
+Augment = CropAugment | ThreeAugment | MultiCrop
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One run, completely.
+
+    Attributes:
+        name: What it is called.
+        model: The network.
+        task: The objective.
+        data: The images.
+        augment: What is done to them.
+        optim: The optimiser.
+        scale: How the work is spread.
+        watch: What is written down.
+        batch_size: Images of one step, over all processes and accumulated parts.
+        epochs: Passes over the training images.
+        epoch_steps: Steps that count as an epoch; None: as many as the data give.
+        seed: Of everything that is random.
+        license: SPDX identifier of the weights, as the user says it; None: that of start and teacher, or without any
+            the one that this package gives to its own recipes on their own images.
+    """
+
+    name: str
+    model: ModelSettings
+    task: TaskSettings
+    data: DataSettings
+    augment: Augment
+    optim: OptimSettings
+    scale: ScaleSettings = field(default_factory=ScaleSettings)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    batch_size: int
+    epochs: float
+    epoch_steps: int | None = None
+    seed: int = 0
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions.
+
+        Raises:
+            RecipeError: Settings contradict each other or are out of range.
+        """
+        if problem := next(_problems(self), None):
+            raise RecipeError(f"recipe {self.name}: {problem}")
+
+
+def require_start(recipe: Recipe) -> None:
+    """Refuse to run the second stage of a recipe without the first: it can be looked at, but not begun.
+
+    Raises:
+        RecipeError: The recipe needs a start and has none.
+    """
+    if recipe.model.start_required and recipe.model.start is None:
+        raise RecipeError(
+            f"recipe {recipe.name} goes on with a trained model: give model.start, a bundle's folder, hf-hub:org/name, "
+            "or an architecture with a tag."
+        )
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The settings as JSON-safe nested dictionaries; `task` and `augment` tell nothing of their kinds."""
+    return _plain(dataclasses.asdict(recipe))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what cannot be, as seen from the settings alone; the number of processes is known to the loop only."""
+    task, augment = recipe.task, recipe.augment
+    for name, value in (
+        ("batch_size", recipe.batch_size),
+        ("scale.accumulate", recipe.scale.accumulate),
+        ("watch.keep", recipe.watch.keep),
+        ("watch.log_every", recipe.watch.log_every),
+        ("data.shuffle_block", recipe.data.shuffle_block),
+    ):
+        if value < 1:
+            yield f"{name} is {value}, give at least 1."
+    if recipe.seed < 0:
+        yield f"seed is {recipe.seed}, give 0 or more."
+    if recipe.epochs <= 0:
+        yield f"epochs is {recipe.epochs}, give more than 0."
+    for name, value in (("model.drop_path", recipe.model.drop_path), ("data.max_corrupt", recipe.data.max_corrupt)):
+        if not 0 <= value < 1:
+            yield f"{name} is {value}, give a share from 0 to below 1."
+    if isinstance(task, DinoV2) != isinstance(augment, MultiCrop):
+        yield (
+            f"task {type(task).__name__} does not go with {type(augment).__name__}: MultiCrop is for DinoV2, and "
+            "DinoV2 needs it."
+        )
+    if isinstance(task, Supervised):
+        yield from _supervised_problems(task, recipe.batch_size)
+    if recipe.optim.layer_decay <= 0:
+        yield f"optim.layer_decay is {recipe.optim.layer_decay}, give a factor above 0, 1 for none."
+
+
+def _supervised_problems(task: Supervised, batch_size: int) -> Iterator[str]:
+    if task.loss == "bce" and task.smoothing:
+        yield (
+            f"task.smoothing is {task.smoothing} under the loss bce, whose targets above 0 all become a yes: set it to "
+            "0, or task.loss to ce."
+        )
+    if (task.mixup or task.cutmix) and batch_size % 2:
+        yield f"batch_size is {batch_size}, but mixup and cutmix take images in pairs: give an even one."
+    if task.ema is not None and not 0 < task.ema < 1:
+        yield f"task.ema is {task.ema}, give a decay between 0 and 1, or null for none."

@@ -1,0 +1,205 @@
+"""From a recipe to the parts of a run: processes, data, network, task, optimiser."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from vitreg_hub.errors import RecipeError
+from vitreg_hub.images.source import ImageSource
+from vitreg_hub.training.data.augment import build_augment
+from vitreg_hub.training.data.loader import TrainLoader
+from vitreg_hub.training.data.opening import TrainingData, as_image_source, open_held_out, open_training_data
+from vitreg_hub.training.distributed.parallel import blocks_of
+from vitreg_hub.training.recipes.settings import Recipe
+from vitreg_hub.training.run.backbone import build_backbone
+from vitreg_hub.training.run.origins import Source, sources_of
+from vitreg_hub.training.schedules import Span
+from vitreg_hub.training.tasks.base import Task
+from vitreg_hub.training.tasks.contrastive.settings import Contrastive
+from vitreg_hub.training.tasks.dinov2.settings import DinoV2
+from vitreg_hub.training.tasks.distill.settings import Distill
+from vitreg_hub.training.tasks.supervised.settings import Supervised
+
+SOURCES_KEY = "sources"
+"""Key of `Provenance.settings`: name, license and sha256 of start and teacher, by the setting that names each."""
+NEEDS = {Supervised: ("labels",), Contrastive: ("texts",)}
+"""What every image must have for a task."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a run is made of, before it is spread over devices.
+
+    Attributes:
+        data: What is trained on.
+        held_out: What scores are measured on, if anything.
+        looked_at: What artifacts are looked for in: held-out images, else the first or some of training.
+        reference: Training images without augmentation, among which evaluation seeks neighbours.
+        loader: Batches of `data`.
+        transform: What an image goes through in evaluation.
+        mean: Of the normalisation in training and evaluation, by channel.
+        std: Of the same, by channel.
+        span: How long the run is.
+        task: The objective with its modules.
+        twin: Copy of what the task publishes, in evaluation mode, whole and on the CPU.
+        sources: The models that the run starts from and learns from.
+    """
+
+    data: TrainingData
+    held_out: ImageSource | None
+    looked_at: ImageSource
+    reference: ImageSource | None
+    loader: TrainLoader
+    transform: Callable[[Image.Image], Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    span: Span
+    task: Task
+    twin: nn.Module
+    sources: tuple[Source, ...]
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Join the processes that the launcher started.
+
+    Raises:
+        RecipeError: The device cannot do what the recipe asks for.
+    """
+    has_device = torch.accelerator.is_available()
+    if recipe.scale.precision == "fp16" and not has_device:
+        raise RecipeError("scale.precision is fp16, which needs a GPU: take bf16 or no.")
+    if recipe.scale.sharding == "fsdp2" and "muon" in recipe.optim.opt:
+        raise RecipeError(
+            f"optim.opt {recipe.optim.opt} needs whole matrices, which fsdp2 cuts: take adamw, or scale.sharding ddp."
+        )
+    AcceleratorState._reset_state()  # of an earlier run of this process, whose precision may have been another
+    return Accelerator(
+        cpu=not has_device,  # else several processes without a GPU would not know of each other
+        mixed_precision=recipe.scale.precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
+    """Open the data and build the network and the objective.
+
+    Args:
+        recipe: The run.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        RecipeError: Settings contradict each other, the data, or the number of processes.
+        DataError: There are no such images, or they lack what the task needs.
+        BundleError: The start or the teacher is no bundle.
+    """
+    data = open_training_data(recipe.data)
+    num_classes = _num_classes(data) if isinstance(recipe.task, Supervised) else 0
+    backbone, _ = build_backbone(recipe.model, num_classes=num_classes, seed=recipe.seed)
+    config = resolve_model_data_config(backbone)
+    config["input_size"] = (3, *backbone.patch_embed.img_size)
+    augment = build_augment(
+        recipe.augment,
+        img_size=config["input_size"][1],
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+    )
+    loader = TrainLoader(
+        data=data,
+        transform=augment,
+        batch_size=recipe.batch_size,
+        rank=rank,
+        world_size=world_size,
+        accumulate=recipe.scale.accumulate,
+        seed=recipe.seed,
+        repeats=getattr(recipe.augment, "repeats", 1),
+        num_workers=recipe.data.num_workers,
+        max_corrupt=recipe.data.max_corrupt,
+        needs=NEEDS.get(type(recipe.task), ()),
+    )
+    held_out = open_held_out(recipe.data, data)
+    epoch_steps = recipe.epoch_steps or loader.steps_per_epoch
+    span = Span(epoch_steps=epoch_steps, total_steps=max(round(recipe.epochs * epoch_steps), 1))
+    label_names = held_out.label_names if held_out else None
+    task = make_task(recipe, backbone, span=span, label_names=label_names or data.label_names)
+    twin = deepcopy(task.published).eval().requires_grad_(False)
+    if recipe.scale.checkpointing:
+        backbone.set_grad_checkpointing()
+    if recipe.scale.compile:
+        for module in (task.network, *task.frozen.values()):
+            for block in blocks_of(module):
+                block.compile()
+    return Parts(
+        data=data,
+        held_out=held_out,
+        looked_at=held_out or as_image_source(data),
+        reference=as_image_source(data) if data.has_labels else None,
+        loader=loader,
+        transform=create_transform(**config),
+        mean=config["mean"],
+        std=config["std"],
+        span=span,
+        task=task,
+        twin=twin,
+        sources=sources_of(recipe),
+    )
+
+
+def make_task(recipe: Recipe, backbone: VisionTransformer, *, span: Span, label_names: Sequence[str] | None) -> Task:
+    """Build the objective of a recipe. open_clip is imported for the contrastive one only.
+
+    Args:
+        recipe: The run.
+        backbone: The ViT.
+        span: How long the run is.
+        label_names: Names of the classes of held-out images.
+    """
+    settings = recipe.task
+    with torch.random.fork_rng(devices=[]):  # heads are drawn
+        torch.default_generator.manual_seed(recipe.seed)
+        match settings:
+            case Supervised():
+                from vitreg_hub.training.tasks.supervised.task import SupervisedTask
+
+                return SupervisedTask(settings=settings, backbone=backbone, seed=recipe.seed)
+            case DinoV2():
+                from vitreg_hub.training.tasks.dinov2.task import DinoV2Task
+
+                return DinoV2Task(
+                    settings=settings, backbone=backbone, span=span, batch_size=recipe.batch_size, seed=recipe.seed
+                )
+            case Contrastive():
+                from vitreg_hub.training.tasks.contrastive.task import ContrastiveTask
+
+                return ContrastiveTask(settings=settings, backbone=backbone, label_names=label_names)
+            case Distill():
+                from vitreg_hub.training.tasks.distill.task import DistillTask
+
+                return DistillTask(settings=settings, backbone=backbone)
+
+
+def _num_classes(data: TrainingData) -> int:
+    """
+    Raises:
+        RecipeError: It is not known.
+    """
+    if data.num_classes is None:
+        raise RecipeError(
+            f"{data.name} does not tell how many classes it has: give data.num_classes, or a column of class labels "
+            "(data.label_column)."
+        )
+    return data.num_classes
+
+
+def vit_of(published: nn.Module) -> VisionTransformer:
+    """The ViT in what a task publishes."""
+    return getattr(published, "backbone", published)

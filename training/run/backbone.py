@@ -1,0 +1,116 @@
+"""The ViT of a run: drawn at random or taken from a bundle, with its registers, and the part of it that is trained."""
+
+from dataclasses import replace
+
+import timm
+import torch
+from timm.layers import DropPath
+from timm.models import VisionTransformer
+from torch import nn
+
+from vitreg_hub import timm_models  # noqa: F401  registers the architectures
+from vitreg_hub.arch import REGISTER_INIT_STD, get_arch
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.errors import RecipeError
+from vitreg_hub.training.distributed.randomness import seed_of
+from vitreg_hub.training.recipes.settings import ModelSettings, Trainable
+
+BACKBONE_STREAM = 0
+"""Distinguishes the random numbers of new weights from all others of a seed."""
+
+
+def build_backbone(
+    settings: ModelSettings, *, num_classes: int, seed: int
+) -> tuple[VisionTransformer, ModelBundle | None]:
+    """Build the network that is trained, on the CPU and in training mode.
+
+    Args:
+        settings: What it is.
+        num_classes: Width of its classification head, 0 for none; a start's head of another width is drawn anew.
+        seed: Of weights that are drawn.
+
+    Returns:
+        The network, and the bundle that it starts from, if any.
+
+    Raises:
+        UnknownArchError: There is no such architecture.
+        RecipeError: The start is of another architecture, or nothing would be trained.
+        BundleError: The start is no bundle.
+    """
+    get_arch(settings.arch)  # refuses unknown names
+    size = {name: value for name in ("img_size", "patch_size") if (value := getattr(settings, name)) is not None}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, BACKBONE_STREAM))
+        if settings.start is None:
+            if settings.trainable != "all":
+                raise RecipeError(
+                    f"model.trainable is {settings.trainable}, but there is no model.start: all else would stay random."
+                )
+            bundle = None
+            layer_scale = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
+            model = timm.create_model(
+                settings.arch, num_classes=num_classes, dynamic_img_size=True, **size, **layer_scale
+            )
+        else:
+            bundle = with_registers_of(settings.arch, ModelBundle.load(settings.start), called=settings.start)
+            if settings.trainable != "all" and num_classes not in (0, bundle.num_classes):
+                raise RecipeError(
+                    f"model.trainable is {settings.trainable}, but model.start {settings.start} has "
+                    f"{bundle.num_classes} classes and the data have {num_classes}: a new head needs all to be trained."
+                )
+            model = bundle.build(num_classes=num_classes, dynamic_img_size=True, **size)
+    if settings.drop_path:
+        set_drop_path(model, settings.drop_path)
+    set_trainable(model, settings.trainable)
+    return model.train(), bundle
+
+
+def with_registers_of(arch: str, bundle: ModelBundle, *, called: str) -> ModelBundle:
+    """A bundle with as many registers as a row has: new ones are drawn, surplus ones are dropped.
+
+    Registers have no positions, so nothing else changes.
+
+    Raises:
+        RecipeError: The bundle differs from the row in more than registers.
+    """
+    wanted, spec = get_arch(arch), bundle.spec
+    if (spec.family, spec.size) != (wanted.family, wanted.size):
+        raise RecipeError(
+            f"model.start {called} is a {bundle.arch}, but model.arch is {arch}: only the number of registers may "
+            f"differ, so set model.arch to {spec.name} or one of its siblings."
+        )
+    if spec.num_registers == wanted.num_registers:
+        return bundle
+    weights = {name: tensor for name, tensor in bundle.state_dict.items() if name != "reg_token"}
+    if wanted.num_registers:
+        shape = (1, wanted.num_registers, bundle.model_args["embed_dim"])
+        old = bundle.state_dict.get("reg_token", torch.empty(1, 0, shape[2]))[:, : shape[1]]
+        drawn = torch.randn(1, shape[1] - old.shape[1], shape[2]) * (REGISTER_INIT_STD * bundle.residual_scale)
+        weights["reg_token"] = torch.cat([old, drawn.to(old.dtype)], dim=1)
+    args = {**bundle.model_args, "reg_tokens": wanted.num_registers}
+    return replace(bundle, arch=arch, model_args=args, state_dict=weights)
+
+
+def set_drop_path(model: VisionTransformer, probability: float) -> None:
+    """Skip every branch of every block with one probability; timm raises it from block to block.
+
+    Source: deit/models_v2.py (`dpr = [drop_path_rate for i in range(depth)]`), dinov2 (`drop_path_uniform`).
+    """
+    for block in model.blocks:
+        block.drop_path1, block.drop_path2 = DropPath(probability), DropPath(probability)
+
+
+def set_trainable(model: VisionTransformer, which: Trainable) -> None:
+    """Let gradients reach all weights, the registers alone, or registers and norms.
+
+    Raises:
+        RecipeError: There are no registers to train.
+    """
+    if which == "all":
+        return
+    if model.reg_token is None:
+        raise RecipeError(f"model.trainable is {which}, but the architecture has no registers: take one that has some.")
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    for name, parameter in model.named_parameters():
+        of_norm = which == "registers+norms" and name.rpartition(".")[0] in norms
+        parameter.requires_grad = name == "reg_token" or of_norm

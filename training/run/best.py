@@ -1,0 +1,78 @@
+"""The best model of a run: which one that is, and what its folder tells of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitreg_hub.bundle.config import read_config
+from vitreg_hub.errors import BundleError
+from vitreg_hub.training.recipes.settings import Recipe
+from vitreg_hub.training.run.folders import BEST
+from vitreg_hub.training.tasks.contrastive.settings import Contrastive
+from vitreg_hub.training.tasks.dinov2.settings import DinoV2
+from vitreg_hub.training.tasks.distill.settings import Distill
+from vitreg_hub.training.tasks.supervised.settings import Supervised
+
+SCORES = {
+    Supervised: "accuracy",
+    DinoV2: "knn_accuracy",
+    Contrastive: "zero_shot_accuracy",
+    Distill: "patch_cosine",
+}
+"""By which of its scores a task's models are compared; more is better."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    """The best model of a run so far, the first one where several are equal.
+
+    Attributes:
+        name: Of the score.
+        score: Its value.
+        step: Steps that were done.
+    """
+
+    name: str
+    score: float
+    step: int
+
+
+def better(
+    best: Best | None, recipe: Recipe, *, step: int, metrics: Mapping[str, float], or_equal: bool = False
+) -> Best | None:
+    """The best model after one more evaluation. What no step of training has changed is none.
+
+    Args:
+        best: The best one before.
+        recipe: The run.
+        step: Steps that are done.
+        metrics: What the evaluation found, scores as ``eval/name``.
+        or_equal: Whether as good is enough.
+    """
+    name = SCORES[type(recipe.task)]
+    score = metrics.get(f"eval/{name}", math.nan)
+    if step == 0 or not math.isfinite(score):
+        return best
+    if best is not None and (score < best.score or (score == best.score and not or_equal)):
+        return best
+    return Best(name=name, score=score, step=step)
+
+
+def read_best(run: Path, recipe: Recipe) -> Best | None:
+    """What the best model of a run tells of itself, without a look at its weights; None if there is none.
+
+    Raises:
+        BundleError: Its folder is damaged.
+    """
+    folder = run / BEST
+    if not folder.is_dir():
+        return None
+    name = SCORES[type(recipe.task)]
+    try:
+        told = read_config(folder, called=str(folder))["vitreg"]["provenance"]
+        return Best(name=name, score=told["metrics"][name], step=told["settings"]["step"])
+    except (KeyError, TypeError) as error:
+        raise BundleError(
+            f"{folder} does not tell its {name} and its step: delete it and start the run again."
+        ) from error

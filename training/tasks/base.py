@@ -1,0 +1,100 @@
+"""What the loop knows of an objective: a task turns batches into losses."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from vitreg_hub.bundle.model_bundle import ModelBundle
+
+Scorer = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+"""Takes images [B, 3, H, W] and labels [B] (-1: unknown); gives scores [B] by name, NaN where an image has none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One process's part of a step's images, b of B.
+
+    Attributes:
+        step: Number of the step, from 0.
+        positions: Places of the images in the global batch [b].
+        names: What the images are called, for messages.
+        crops: Views of the images, each [b, 3, H, W]; one, or of multi-crop two global ones and the local ones.
+        labels: Classes [b], if there are any.
+        texts: Captions, if there are any.
+        corrupt: Names of the images that could not be read and were replaced.
+    """
+
+    step: int
+    positions: Tensor
+    names: tuple[str, ...]
+    crops: tuple[Tensor, ...]
+    labels: Tensor | None = None
+    texts: tuple[str, ...] | None = None
+    corrupt: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """Losses of one part of a step.
+
+    Attributes:
+        loss: What is minimised, a mean over this process's images; the mean over processes is the global batch's.
+        metrics: Terms of the loss and other numbers, without gradients, by name.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class Task(ABC):
+    """An objective with its modules.
+
+    Attributes:
+        network: What is trained. Its `forward` takes whatever `training_step` gives it and makes everything that
+            gradients flow through; a child called `backbone` is the ViT, all others count as heads.
+        frozen: Modules that are not trained by gradients but belong to the state (teacher, averaged weights), by name.
+            Each has the same children as `network`, where it has any.
+        hold: Steps at the start in which parameters keep their values, by kind: "backbone", or "last_layer" of heads.
+    """
+
+    network: nn.Module
+    frozen: Mapping[str, nn.Module]
+    hold: Mapping[str, int] = MappingProxyType({})
+
+    @abstractmethod
+    def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
+        """Losses of one batch. `network` is `self.network`, wrapped for several processes."""
+
+    def after_step(self, step: int) -> None:  # noqa: B027
+        """What follows the optimiser's step `step` (from 0): averaged weights, clamps; nothing by default."""
+
+    @property
+    @abstractmethod
+    def published(self) -> nn.Module:
+        """What is evaluated and exported, part of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
+
+    def write_beside(self, model: nn.Module, bundle: ModelBundle, folder: Path) -> None:  # noqa: B027
+        """Write what belongs to the model but has no place in its bundle, beside that; nothing by default.
+
+        Args:
+            model: A copy of `published`, whole.
+            bundle: Of its ViT.
+            folder: Where the bundle will be, in the place of an older one.
+        """
+
+    def scorer(self, model: nn.Module) -> Scorer:
+        """Scores of held-out images by a copy of `published`, on one device and in evaluation mode.
+
+        None by default but k-NN accuracy, which every model gets.
+        """
+        return lambda images, labels: {}
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the largest of the logits [B, classes] is that of the label, 1 or 0 [B]; NaN without a label."""
+    return (logits.argmax(1) == labels).float().masked_fill(labels < 0, torch.nan)

@@ -1,0 +1,1 @@
+"""Images against captions, as in OpenCLIP."""

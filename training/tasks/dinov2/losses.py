@@ -1,0 +1,169 @@
+"""The losses of DINOv2 and what makes targets of a teacher's logits, over the global batch.
+
+A loss is a mean over this process's rows whose mean over processes is that of the global batch, provided that each
+process has as many crops.
+"""
+
+# Letters: B images of this process, S and T crops per image, M masked patches, D channels, K prototypes.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitreg_hub.training.distributed.collectives import all_gather_with_grad, all_reduce_max, all_reduce_sum, rank
+
+
+def dino_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy of each student crop against each teacher crop of the same image: sum over pairs, mean over images.
+
+    Args:
+        student: Logits [S, B, K].
+        teacher: Probabilities [T, B, K].
+        temperature: The student's.
+
+    Source: DINO, arXiv 2104.14294, section 3.1; dinov2/loss/dino_clstoken_loss.py (Apache-2.0).
+    """
+    # The cross-entropy is linear in the target, so that the pairs need no loop.
+    return _cross_entropy(student, teacher.float().sum(dim=0), temperature).sum(dim=0).mean()
+
+
+def dino_local_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """DINO's term of the local crops: every one against both global ones, divided by the number of all pairs.
+
+    Args:
+        student: Logits of the class tokens of local crops [S, B, K].
+        teacher: Probabilities of those of the global crops [2, B, K].
+        temperature: The student's.
+
+    Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
+    """
+    return dino_loss(student, teacher, temperature=temperature) / _num_pairs(student.shape[0])
+
+
+def dino_global_loss(student: Tensor, teacher: Tensor, *, num_local: int, temperature: float = 0.1) -> Tensor:
+    """DINO's term of the global crops: each against the other one, divided by the number of all pairs.
+
+    Args:
+        student: Logits of the class tokens of the global crops [2, B, K].
+        teacher: Probabilities of the same crops, in the same order [2, B, K].
+        num_local: Number of local crops of an image.
+        temperature: The student's.
+
+    Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
+    """
+    return _cross_entropy(student, teacher.flip(0), temperature).mean() * 2 / _num_pairs(num_local)
+
+
+def ibot_loss(student: Tensor, teacher: Tensor, weights: Tensor, *, num_crops: int, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy of masked patches: mean over the patches of a crop, then over crops, unmasked ones counted as 0.
+
+    Args:
+        student: Logits of masked patches [M, K]; M may be 0.
+        teacher: Probabilities of the same patches, which the teacher saw [M, K].
+        weights: One over the number of masked patches of the crop that a patch is of [M].
+        num_crops: Number of this process's global crops, the unmasked ones too.
+        temperature: The student's.
+
+    Source: iBOT, arXiv 2111.07832, section 3; dinov2/loss/ibot_patch_loss.py (Apache-2.0).
+    """
+    return (_cross_entropy(student, teacher, temperature) * weights).sum() / num_crops
+
+
+def koleo_loss(features: Tensor, *, global_batch: bool = True, eps: float = 1e-8) -> Tensor:
+    """Kozachenko-Leonenko estimator: minus the mean log distance of unit vectors to their nearest neighbours.
+
+    Args:
+        features: The backbone's class tokens of one crop of each image [B, D].
+        global_batch: Whether neighbours are sought among all processes' images, so that their number changes nothing.
+            Upstream seeks among those of one process.
+        eps: Added to the difference and to the distance.
+
+    Source: arXiv 1806.03198, section 3; dinov2/loss/koleo_loss.py (Apache-2.0).
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        own = F.normalize(features.float(), dim=-1, eps=eps)
+        everyone = all_gather_with_grad(own) if global_batch else own
+        with torch.no_grad():
+            similarities = own @ everyone.T
+            similarities.diagonal(rank() * len(own) if global_batch else 0).fill_(-1)
+            nearest = similarities.argmax(dim=1)
+        distances = F.pairwise_distance(own, everyone[nearest], eps=eps)
+        return -(distances + eps).log().mean()
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float, *, iterations: int = 3) -> Tensor:
+    """A teacher's probabilities such that all prototypes are used about equally over the global batch.
+
+    Rows and columns of exp(logits / temperature) are in turn divided by their sums. Each pass only adds one number to
+    all logits of a prototype, so that the result is a softmax; in logarithms nothing can overflow or vanish, which it
+    does upstream. Constant factors, as upstream's number of rows, cancel out.
+
+    Args:
+        logits: The teacher's, of this process [M, K]; M may differ between processes, and be 0.
+        temperature: The teacher's.
+        iterations: Number of passes, at least 1.
+
+    Returns:
+        Probabilities [M, K] in float32.
+
+    Source: SwAV, arXiv 2006.09882, section 3.1; dinov2/loss/dino_clstoken_loss.py (Apache-2.0).
+    """
+    scaled = logits.float() / temperature
+    rows = scaled.new_zeros(len(scaled), 1)
+    for _ in range(iterations):
+        prototypes = -_global_logsumexp(scaled + rows)
+        rows = -(scaled + prototypes).logsumexp(dim=1, keepdim=True)
+    return (scaled + prototypes).softmax(dim=1)
+
+
+class RunningCentre(nn.Module):
+    """A teacher's probabilities after a running mean of its logits is taken away.
+
+    A batch moves the centre only when the next one is centred, as upstream. Both are buffers: a run that goes on from
+    saved state computes what an uninterrupted one does.
+
+    Attributes:
+        center: What is taken away from the next call's logits unless `update` comes before it [K].
+        next_center: What `center` becomes with the next call [K].
+
+    Source: dinov2/loss/dino_clstoken_loss.py, ibot_patch_loss.py (Apache-2.0). Upstream weighs processes equally in
+    iBOT's centre, here all patches weigh the same, so that the number of processes changes nothing.
+    """
+
+    def __init__(self, num_prototypes: int, *, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self.register_buffer("next_center", torch.zeros(num_prototypes))
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temperature: float) -> Tensor:
+        """Probabilities [M, K] in float32 of the teacher's logits [M, K], after what `update` was given last."""
+        self.center.copy_(self.next_center)
+        return ((logits.float() - self.center) / temperature).softmax(dim=-1)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor) -> None:
+        """Let the next call's centre move to the mean of the logits [M, K], over all processes; M may be 0 in some."""
+        sums = torch.cat([logits.float().sum(dim=0), self.center.new_tensor([len(logits)])])
+        total, count = all_reduce_sum(sums).split([len(self.center), 1])
+        moved = self.center * self.momentum + total / count * (1 - self.momentum)
+        self.next_center.copy_(torch.where(count > 0, moved, self.center))
+
+
+def _cross_entropy(logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
+    """Of each row, in float32 whatever autocast does; [..., K] to [...]."""
+    return -(probabilities * F.log_softmax(logits.float() / temperature, dim=-1)).sum(dim=-1)
+
+
+def _num_pairs(num_local: int) -> int:
+    """Two pairs of global crops and two for each local crop; without local crops upstream counts one for them."""
+    return 2 + max(2 * num_local, 1)
+
+
+def _global_logsumexp(x: Tensor) -> Tensor:
+    """Of each column over the rows of all processes [K]."""
+    own = x.logsumexp(dim=0)
+    largest = all_reduce_max(own)
+    return largest + all_reduce_sum((own - largest).exp()).log()

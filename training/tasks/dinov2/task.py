@@ -1,0 +1,261 @@
+"""DINOv2: a student learns from its own average what crops of an image have in common, and what masked patches hold."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from vitreg_hub.errors import RecipeError
+from vitreg_hub.training.distributed.parallel import average_into
+from vitreg_hub.training.run.checkpoints import STATE
+from vitreg_hub.training.schedules import CosineSchedule, Span, linear_then_constant
+from vitreg_hub.training.tasks.base import Batch, StepOutput, Task
+from vitreg_hub.training.tasks.dinov2.head import DinoHead
+from vitreg_hub.training.tasks.dinov2.losses import (
+    RunningCentre,
+    dino_global_loss,
+    dino_local_loss,
+    ibot_loss,
+    koleo_loss,
+    sinkhorn_knopp,
+)
+from vitreg_hub.training.tasks.dinov2.masks import BlockMasks, masked_indices_and_weights
+from vitreg_hub.training.tasks.dinov2.settings import DinoV2, Head
+
+GLOBAL_CROPS = 2
+
+
+class DinoNetwork(nn.Module):
+    """Backbone and heads, of the student or of the teacher."""
+
+    def __init__(self, backbone: VisionTransformer, *, dino_head: Head, ibot_head: Head | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dino_head = _head(backbone.embed_dim, dino_head)
+        self.ibot_head = None if ibot_head is None else _head(backbone.embed_dim, ibot_head)
+
+    def forward(
+        self,
+        global_crops: Tensor,
+        masked: Tensor,
+        *,
+        masks: Tensor | None = None,
+        local_crops: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What the losses need.
+
+        Args:
+            global_crops: [2B, 3, H, W], all first crops before all second ones.
+            masked: Indices of the masked patches among all patches of the global crops [M].
+            masks: Patches that the backbone does not see [2B, N]; None: it sees all.
+            local_crops: [L * B, 3, h, w], crop by crop.
+
+        Returns:
+            `class_tokens` of the global crops, normed [2B, D]; logits `global_logits` [2B, K], `local_logits`
+            [L * B, K] and `patch_logits` [M, K'].
+        """
+        with hidden_patches(self.backbone, masks):
+            tokens = self.backbone.forward_features(global_crops)
+        patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1)
+        outputs = {
+            "class_tokens": tokens[:, 0],
+            "global_logits": self.dino_head(tokens[:, 0]),
+            "patch_logits": (self.ibot_head or self.dino_head)(patches[masked]),
+        }
+        if local_crops is not None:
+            outputs["local_logits"] = self.dino_head(self.backbone.forward_features(local_crops)[:, 0])
+        return outputs
+
+
+def _head(width: int, head: Head) -> DinoHead:
+    return DinoHead(
+        width, head.prototypes, hidden_dim=head.hidden, bottleneck_dim=head.bottleneck, num_layers=head.layers
+    )
+
+
+@contextmanager
+def hidden_patches(backbone: VisionTransformer, masks: Tensor | None) -> Iterator[None]:
+    """Let the mask token stand for patches, before positions are added.
+
+    Args:
+        backbone: With a parameter `mask_token` [1, D].
+        masks: [B, N], bool; None: all are seen.
+    """
+    if masks is None:
+        yield
+        return
+
+    def hide(module: nn.Module, args: tuple[Tensor, ...], patches: Tensor) -> Tensor:
+        hidden = masks.view(*patches.shape[:-1], 1)  # a ViT for any image size has the patches on their grid
+        return torch.where(hidden, backbone.mask_token.to(patches.dtype), patches)
+
+    handle = backbone.patch_embed.register_forward_hook(hide)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def load_heads(network: DinoNetwork, checkpoint: Path) -> None:
+    """Take the heads of another run.
+
+    Raises:
+        RecipeError: They are not there, or others.
+    """
+    try:
+        heads = load_file(checkpoint / STATE / "heads.safetensors")
+        left = network.load_state_dict(heads, strict=False)
+        lacking = [name for name in left.missing_keys if not name.startswith("backbone.")]
+        wrong = [*lacking, *left.unexpected_keys]
+        problem = f"{len(wrong)} tensors differ, first {wrong[0]}" if wrong else None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        problem = str(error).strip().rpartition("\n")[2].strip()
+    if problem:
+        raise RecipeError(
+            f"task.heads {checkpoint} gives no heads that fit ({problem}): name a folder run/checkpoints/step_... of a "
+            "DINOv2 run with the same heads."
+        )
+
+
+class DinoV2Task(Task):
+    """Student, teacher and their losses.
+
+    Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: DinoV2,
+        backbone: VisionTransformer,
+        span: Span,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """Give the student heads and a mask token, and the teacher the same weights.
+
+        Args:
+            settings: What is learnt, and how.
+            backbone: The student's, which the teacher copies.
+            span: How long the run is.
+            batch_size: Images of a step, in all processes.
+            seed: Of the masks.
+
+        Raises:
+            RecipeError: The heads that are to be taken do not fit.
+        """
+        self.settings, self.batch_size, self.seed = settings, batch_size, seed
+        self.network = DinoNetwork(backbone, dino_head=settings.dino_head, ibot_head=settings.ibot_head)
+        if settings.heads is not None:
+            load_heads(self.network, Path(settings.heads))
+        self.teacher = deepcopy(self.network).eval().requires_grad_(False)
+        # only what sees hidden patches has a token for them; upstream starts it at zero too (vision_transformer.py)
+        backbone.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
+        self.frozen = {"teacher": self.teacher}
+        if settings.centering == "running_mean":
+            patch_head = settings.ibot_head or settings.dino_head
+            self.frozen["centers"] = nn.ModuleDict(
+                {
+                    name: RunningCentre(head.prototypes, momentum=settings.center_momentum)
+                    for name, head in (("dino", settings.dino_head), ("ibot", patch_head))
+                }
+            )
+        self.masks = BlockMasks(
+            grid=backbone.patch_embed.grid_size, probability=settings.mask_probability, ratio=settings.mask_ratio
+        )
+        self.hold = {
+            "last_layer": span.steps(settings.freeze_last_layer_epochs),
+            "backbone": span.steps(settings.heads_first_epochs),
+        }
+        start, end = settings.teacher_temperature
+        warmup = min(span.steps(settings.teacher_temperature_epochs), span.total_steps)
+        self.temperature = linear_then_constant(end, warmup=warmup, start=start)
+        self.momentum = CosineSchedule(base=settings.momentum[0], final=settings.momentum[1], total=span.total_steps)
+
+    def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
+        """DINO, iBOT and KoLeo losses of one batch of crops."""
+        return self.losses(network, batch.crops, self._masks(batch), temperature=self.temperature(batch.step))
+
+    def losses(self, network: nn.Module, crops: tuple[Tensor, ...], masks: Tensor, *, temperature: float) -> StepOutput:
+        """The losses as they follow from crops and masks.
+
+        Args:
+            network: The student.
+            crops: Two global and L local ones, each [B, 3, H, W].
+            masks: Hidden patches of the global crops, all first ones before all second ones [2B, N], on the CPU.
+            temperature: The teacher's.
+        """
+        settings = self.settings
+        global_crops, num_local = torch.cat(crops[:GLOBAL_CROPS]), len(crops) - GLOBAL_CROPS
+        masked, weights, masks = (
+            tensor.to(global_crops.device, non_blocking=True) for tensor in (*masked_indices_and_weights(masks), masks)
+        )
+        targets, patch_targets = self._targets(global_crops, masked, temperature)
+        local_crops = torch.cat(crops[GLOBAL_CROPS:]) if num_local else None
+        student = network(global_crops, masked, masks=masks, local_crops=local_crops)
+
+        sharp = {"temperature": settings.student_temperature}
+        by_crop = student["global_logits"].unflatten(0, (GLOBAL_CROPS, -1))
+        terms = {
+            "dino_global": dino_global_loss(by_crop, targets, num_local=num_local, **sharp) * settings.dino_weight,
+            "ibot": ibot_loss(student["patch_logits"], patch_targets, weights, num_crops=len(global_crops), **sharp)
+            * settings.ibot_weight,
+        }
+        if num_local:
+            by_crop = student["local_logits"].unflatten(0, (num_local, -1))
+            terms["dino_local"] = dino_local_loss(by_crop, targets, **sharp) * settings.dino_weight
+        if settings.koleo_weight:
+            halves = student["class_tokens"].chunk(GLOBAL_CROPS)
+            koleo = sum(koleo_loss(half, global_batch=settings.koleo_global) for half in halves)
+            terms["koleo"] = koleo * settings.koleo_weight
+        return StepOutput(
+            loss=sum(terms.values()), metrics={f"loss_{name}": term.detach() for name, term in terms.items()}
+        )
+
+    @torch.no_grad()
+    def _targets(self, global_crops: Tensor, masked: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The teacher's probabilities of class tokens [2, B, K] and of the patches that are hidden from the student."""
+        seen = self.teacher(global_crops, masked)
+        logits = {"dino": seen["global_logits"], "ibot": seen["patch_logits"]}
+        if self.settings.centering == "running_mean":
+            centers = self.frozen["centers"]
+            targets = {name: centers[name](values, temperature) for name, values in logits.items()}
+            for name, values in logits.items():
+                centers[name].update(values)
+        else:
+            targets = {
+                name: sinkhorn_knopp(values, temperature, iterations=self.settings.sinkhorn_iterations)
+                for name, values in logits.items()
+            }
+        return targets["dino"].unflatten(0, (GLOBAL_CROPS, -1)), targets["ibot"]
+
+    def _masks(self, batch: Batch) -> Tensor:
+        """Which patches of this process's global crops are hidden [2b, N]; the plan is the global batch's."""
+        plan = self.masks.plan(GLOBAL_CROPS * self.batch_size, seed=self.seed, step=batch.step)
+        drawn = [
+            self.masks.mask(
+                plan[crop * self.batch_size + position],
+                seed=self.seed,
+                step=batch.step,
+                position=position,
+                crop=crop,
+            )
+            for crop in range(GLOBAL_CROPS)
+            for position in batch.positions.tolist()
+        ]
+        return torch.stack(drawn)
+
+    def after_step(self, step: int) -> None:
+        """Move the teacher."""
+        average_into(self.teacher, self.network, self.momentum(step))
+
+    @property
+    def published(self) -> nn.Module:
+        """The teacher's ViT."""
+        return self.teacher.backbone

@@ -1,0 +1,1 @@
+"""A student with registers learns a teacher's patches."""

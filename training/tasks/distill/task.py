@@ -1,0 +1,157 @@
+"""Token-wise distillation: a student with registers learns the patch tokens of a frozen teacher."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from vitreg_hub.any_vit import AnyVit, ProcessorTransform, open_vit
+from vitreg_hub.errors import RecipeError
+from vitreg_hub.network.layout import VitLayout
+from vitreg_hub.tokens import Tokens, observe
+from vitreg_hub.training.tasks.base import Batch, Scorer, StepOutput, Task
+from vitreg_hub.training.tasks.distill.settings import Distill
+
+
+class Teacher:
+    """A frozen ViT of timm or transformers, that sees the student's images and cuts them into the same patches."""
+
+    def __init__(self, name: str, *, student: VisionTransformer) -> None:
+        """Open it at the student's image size.
+
+        Raises:
+            RecipeError: It is untrained, or has another grid of patches.
+            VitregError: It cannot be opened.
+        """
+        size = tuple(student.patch_embed.img_size)
+        vit = open_vit(name, img_size=size)
+        if vit.untrained:
+            raise RecipeError(f"task.teacher {name} has no weights: give a bundle, or an architecture with a tag.")
+        layout = VitLayout.of(vit.model)
+        probe = torch.empty(1, 3, *size, device="meta")
+        grid, wanted = layout.grid(probe), VitLayout.of(student).grid(probe)
+        if grid != wanted:
+            raise RecipeError(
+                f"task.teacher {name} cuts images of {size[0]}x{size[1]} pixels into {grid[0]}x{grid[1]} patches, the "
+                f"student into {wanted[0]}x{wanted[1]}: take one with the student's patch size."
+            )
+        self.model = vit.model.requires_grad_(False)
+        self.embed_dim = layout.embedding.out_channels
+        mean, std = (_column(student.pretrained_cfg[key]) for key in ("mean", "std"))
+        own_mean, own_std = _normalisation_of(vit) or (mean, std)
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+
+    def __call__(self, images: Tensor) -> Tokens:
+        """Tokens after the final norm, of images [B, 3, H, W] that are normalised for the student."""
+        self.model.to(images.device)
+        return observe(self.model, images * self.scale.to(images) + self.shift.to(images), normed=True).normed
+
+
+Target = Callable[[Teacher, Batch], Tokens]
+"""Makes what the student is to learn of a batch."""
+
+
+def plain_target(teacher: Teacher, batch: Batch) -> Tokens:
+    """The teacher's tokens of the images as they are."""
+    return teacher(batch.crops[0])
+
+
+class DistillNetwork(nn.Module):
+    """The student, and a projection of its tokens where the teacher's have another width."""
+
+    def __init__(self, backbone: VisionTransformer, *, teacher_dim: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        same = backbone.embed_dim == teacher_dim
+        self.projection = nn.Identity() if same else nn.Linear(backbone.embed_dim, teacher_dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens [B, C, D] and patch tokens [B, P, D] after the final norm, for the teacher's D."""
+        tokens = self.backbone.fc_norm(self.backbone.forward_features(images))  # one of its two norms is none
+        num_prefix = self.backbone.num_prefix_tokens
+        num_class = num_prefix - self.backbone.num_reg_tokens
+        return self.projection(tokens[:, :num_class]), self.projection(tokens[:, num_prefix:])
+
+
+class DistillTask(Task):
+    """Registers and, without a weight of its own, the class token take no loss. The teacher never changes."""
+
+    def __init__(self, *, settings: Distill, backbone: VisionTransformer, target: Target = plain_target) -> None:
+        """Open the teacher, and draw the projection from torch's default generator.
+
+        Args:
+            settings: The objective.
+            backbone: The student, without a classification head.
+            target: What the student learns, made with the teacher.
+
+        Raises:
+            RecipeError: The teacher does not fit the student.
+            VitregError: The teacher cannot be opened.
+        """
+        self.settings, self.target = settings, target
+        self.teacher = Teacher(settings.teacher, student=backbone)
+        self.network = DistillNetwork(backbone, teacher_dim=self.teacher.embed_dim)
+        self.frozen: dict[str, nn.Module] = {}  # the teacher is no state: its name says all of it
+
+    def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
+        """Cosine and squared difference of patch tokens, and the cosine of class tokens where it has a weight.
+
+        Raises:
+            RecipeError: There is a weight for class tokens, but a network without any.
+        """
+        settings, target = self.settings, self.target(self.teacher, batch)
+        classes, patches = network(batch.crops[0])
+        terms = {"cosine": 1 - cosine(patches, target.patches).mean(), "mse": squared(patches, target.patches)}
+        loss = settings.cosine_weight * terms["cosine"] + settings.mse_weight * terms["mse"]
+        if settings.class_weight:
+            if not (classes.shape[1] and target.cls.shape[1]):
+                raise RecipeError(
+                    f"task.class_weight is {settings.class_weight}, but student or teacher has no class token: set it "
+                    "to 0."
+                )
+            terms["class"] = 1 - cosine(classes[:, 0], target.cls[:, 0]).mean()
+            loss = loss + settings.class_weight * terms["class"]
+        return StepOutput(loss=loss, metrics={name: term.detach() for name, term in terms.items()})
+
+    @property
+    def published(self) -> nn.Module:
+        """The student and its projection."""
+        return self.network
+
+    def scorer(self, model: DistillNetwork) -> Scorer:
+        """Mean cosine of an image's patch tokens to the teacher's."""
+
+        @torch.no_grad()
+        def score(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"patch_cosine": cosine(model(images)[1], self.teacher(images).patches).mean(1)}
+
+        return score
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cosine in float32 of every token [..., D]."""
+    return F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+
+
+def squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference in float32 over all tokens and channels."""
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def _normalisation_of(vit: AnyVit) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation [3, 1, 1] of a network's images; None where they are unknown."""
+    if vit.transform is None:
+        return None
+    if isinstance(vit.transform, ProcessorTransform):
+        processor = vit.transform.processor
+        if not processor.do_normalize:
+            return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+        return _column(processor.image_mean), _column(processor.image_std)
+    normalize = vit.transform.transforms[-1]  # of timm
+    return _column(normalize.mean), _column(normalize.std)
+
+
+def _column(channels: Sequence[float] | Tensor) -> Tensor:
+    return torch.as_tensor(channels, dtype=torch.float32).view(3, 1, 1)

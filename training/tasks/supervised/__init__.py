@@ -1,0 +1,1 @@
+"""Classification, as in DeiT-III."""

@@ -1,0 +1,83 @@
+"""Classification as DeiT-III trains it: mixed images, binary cross-entropy, averaged weights."""
+
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from vitreg_hub.training.distributed.parallel import average_into
+from vitreg_hub.training.tasks.base import Batch, Scorer, StepOutput, Task, correct
+from vitreg_hub.training.tasks.supervised.mixing import mix
+from vitreg_hub.training.tasks.supervised.settings import Supervised
+
+
+class SupervisedNetwork(nn.Module):
+    """The ViT with its classification head."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, 3, H, W]."""
+        return self.backbone(images)
+
+
+class SupervisedTask(Task):
+    """Images and their classes. What is published are the averaged weights, if any are kept."""
+
+    def __init__(self, *, settings: Supervised, backbone: VisionTransformer, seed: int) -> None:
+        self.settings, self.seed = settings, seed
+        self.network = SupervisedNetwork(backbone)
+        self.frozen: dict[str, nn.Module] = {}
+        if settings.ema is not None:
+            self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
+
+    def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
+        """Cross-entropy, of every class on its own or of all together, with the targets of mixed images."""
+        images, targets = mix(
+            batch.crops[0],
+            batch.labels,
+            settings=self.settings,
+            num_classes=self.network.backbone.num_classes,
+            seed=self.seed,
+            step=batch.step,
+        )
+        loss = classification_loss(network(images), targets, kind=self.settings.loss)
+        return StepOutput(loss=loss, metrics={})
+
+    def after_step(self, step: int) -> None:
+        """Move the averaged weights."""
+        if "ema" in self.frozen:
+            average_into(self.frozen["ema"], self.network, self.settings.ema)
+
+    @property
+    def published(self) -> nn.Module:
+        """The averaged network, or the network."""
+        return self.frozen.get("ema", self.network)
+
+    def scorer(self, model: nn.Module) -> Scorer:
+        """Top-1 accuracy."""
+
+        def score(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"accuracy": correct(model(images), labels)}
+
+        return score
+
+
+def classification_loss(logits: Tensor, targets: Tensor, *, kind: str) -> Tensor:
+    """Mean over images.
+
+    Args:
+        logits: [B, classes].
+        targets: Shares of the classes [B, classes].
+        kind: "bce": every class on its own, with all targets above 0 as 1 (mean over classes too), or "ce".
+
+    Source: deit/engine.py (`if args.bce_loss: targets = targets.gt(0.0).type(targets.dtype)`) and main.py.
+    """
+    logits = logits.float()
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(logits, targets.gt(0).to(logits.dtype))
+    return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1).mean()

@@ -1,0 +1,213 @@
+"""A picture of how a run went: losses, scores and artifacts over its steps, as far as they were written down."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from vitreg_hub.files import write_file
+from vitreg_hub.plotting import (
+    CLASS,
+    COLUMNS,
+    NORMAL,
+    OUTLIER,
+    REGISTER,
+    log_axis,
+    percent_axis,
+    plain,
+    png,
+    positive_limits,
+    whole_numbers,
+)
+
+NO_TERMS = {
+    *("loss", "lr", "weight_decay", "grad_norm", "unreadable_images", "logit_scale"),
+    *("images_per_second", "data_wait", "eta_seconds", "memory_gib", "mfu"),
+}
+"""What a step of training writes down that is no term of its loss."""
+MOST_TERMS = 6
+MOST_DOTS = 40
+"""Points of a curve that are marked one by one; more of them make a line."""
+GREY = "#888888"
+
+Curve = Mapping[int, float]
+"""Finite values by the number of steps that were done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """Curves that share an axis.
+
+    Attributes:
+        title: Above them.
+        curves: By label.
+        colours: Of the curves, in their order; more of them get shades of one.
+        log: Whether the axis is logarithmic.
+        share: Whether values are shares in [0, 1].
+        mark: Step of the best model, if these are scores.
+    """
+
+    title: str
+    curves: Mapping[str, Curve]
+    colours: Sequence[str] = ()
+    log: bool = False
+    share: bool = False
+    mark: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """What `metrics.jsonl` tells.
+
+    Attributes:
+        training: Curves of training steps, by name.
+        evaluation: Curves of evaluations, by name.
+        best: Steps of the best model so far.
+    """
+
+    training: Mapping[str, Curve] = field(default_factory=dict)
+    evaluation: Mapping[str, Curve] = field(default_factory=dict)
+    best: int | None = None
+
+
+def draw_curves(metrics: Path, file: Path, *, title: str) -> Path | None:
+    """Draw a run, in the place of an older picture; returns the PNG, or None where there is nothing to draw.
+
+    Args:
+        metrics: The run's `metrics.jsonl`.
+        file: PNG to write.
+        title: Of the figure.
+
+    Raises:
+        BundleError: It cannot be written.
+    """
+    shown = [panel for panel in panels_of(read_history(metrics)) if panel.curves]
+    if not shown:
+        return None
+    return write_file(file, lambda target: target.write_bytes(png(_figure(shown, title))), replace=True)
+
+
+def read_history(metrics: Path) -> History:
+    """Read `metrics.jsonl`; numbers that are not finite, and lines that are cut short, are left out."""
+    training: dict[str, dict[int, float]] = {}
+    evaluation: dict[str, dict[int, float]] = {}
+    best = None
+    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:  # a process was killed in it
+            continue
+        step, trains = line.pop("step"), "loss" in line
+        best = step if line.pop("best", False) else best
+        curves, steps_done = (training, step + 1) if trains else (evaluation, step)
+        for name, value in line.items():
+            if name != "time" and math.isfinite(value := float(value)):
+                curves.setdefault(name, {})[steps_done] = value
+    return History(training=training, evaluation=evaluation, best=best)
+
+
+def panels_of(history: History) -> tuple[Panel, ...]:
+    """What is drawn side by side; panels may be empty."""
+    training, evaluation = history.training, history.evaluation
+    terms = {name.removeprefix("loss_"): curve for name, curve in training.items() if name not in NO_TERMS}
+    loss = _chosen(training, {"loss": "loss"}) | (terms if len(terms) <= MOST_TERMS else {})
+    scores = {_words(name): curve for name, curve in evaluation.items() if name.startswith("eval/")}
+    shares = _by_block(evaluation, "outlier_fraction")
+    last = max(shares, default=0)
+    block = f"artifacts/block_{last}/"
+    most = {
+        step: max(curve[step] for curve in shares.values() if step in curve)
+        for step in sorted({step for curve in shares.values() for step in curve})
+    }
+    outliers = ({"most of any block": most} if last else {}) | ({f"block {last}": shares[last]} if shares else {})
+    norms = {f"{block}norm_q100": "largest", f"{block}norm_q99": "99 % quantile", f"{block}norm_q50": "median"}
+    registers = {
+        name: f"register {found[1]}"
+        for name in evaluation
+        if (found := re.fullmatch(rf"{block}register_(\d+)_norm", name))
+    }
+    return (
+        Panel(title="Loss", curves=loss, colours=("#000000", NORMAL, OUTLIER, CLASS, REGISTER, GREY)),
+        Panel(title="Learning rate", curves=_chosen(training, {"lr": "learning rate"}), colours=(GREY,)),
+        Panel(
+            title="Scores on held-out images", curves=scores, colours=(NORMAL, CLASS, REGISTER, GREY), mark=history.best
+        ),
+        Panel(title="Outliers among the patch tokens", curves=outliers, colours=(GREY, OUTLIER), share=True),
+        Panel(
+            title=f"Norms of patch tokens, block {last}",
+            curves=_chosen(evaluation, norms),
+            colours=(OUTLIER, GREY, NORMAL),
+            log=True,
+        ),
+        Panel(title=f"Norms of registers, block {last}", curves=_chosen(evaluation, registers)),
+    )
+
+
+def _chosen(curves: Mapping[str, Curve], labels: Mapping[str, str]) -> dict[str, Curve]:
+    return {label: curves[name] for name, label in labels.items() if name in curves}
+
+
+def _words(score: str) -> str:
+    return score.removeprefix("eval/").replace("_", " ")
+
+
+def _by_block(curves: Mapping[str, Curve], measure: str) -> dict[int, Curve]:
+    matches = ((re.fullmatch(rf"artifacts/block_(\d+)/{measure}", name), curve) for name, curve in curves.items())
+    return {int(match[1]): curve for match, curve in matches if match}
+
+
+def _figure(shown: Sequence[Panel], title: str) -> Figure:
+    columns = 2 if len(shown) == 4 else min(len(shown), COLUMNS)
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(3.5 * columns, 2.5 * rows + 0.5), layout="constrained")
+    figure.suptitle(plain(title), fontsize=11)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(shown) :]:
+        axis.remove()
+    most = max(1, *(max(curve) for panel in shown for curve in panel.curves.values()))
+    for axis, panel in zip(axes, shown, strict=False):
+        _draw(axis, panel)
+        axis.set_xlim(-0.02 * most, 1.02 * most)
+        axis.set_xlabel("steps", fontsize=8)
+        whole_numbers(axis.xaxis, 4)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw(axis: Axes, panel: Panel) -> None:
+    colour = _colours(panel)
+    for index, (label, curve) in enumerate(panel.curves.items()):
+        steps = sorted(curve)
+        marker = "o" if len(steps) <= MOST_DOTS else ""
+        values = [curve[step] for step in steps]
+        axis.plot(steps, values, marker=marker, markersize=2.5, linewidth=1.2, color=colour(index), label=plain(label))
+    axis.set_title(panel.title, fontsize=9)
+    if panel.mark is not None:
+        axis.axvline(panel.mark, color=OUTLIER, linestyle=":", linewidth=1.2, label="best")
+    if panel.share:
+        top = max(value for curve in panel.curves.values() for value in curve.values())
+        axis.set_ylim(-0.04 * top or -0.001, 1.12 * top or 0.01)
+        percent_axis(axis.yaxis)
+    positive = [value for curve in panel.curves.values() for value in curve.values() if value > 0]
+    if panel.log and positive:
+        low, high = positive_limits(positive)
+        axis.set(yscale="log", ylim=(low, high))
+        log_axis(axis.yaxis, low, high)
+    if len(axis.get_lines()) > 1:
+        axis.legend(fontsize=6, frameon=False, ncols=2 if len(panel.curves) > 4 else 1)
+
+
+def _colours(panel: Panel) -> Callable[[int], object]:
+    if len(panel.curves) <= len(panel.colours):
+        return panel.colours.__getitem__
+    shades = matplotlib.colormaps["viridis"].resampled(len(panel.curves) + 1)  # without its pale end
+    return shades

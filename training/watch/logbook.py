@@ -1,0 +1,239 @@
+"""What a run writes down and shows: JSON lines, trackers, and a progress bar or log lines."""
+
+import difflib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vitreg_hub.errors import BundleError, RecipeError
+from vitreg_hub.files import METRICS_FILE, write_file
+from vitreg_hub.plotting import number
+from vitreg_hub.training.watch.throughput import Throughput
+
+logger = logging.getLogger(__name__)
+
+TRACKERS_FOLDER = "trackers"
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate does not know, or that are not installed.
+
+    Raises:
+        RecipeError: There is one.
+    """
+    missing = {str(kind) for kind in LoggerType} - {str(kind) for kind in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
+            hint = f", did you mean {near[0]!r}" if near else ""
+            raise RecipeError(
+                f"watch.trackers: there is no tracker {name!r}{hint}: choose from {', '.join(LOGGER_TYPE_TO_CLASS)}."
+            )
+        if name in missing:
+            raise RecipeError(
+                f"watch.trackers: {name} is not installed: install its package, or leave it out; {METRICS_FILE} is "
+                "always written."
+            )
+
+
+class Logbook:
+    """Everything that a run tells while it goes on. Only the main process writes and shows; the others measure.
+
+    On a terminal there is a progress bar, else a log line for every call of `log`.
+
+    Args:
+        folder: Of the run; `metrics.jsonl` and files of trackers go there.
+        accelerator: Tells which process this is, and its device and precision.
+        total_steps: Steps of the run.
+        start_step: Step with which it starts: what an earlier run wrote of this step and later ones is dropped.
+        batch_size: Images of one step, over all processes.
+        name: Of the run; trackers take it as the project.
+        trackers: accelerate's trackers by name.
+        config: Nested settings, which trackers are given flat, under names with dots.
+
+    Raises:
+        RecipeError: A tracker is not known or not installed.
+        BundleError: The folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str | Path,
+        accelerator: Accelerator,
+        total_steps: int,
+        start_step: int = 0,
+        batch_size: int,
+        name: str = "run",
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        require_trackers(trackers)
+        self.throughput = Throughput(
+            batch_size=batch_size,
+            total_steps=total_steps,
+            start_step=start_step,
+            device=accelerator.device,
+            precision=accelerator.mixed_precision,
+        )
+        self._main, self._total, self._file = accelerator.is_main_process, total_steps, Path(folder) / METRICS_FILE
+        self._trackers: list[GeneralTracker] = []
+        self._bar: tqdm | None = None
+        self._closing = ExitStack()
+        if not self._main:
+            return
+        with _writing(self._file):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            _drop_from(self._file, start_step)
+        with self._closing:  # what was started before a failure is closed
+            for tracker in trackers:
+                self._trackers.append(_start(tracker, name, Path(folder), config or {}))
+                self._closing.callback(self._trackers[-1].finish)
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total_steps, initial=start_step, desc=name, unit="step", dynamic_ncols=True)
+                self._closing.enter_context(logging_redirect_tqdm())
+                self._closing.callback(self._bar.close)
+            self._closing = self._closing.pop_all()
+
+    def step_done(self) -> None:
+        """After every step."""
+        self.throughput.step_done()
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write down a step of training, with what was measured since the last one, and show it.
+
+        Args:
+            step: From 0; `step_done` was called for it.
+            metrics: Numbers by name; "loss" and "lr" are shown.
+
+        Raises:
+            BundleError: It cannot be written, as on a full disk.
+        """
+        metrics = {**metrics, **self.throughput.read()}
+        self._record(step, metrics)
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(_words(metrics)), refresh=False)
+        elif self._main:
+            done = f"step {step + 1}/{self._total} ({100 * (step + 1) / self._total:.0f} %)"
+            eta = [f"ETA {tqdm.format_interval(metrics['eta_seconds'])}"] if "eta_seconds" in metrics else []
+            logger.info("%s", "  ".join([done, *_words(metrics), *eta]))
+
+    def note(self, step: int, scores: Mapping[str, float], *, best: bool = False) -> None:
+        """Write down what an evaluation found before step `step` (after the last one: `total_steps`).
+
+        Shown are scores, such as eval/knn_accuracy; the many numbers of artifacts are for files and trackers.
+
+        Args:
+            step: Steps that are done.
+            scores: Numbers by name.
+            best: Whether no model of the run was better so far; only then the line says so.
+
+        Raises:
+            BundleError: It cannot be written, as on a full disk.
+        """
+        if not scores:
+            return
+        self._record(step, {**scores, "best": True} if best else scores)
+        shown = [f"{name} {number(value)}" for name, value in scores.items() if name.startswith("eval/")]
+        if self._main and shown:
+            logger.info("%s", "  ".join([f"evaluation after {step} steps:", *shown, *["(the best so far)"] * best]))
+
+    def close(self) -> None:
+        """Close the bar and the trackers."""
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._main:
+            return
+        line = {"step": step, "time": round(time.time(), 3), **{name: _plain(v) for name, v in metrics.items()}}
+        with _writing(self._file), self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        for tracker in tuple(self._trackers):
+            try:
+                tracker.log(dict(metrics), step=step)
+            except OSError as error:  # its server, or its own files: the run has metrics.jsonl
+                logger.warning("tracker %s failed and gets nothing more: %s", tracker.name, error)
+                self._trackers.remove(tracker)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"cannot write {file}: {error.strerror or error}; the last checkpoint is still there, so make room and "
+            "start the run again."
+        ) from error
+
+
+def _drop_from(file: Path, start_step: int) -> None:
+    """Keep the lines of earlier steps only, and none that was cut short."""
+
+    def step_of(line: bytes) -> float:
+        try:
+            return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+        except (ValueError, TypeError, KeyError):
+            return math.inf
+
+    def write(target: Path) -> None:
+        with file.open("rb") as old, target.open("wb") as new:
+            new.writelines(line for line in old if step_of(line) < start_step)
+
+    if file.exists():
+        write_file(file, write, replace=True)
+
+
+def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    tracker = kind(project, folder / TRACKERS_FOLDER) if kind.requires_logging_directory else kind(project)
+    tracker.start()
+    tracker.store_init_configuration(dict(_flat(config)))
+    return tracker
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str | None]]:
+    """Yield settings under names with dots; lists become text, for trackers take none."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if value is None or isinstance(value, int | float | str) else str(value)
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no number for what is not finite: "nan", "inf" and "-inf", which Python's float reads."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _words(metrics: Mapping[str, float]) -> list[str]:
+    """The main numbers, those that there are."""
+    forms: dict[str, Callable[[float], str]] = {
+        "loss": "loss {:.4g}".format,
+        "lr": "lr {:.3g}".format,
+        "images_per_second": lambda rate: f"{number(rate)} images/s",
+        "data_wait": "{:.0%} waiting for data".format,
+        "memory_gib": "{:.1f} GiB".format,
+        "mfu": "MFU {:.1%}".format,
+    }
+    return [form(metrics[name]) for name, form in forms.items() if name in metrics]

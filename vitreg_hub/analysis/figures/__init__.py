@@ -1,0 +1,1 @@
+"""Figures of a report, made from its results alone."""

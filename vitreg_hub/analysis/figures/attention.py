@@ -1,0 +1,111 @@
+"""Figures of where attention goes: in shares, and as maps over images."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from vitreg_hub.analysis.examples import Example
+from vitreg_hub.analysis.figures.base import legend, panels, patch, say
+from vitreg_hub.analysis.figures.maps import Map, draw_maps
+from vitreg_hub.analysis.results import ArtifactReport, AttentionMass
+from vitreg_hub.errors import DataError
+from vitreg_hub.plotting import CLASS, NORMAL, OUTLIER, REGISTER, percent_axis
+
+TARGETS = (
+    ("to_class", CLASS, "class tokens"),
+    ("to_registers", REGISTER, "registers"),
+    ("to_normal", NORMAL, "normal patches"),
+    ("to_outliers", OUTLIER, "outliers"),
+)
+READABLE_SHARE = 0.07
+"""Share of a bar that a number fits into."""
+
+
+def attention_mass_figure(reports: Sequence[ArtifactReport]) -> Figure:
+    """Shares of the attention of class tokens and registers that go to each kind of token, above the share of tokens
+    that are of this kind: where a bar differs from the first one, attention prefers some tokens."""
+    most = max(len(report.attention) for report in reports)
+    figure, axes = panels(
+        reports, title="What class token and registers attend to", height=1.5 + 0.28 * most, share="x"
+    )
+    for axis, report in zip(axes, reports, strict=True):
+        if not report.attention:
+            say(axis, "The model has neither class token nor registers.")
+            continue
+        rows = [token_shares(report), *report.attention]
+        for place, row in enumerate(rows):
+            left = 0.0
+            for share, colour in ((getattr(row, name), colour) for name, colour, _ in TARGETS):
+                axis.barh(place, share, left=left, height=0.78, color=colour, alpha=0.55 if place == 0 else 1)
+                if share > READABLE_SHARE:
+                    light = colour in (NORMAL, OUTLIER, CLASS) and place
+                    said = f"{100 * share:.0f} %"
+                    axis.text(
+                        left + share / 2, place, said, ha="center", va="center", fontsize=7, color="w" if light else "k"
+                    )
+                left += share
+        axis.spines["left"].set_visible(False)
+        axis.axhline(0.5, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(rows)), [row.source for row in rows], fontsize=8)
+        axis.set(xlabel=f"share of attention in block {report.block}", xlim=(0, 1), ylim=(most + 0.55, -0.55))
+        axis.set_xticks((0, 0.25, 0.5, 0.75, 1))
+    percent_axis(axes[0].xaxis)
+    seen = [masses for report in reports for masses in (token_shares(report), *report.attention)]
+    legend(figure, [patch(colour, label) for name, colour, label in TARGETS if any(getattr(m, name) for m in seen)])
+    return figure
+
+
+def token_shares(report: ArtifactReport) -> AttentionMass:
+    """The shares of the tokens themselves: what attention would be if it preferred none."""
+    patches = report.images.grid[0] * report.images.grid[1]
+    tokens = report.model.num_class_tokens + report.model.num_registers + patches
+    outliers = report.outlier_fraction[report.block] * patches
+    return AttentionMass(
+        source="share of tokens",
+        to_class=report.model.num_class_tokens / tokens,
+        to_registers=report.model.num_registers / tokens,
+        to_normal=(patches - outliers) / tokens,
+        to_outliers=outliers / tokens,
+    )
+
+
+def attention_figure(examples: Sequence[Example], *, heads: bool = False) -> Figure:
+    """Draw, per image, what the class token and each register attend to, as a mean over heads.
+
+    Every map has its own colour scale, from the smallest to the largest share of attention, which stand below it.
+
+    Args:
+        examples: One per image.
+        heads: Also draw the attention of the class token head by head; of the first register where there is no class
+            token. Heads are counted from 1.
+
+    Raises:
+        DataError: There is no class token and no register.
+
+    Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figures 1 and 9.
+    """
+    return draw_maps([_attention_lines(example, heads) for example in examples], title="Attention to the patches")
+
+
+def attention_maps_of(example: Example) -> list[Map]:
+    """Attention of class token and registers, mean over heads."""
+    maps = [] if example.class_attention is None else [Map(title="class token", values=example.class_attention.mean(0))]
+    registers = enumerate(example.register_attention, start=1)
+    return maps + [Map(title=f"register {number}", values=attention.mean(0)) for number, attention in registers]
+
+
+def _attention_lines(example: Example, heads: bool) -> list[list[Map]]:
+    maps = attention_maps_of(example)
+    if not maps:
+        raise DataError(
+            "the model has neither class token nor registers, so there is no attention of theirs to draw; "
+            "choose a model that has either."
+        )
+    lines = [[Map(title="input", values=example.image), *maps]]
+    if heads:
+        by_head = example.register_attention[0] if example.class_attention is None else example.class_attention
+        name = "register 1" if example.class_attention is None else "class"
+        lines.append(
+            [Map(title=f"{name}, head {number}", values=values) for number, values in enumerate(by_head, start=1)]
+        )
+    return lines

@@ -1,0 +1,73 @@
+"""What all figures share: colours, panels side by side, axes that stay readable, and the PNG."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.analysis.wording import names
+from vitreg_hub.plotting import COLUMNS, plain
+
+
+def panels(
+    reports: Sequence[ArtifactReport], *, title: str, height: float = 3.2, share: str = "both"
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per model, under the model's name.
+
+    Args:
+        reports: One per panel.
+        title: Of the figure.
+        height: Of a panel, in inches.
+        share: Axes that are the same in all panels: "x", "y", "both" or "none".
+    """
+    columns = min(len(reports), COLUMNS)
+    rows = math.ceil(len(reports) / columns)
+    size = ({1: 7.0, 2: 4.9, 3: 3.6}[columns] * columns, height * rows + 1.0)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=share in ("x", "both"), sharey=share in ("y", "both"))
+    axes = list(grid.flat)
+    for axis in axes[len(reports) :]:
+        axis.remove()
+    for axis, name in zip(axes, names(reports), strict=False):
+        axis.set_title(plain(name), fontsize=10)
+        axis.tick_params(labelsize=8, labelbottom=True, labelleft=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[: len(reports)]
+
+
+def say(axis: Axes, sentence: str) -> None:
+    """Put a sentence where there is nothing to draw."""
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, plain(wrapped(sentence, 36)), transform=axis.transAxes, ha="center", va="center", fontsize=9)
+
+
+def wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width)
+
+
+def legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """One legend below all panels."""
+    columns = min(len(handles), 3 if figure.get_figwidth() < 9 else 5)
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+
+
+def patch(colour: str, label: str) -> Patch:
+    return Patch(color=colour, label=label)
+
+
+def line(colour: str, label: str, style: str = "-") -> Line2D:
+    return Line2D([], [], color=colour, label=label, linestyle=style, linewidth=1.8)
+
+
+def colour_map(*colours: str) -> matplotlib.colors.Colormap:
+    """Colours that flow into each other; white where there is no value."""
+    made = matplotlib.colors.LinearSegmentedColormap.from_list("", colours)
+    return made.with_extremes(bad="white", under="white")

@@ -1,0 +1,149 @@
+"""Figures of token norms and of how many tokens are outliers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from vitreg_hub.analysis.figures.base import colour_map, legend, line, panels, patch, say
+from vitreg_hub.analysis.meters.histogram import EDGES, edges
+from vitreg_hub.analysis.results import QUANTILES, ArtifactReport, NormHistogram
+from vitreg_hub.analysis.wording import percent
+from vitreg_hub.plotting import (
+    CLASS,
+    NORMAL,
+    OUTLIER,
+    REGISTER,
+    log_axis,
+    number,
+    percent_axis,
+    positive_limits,
+    whole_numbers,
+)
+
+MERGED_BINS = 8
+"""Bins of a histogram that make one of a figure, which is 9 % wide."""
+NORM = "norm of the token"
+BLOCK = "block (the first is 0)"
+
+
+def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
+    """Norms of patch tokens after every block as a map of densities, with those of class token and registers as lines.
+
+    Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 4a.
+    """
+    figure, axes = panels(reports, title="Norms of the tokens after every block", height=3.6, share="y")
+    merged = [[_merged(block.histogram) for block in report.blocks] for report in reports]
+    first = min(start for blocks in merged for start, counts in blocks if len(counts))
+    last = max(start + len(counts) for blocks in merged for start, counts in blocks if len(counts))
+    shares = [np.ma.masked_equal([_share(block, first, last) for block in blocks], 0).T for blocks in merged]
+    density = LogNorm(min(share.min() for share in shares), 1)
+    heights = EDGES[first * MERGED_BINS : last * MERGED_BINS + 1 : MERGED_BINS]
+    others = [n for report in reports for b in report.blocks for n in (*b.class_norms, *b.register_norms)]
+    low, high = positive_limits([heights[0], heights[-1], *others])
+    halo = [withStroke(linewidth=4, foreground="white")]
+    for axis, report, share in zip(axes, reports, shares, strict=True):
+        depth = len(report.blocks)
+        mesh = axis.pcolormesh(
+            np.arange(depth + 1) - 0.5, heights, share, norm=density, cmap=colour_map("#e4e4e4", "#333333")
+        )
+        blocks = range(depth)
+        for token_norms, colour in (
+            *((norms, REGISTER) for norms in zip(*(b.register_norms for b in report.blocks), strict=True)),
+            *((norms, CLASS) for norms in zip(*(b.class_norms for b in report.blocks), strict=True)),
+        ):
+            axis.plot(blocks, token_norms, color=colour, linewidth=1.8 if colour == CLASS else 1.2, marker=".")
+        medians = [block.quantiles[QUANTILES.index(0.5)] for block in report.blocks]
+        axis.plot(blocks, medians, color=NORMAL, linewidth=2, path_effects=halo, gid="median")
+        with_cutoff = [(i, b.cutoff.value) for i, b in enumerate(report.blocks) if b.cutoff.value is not None]
+        if with_cutoff:
+            at, values = np.array(with_cutoff).T
+            axis.hlines(values, at - 0.5, at + 0.5, color=OUTLIER, linewidth=2.2, path_effects=halo)
+        axis.set(yscale="log", xlabel=BLOCK, ylabel=NORM, xlim=(-0.5, depth - 0.5), ylim=(low, high))
+        whole_numbers(axis.xaxis)
+    log_axis(axes[0].yaxis, low, high)
+    bar = figure.colorbar(mesh, ax=axes, label="share of the block's patch tokens", pad=0.02)
+    percent_axis(bar.ax.yaxis)
+    shown = [line(NORMAL, "median patch")]
+    if any(value is not None for report in reports for value in report.cutoff):
+        shown.append(line(OUTLIER, "cutoff: outliers lie above"))
+    if any(report.model.num_class_tokens for report in reports):
+        shown.append(line(CLASS, "class token (mean)"))
+    if any(report.model.num_registers for report in reports):
+        shown.append(line(REGISTER, "registers (mean of each)"))
+    legend(figure, shown)
+    return figure
+
+
+def norm_distribution_figure(reports: Sequence[ArtifactReport]) -> Figure:
+    """How the norms of patch tokens are distributed in the block that is looked at, and the cutoff.
+
+    Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 3.
+    """
+    figure, axes = panels(reports, title="Distribution of the norms of the patch tokens")
+    spans = []
+    for axis, report in zip(axes, reports, strict=True):
+        block = report.blocks[report.block]
+        cutoff = block.cutoff.value
+        normal, outlier = _split(block.histogram, cutoff)
+        (start, below), (_, above) = _merged(normal), _merged(outlier)
+        at = EDGES[start * MERGED_BINS : (start + len(below)) * MERGED_BINS + 1 : MERGED_BINS]
+        spans += [at[0], at[-1]]
+        axis.bar(at[:-1], below, np.diff(at), align="edge", color=NORMAL)
+        axis.bar(at[:-1], above, np.diff(at), bottom=below, align="edge", color=OUTLIER)
+        share = block.outlier_fraction
+        if cutoff is not None:
+            axis.axvline(cutoff, color=OUTLIER, linestyle="--", linewidth=1.2)
+            spans.append(cutoff)
+        above_it = "" if cutoff is None else f" above {number(cutoff)}"
+        said = (percent(share) if share else "no outliers") + above_it
+        axis.text(0.98, 0.97, said, transform=axis.transAxes, ha="right", va="top", fontsize=9, color="black")
+        axis.set(xlabel=f"{NORM} after block {report.block}", ylabel="number of patch tokens")
+        axis.set(xscale="log", yscale="log")
+    low, high = positive_limits(spans)
+    most = max(max(report.blocks[report.block].histogram.counts, default=1) for report in reports)
+    axes[0].set(xlim=(low, high), ylim=(0.7, most * MERGED_BINS * 3))
+    log_axis(axes[0].xaxis, low, high)
+    log_axis(axes[0].yaxis, 0.7, most * MERGED_BINS * 3)
+    shown = [patch(NORMAL, "normal patches"), patch(OUTLIER, "outliers"), line(OUTLIER, "cutoff", "--")]
+    legend(figure, shown if any(r.cutoff[r.block] is not None for r in reports) else shown[:1])
+    return figure
+
+
+def outlier_share_figure(reports: Sequence[ArtifactReport]) -> Figure:
+    """Share of the patch tokens that are outliers, block by block."""
+    figure, axes = panels(reports, title="Share of outliers after every block", height=2.6, share="y")
+    for axis, report in zip(axes, reports, strict=True):
+        if report.first_outlier_block is None:
+            say(axis, "No block of this model has outliers.")
+            continue
+        axis.bar(range(len(report.blocks)), report.outlier_fraction, color=OUTLIER)
+        axis.set(xlabel=BLOCK, ylabel="share of patch tokens", xlim=(-0.6, len(report.blocks) - 0.4))
+        whole_numbers(axis.xaxis)
+    percent_axis(axes[0].yaxis)
+    axes[0].set_ylim(0, 1.08 * max(share for report in reports for share in report.outlier_fraction) or 1)
+    return figure
+
+
+def _merged(histogram: NormHistogram) -> tuple[int, np.ndarray]:
+    """The same counts in bins that are `MERGED_BINS` times wider: index of the first one, and counts."""
+    start, lead = divmod(histogram.first_bin, MERGED_BINS)
+    tail = -(lead + len(histogram.counts)) % MERGED_BINS
+    return start, np.pad(np.array(histogram.counts, dtype=int), (lead, tail)).reshape(-1, MERGED_BINS).sum(axis=1)
+
+
+def _share(merged: tuple[int, np.ndarray], first: int, last: int) -> np.ndarray:
+    start, counts = merged
+    return np.pad(counts, (start - first, last - start - len(counts))) / max(1, counts.sum())
+
+
+def _split(histogram: NormHistogram, cutoff: float | None) -> tuple[NormHistogram, NormHistogram]:
+    """Counts below and above a cutoff; the bin that holds it goes where its middle is."""
+    counts, at = np.array(histogram.counts, dtype=int), edges(histogram)
+    above = np.sqrt(at[:-1] * at[1:]) > (np.inf if cutoff is None else cutoff)
+    return tuple(
+        NormHistogram(first_bin=histogram.first_bin, counts=tuple(np.where(side, counts, 0).tolist()))
+        for side in (~above, above)
+    )

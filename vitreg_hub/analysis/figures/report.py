@@ -1,0 +1,151 @@
+"""All figures of an analysis, and the figure of a few images for other places."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from vitreg_hub.analysis.examples import Example
+from vitreg_hub.analysis.figures.attention import attention_mass_figure
+from vitreg_hub.analysis.figures.comparison import comparison_figure, in_training
+from vitreg_hub.analysis.figures.examples import examples_figure
+from vitreg_hub.analysis.figures.maps import Map, draw_maps
+from vitreg_hub.analysis.figures.norms import norm_distribution_figure, norms_by_block_figure, outlier_share_figure
+from vitreg_hub.analysis.figures.places import location_figure, outliers_per_image_figure
+from vitreg_hub.analysis.figures.probes import global_information_figure, local_information_figure, redundancy_figure
+from vitreg_hub.analysis.meters.examples import displayable
+from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.analysis.wording import names
+from vitreg_hub.plotting import png
+from vitreg_hub.tokens import observe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportFigure:
+    """A figure of a report.
+
+    Attributes:
+        section: Key of the section that it belongs to (`tables.py`).
+        name: Of its file, without the ending; lower case letters, digits and underscores.
+        alt: What it shows, for those who cannot see it.
+        caption: How to read it.
+        png: The file.
+    """
+
+    section: str
+    name: str
+    alt: str
+    caption: str
+    png: bytes
+
+
+def report_figures(
+    reports: Sequence[ArtifactReport], examples: Sequence[Sequence[Example]] = ()
+) -> tuple[ReportFigure, ...]:
+    """Draw everything that was measured; figures without any data are left out.
+
+    Args:
+        reports: One per model, in the order in which they stand side by side.
+        examples: Per model, its example images.
+    """
+    models = ", ".join(names(reports))
+    drawn: list[ReportFigure] = []
+
+    def add(section: str, name: str, caption: str, figure: Figure, of: str = models) -> None:
+        alt = f"{figure.get_suptitle()}: {of}".replace(r"\$", "$")
+        drawn.append(ReportFigure(section=section, name=name, alt=alt, caption=caption, png=png(figure)))
+
+    if len(reports) > 1:
+        along = "training steps" if in_training(reports) else "models, from the fewest parameters to the most"
+        add("comparison", "comparison", COMPARISON.format(along=along), comparison_figure(reports))
+    add("norms", "norms_by_block", NORMS_BY_BLOCK, norms_by_block_figure(reports))
+    add("norms", "norm_distribution", NORM_DISTRIBUTION, norm_distribution_figure(reports))
+    if any(report.first_outlier_block is not None for report in reports):
+        add("norms", "outlier_share", OUTLIER_SHARE, outlier_share_figure(reports))
+    if any(report.outlier_fraction[report.block] for report in reports):
+        add("places", "locations", LOCATIONS, location_figure(reports))
+        add("places", "outliers_per_image", OUTLIERS_PER_IMAGE, outliers_per_image_figure(reports))
+    if any(report.redundancy.normal or report.redundancy.outlier for report in reports):
+        add("redundancy", "redundancy", REDUNDANCY, redundancy_figure(reports))
+    if any(report.local_information.normal or report.local_information.outlier for report in reports):
+        add("local", "local_information", LOCAL, local_information_figure(reports))
+    if any(report.global_information.tokens for report in reports):
+        add("global", "global_information", GLOBAL, global_information_figure(reports))
+    if any(report.attention for report in reports):
+        add("attention", "attention_mass", ATTENTION, attention_mass_figure(reports))
+    for index, (name, shown) in enumerate(zip(names(reports), examples, strict=bool(examples)), start=1):
+        if shown:
+            add("examples", f"examples_{index}", EXAMPLES, examples_figure(shown, name=name), of=f"{len(shown)} images")
+    return tuple(drawn)
+
+
+def token_figure(vit: nn.Module, images: Tensor, *, file: str | Path) -> Path:
+    """Draw, per image, the input, the norms of its patch tokens and what the class token and the registers attend to.
+
+    Norms are those after the last block, before the final norm; attention is that of the last block, mean over heads.
+    Every map has its own colour scale, from the smallest to the largest value that stand below it.
+
+    Args:
+        vit: A ViT of timm or transformers.
+        images: [B, C, H, W], normalised.
+        file: PNG to write.
+    """
+    seen = observe(vit, images, norms=True, attention=(-1,))
+    patch_norms = seen.norms[-1][:, seen.order.num_prefix :].unflatten(1, seen.order.grid).cpu().numpy()
+    attention = {
+        "class": seen.attention[-1].cls.float().mean(dim=1).cpu().numpy(),
+        "register": seen.attention[-1].registers.float().mean(dim=1).cpu().numpy(),
+    }
+    lines = []
+    for index, (image, norms) in enumerate(zip(images, patch_norms, strict=True)):
+        maps = [Map(title="input", values=displayable(image).cpu().numpy()), Map(title="patch norms", values=norms)]
+        for token, values in attention.items():
+            maps += [Map(title=f"{token} {n}", values=v) for n, v in enumerate(values[index], start=1)]
+        lines.append([maps])
+    Path(file).write_bytes(png(draw_maps(lines, title="Norms and attention of the last block")))
+    return Path(file)
+
+
+COMPARISON = (
+    "Left: share of the patch tokens that are outliers. Middle: the median, a high quantile and the largest of their "
+    "norms; where the largest leaves the median behind, outliers appear. Right: the blocks of each model, those with "
+    "outliers filled. All over {along}."
+)
+NORMS_BY_BLOCK = (
+    "Each column is a block, each shade of grey the share of its patch tokens that have this norm. Outliers are a "
+    "second, higher band, above the cutoff. Lines: the median patch and the means of class token and registers."
+)
+NORM_DISTRIBUTION = (
+    "How many patch tokens have which norm, both on logarithmic scales. Outliers, if there are any, form a hill of "
+    "their own to the right of the dashed cutoff; the number says which share of all patch tokens they are."
+)
+OUTLIER_SHARE = "Share of the patch tokens after each block whose norm is above the cutoff of that block."
+LOCATIONS = (
+    "Each cell is a place in the grid of patches; the darker it is, the more images have an outlier there. An even "
+    "shade means that outliers follow the image, stripes or single dark cells that they follow the grid."
+)
+OUTLIERS_PER_IMAGE = "How many images have how many outliers."
+REDUNDANCY = (
+    "How alike patches are to their neighbours before the first block; 1 means the same direction. If outliers lie "
+    "further right than normal patches, the model makes outliers of patches that add nothing to their neighbours. "
+    "Dotted lines are means."
+)
+LOCAL = (
+    "Linear probes guess from one token where its patch is and what its pixels are. Black marks are what the best "
+    "constant answer would reach. If outliers do worse than normal patches, they have given up what they knew."
+)
+GLOBAL = (
+    "Logistic regression guesses the image's class from one token alone. If an outlier does better than a normal "
+    "patch, it holds information about the whole image. The dashed line is the most frequent class."
+)
+ATTENTION = (
+    "Where attention goes, as a mean over heads and images. The pale bar on top shows how many tokens are of each "
+    "kind: attention that preferred none would look like it."
+)
+EXAMPLES = (
+    "One line per image, or several: the input; norms of its patch tokens, with outliers outlined; the first three "
+    "principal components of its tokens as red, green and blue; and what the class token and each register attend "
+    "to. The numbers below a map are its darkest and its brightest value."
+)

@@ -1,0 +1,79 @@
+"""Several models at once: of different sizes, or the checkpoints of a training run."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Unpack
+
+from vitreg_hub.analysis.engine import Images, Options
+from vitreg_hub.analysis.measures import PHOTOS, Model, analyze
+from vitreg_hub.analysis.report.as_json import load_reports
+from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.errors import DataError
+from vitreg_hub.files import CONFIG_FILE
+from vitreg_hub.names import require_known
+
+logger = logging.getLogger(__name__)
+
+STEP = re.compile(r"(?:^|/)(?:(?:step|checkpoint|iter|iteration|epoch)[-_]?)?(\d+)(?:/|$)")
+"""How a folder of a run tells its step, alone or in a path."""
+MAX_DEPTH = 3
+"""How many folders below a run's folder its checkpoints may be."""
+
+
+def analyze_all(
+    models: Sequence[Model], images: Images = PHOTOS, **options: Unpack[Options]
+) -> tuple[ArtifactReport, ...]:
+    """Analyze several models on the same images: when, where and from which size on artifacts appear.
+
+    Source: Darcet et al., section 2.1 and figure 4.
+
+    Args:
+        models: Models as in `analyze`, folders of training runs, which stand for their checkpoints in the order of
+            their steps, and report.json files of earlier analyses, which are taken as they are.
+        images: Images as in `analyze`.
+        **options: See `Options`.
+
+    Raises:
+        VitregError: A model or the images cannot be used; the message says why.
+    """
+    planned: list[tuple[Model | ArtifactReport, int | None]] = []  # all of it first, so that mistakes show at once
+    for model in models:
+        if isinstance(model, str | Path) and Path(model).suffix == ".json":
+            planned += [(report, None) for report in load_reports(model)]
+        else:
+            planned += expand(model)
+    for model, _ in planned:
+        if isinstance(model, str | Path):
+            require_known(model)
+    return tuple(
+        model if isinstance(model, ArtifactReport) else analyze(model, images, step=step, **options)
+        for model, step in planned
+    )
+
+
+def expand(model: Model) -> Iterator[tuple[Model, int | None]]:
+    """Yield a model, or the checkpoints of a training run's folder, each with its step as far as it is known.
+
+    A run's folder holds no model itself but folders of models with their step in their paths (``run/step_2000``,
+    ``run/checkpoint-2000/model``). Models without one, such as ``run/best``, are left out, which is said.
+
+    Raises:
+        DataError: A folder holds neither a model nor checkpoints.
+    """
+    run = None if not isinstance(model, str | Path) else Path(model)
+    if run is None or not run.is_dir() or (run / CONFIG_FILE).exists():
+        yield model, None
+        return
+    configs = [path for depth in range(1, MAX_DEPTH + 1) for path in run.glob("*/" * depth + CONFIG_FILE)]
+    found = {path.parent: STEP.search(path.parent.relative_to(run).as_posix()) for path in configs}
+    steps = {folder: int(match[1]) for folder, match in found.items() if match}
+    if not steps:
+        raise DataError(
+            f"{run} holds neither a model ({CONFIG_FILE}) nor checkpoints in folders with their step in the name "
+            "(step_1000): give a model's folder, or a run's."
+        )
+    if left_out := sorted(str(folder) for folder in found.keys() - steps.keys()):
+        logger.info("left out, for their names tell no step: %s", ", ".join(left_out))
+    yield from sorted(steps.items(), key=lambda checkpoint: (checkpoint[1], str(checkpoint[0])))

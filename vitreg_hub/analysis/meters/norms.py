@@ -1,0 +1,105 @@
+"""Norms of all tokens after every block: the first pass, which tells whether there are outliers."""
+
+import math
+from typing import Self
+
+import numpy as np
+
+from vitreg_hub.analysis.meters.histogram import EDGES, bin_sums, bins_of, count_above, packed, quantiles
+from vitreg_hub.analysis.meters.outliers import find_cutoff, given_cutoff
+from vitreg_hub.analysis.results import QUANTILES, BlockNorms, Cutoff
+from vitreg_hub.tokens import Observation, TokenOrder
+
+
+class NormMeter:
+    """Collects L2 norms over channels of every token after every block, before the final norm.
+
+    Darcet et al., section 2.1, look at patch tokens at the output of the last block; they do not say on which side of
+    the final norm. After it, norms are about the square root of the width whatever they were, so it is before.
+    The mean and the numbers above a given cutoff are exact; quantiles are exact to the width of a histogram's bin.
+    """
+
+    def __init__(self, *, cutoff: float | None = None) -> None:
+        self.cutoff = cutoff
+        self.num_images = 0
+        self.order: TokenOrder | None = None
+        self.image_size: tuple[int, int] | None = None
+        self._counts: np.ndarray | int = 0  # [blocks, NUM_BINS]
+        self._image_peaks: np.ndarray | int = 0  # [blocks, NUM_BINS] of each image's largest patch norm
+        self._input_logs: np.ndarray | int = 0  # [blocks, NUM_BINS] log2 norms before the first block, summed
+        self._above: np.ndarray | int = 0  # [blocks] patches above the given cutoff
+        self._sums: np.ndarray | int = 0  # [blocks, prefix + 1] of each prefix token, and of all patches
+        self._smallest: np.ndarray | float = np.inf  # [blocks] patch norms
+        self._largest: np.ndarray | float = -np.inf
+
+    def update(self, seen: Observation) -> None:
+        """Add a batch that was observed with `norms=True`."""
+        first = seen.order.num_prefix
+        norms = seen.norms.cpu().numpy()
+        by_image = norms[:, :, first:]  # [blocks, B, P]
+        patches = by_image.reshape(len(norms), -1)
+        inputs = seen.input_norms[:, first:].flatten().cpu().numpy()
+        bins = bins_of(patches)
+        batch = NormMeter(cutoff=self.cutoff)
+        batch.num_images = len(seen.images)
+        batch.order, batch.image_size = seen.order, tuple(seen.images.shape[-2:])
+        batch._counts = bin_sums(bins)
+        batch._image_peaks = bin_sums(bins_of(by_image.max(-1)))
+        batch._input_logs = bin_sums(bins, np.log2(np.maximum(inputs, EDGES[0])))
+        batch._above = (patches > (math.inf if self.cutoff is None else self.cutoff)).sum(1)
+        prefix_sums = norms[:, :, :first].sum(1, dtype=np.float64)
+        batch._sums = np.concatenate([prefix_sums, patches.sum(1, dtype=np.float64)[:, None]], axis=1)
+        batch._smallest, batch._largest = patches.min(1), patches.max(1)
+        self.merge(batch)
+
+    def merge(self, other: Self) -> None:
+        """Add what another meter saw."""
+        self.num_images += other.num_images
+        self.order, self.image_size = other.order or self.order, other.image_size or self.image_size
+        self._counts = self._counts + other._counts
+        self._image_peaks = self._image_peaks + other._image_peaks
+        self._input_logs = self._input_logs + other._input_logs
+        self._above = self._above + other._above
+        self._sums = self._sums + other._sums
+        self._smallest = np.minimum(self._smallest, other._smallest)
+        self._largest = np.maximum(self._largest, other._largest)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every norm of every token was a finite number."""
+        return bool(np.isfinite(self._sums).all())
+
+    def result(self) -> tuple[BlockNorms, ...]:
+        """Norms per block. A cutoff that was given holds for all blocks; else every block has its own."""
+        return tuple(self._block(i) for i in range(len(self._counts)))
+
+    def _block(self, index: int) -> BlockNorms:
+        counts, total = self._counts[index], int(self._counts[index].sum())
+        cutoff = self._cutoff(index)
+        outliers = self._above[index] if self.cutoff is not None else _num_above(counts, cutoff)
+        smallest, largest = float(self._smallest[index]), float(self._largest[index])
+        inner = [min(max(norm, smallest), largest) for norm in quantiles(counts, QUANTILES)[1:-1]]
+        prefix = self._sums[index, :-1] / self.num_images
+        return BlockNorms(
+            histogram=packed(counts),
+            quantiles=(smallest, *inner, largest),
+            mean=float(self._sums[index, -1] / total),
+            cutoff=cutoff,
+            outlier_fraction=float(outliers / total),
+            class_norms=tuple(prefix[: self.order.num_class].tolist()),
+            register_norms=tuple(prefix[self.order.num_class :].tolist()),
+        )
+
+    def _cutoff(self, index: int) -> Cutoff:
+        if self.cutoff is not None:
+            return given_cutoff(self.cutoff)
+        return find_cutoff(
+            self._counts[index],
+            image_peaks=self._image_peaks[index],
+            input_logs=self._input_logs[index],
+            patches_per_image=math.prod(self.order.grid),
+        )
+
+
+def _num_above(counts: np.ndarray, cutoff: Cutoff) -> int:
+    return 0 if cutoff.value is None else count_above(counts, cutoff.value)

@@ -1,0 +1,285 @@
+"""The numbers of an analysis as tables of text, section by section, with what they mean."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from vitreg_hub.analysis.results import QUANTILES, ArtifactReport, LocalProbe, Similarities
+from vitreg_hub.analysis.wording import amount, names, percent
+from vitreg_hub.plotting import number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Text in rows and columns.
+
+    Attributes:
+        title: What the numbers are.
+        head: One entry per column.
+        rows: The first entry of each names it.
+        folded: Long, thus shown only on demand.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    folded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """One thing that was measured.
+
+    Attributes:
+        key: Under which figures belong to it.
+        title: Heading.
+        meaning: In one sentence, for someone who has not read the paper.
+        definition: How it is measured.
+        tables: The numbers.
+        remarks: Why something is missing.
+    """
+
+    key: str
+    title: str
+    meaning: str
+    definition: str
+    tables: tuple[Table, ...]
+    remarks: tuple[str, ...] = ()
+
+
+def summary(reports: Sequence[ArtifactReport]) -> Table:
+    """What a reader wants to know first; a column per model."""
+    facts: tuple[tuple[str, Callable[[ArtifactReport], str]], ...] = (
+        ("parameters", lambda r: amount(r.model.num_params)),
+        ("blocks", lambda r: str(r.model.depth)),
+        ("channels", lambda r: str(r.model.embed_dim)),
+        ("patch size", lambda r: " x ".join(map(str, r.model.patch_size))),
+        ("grid of patches", lambda r: " x ".join(map(str, r.images.grid))),
+        ("class tokens", lambda r: str(r.model.num_class_tokens)),
+        ("registers", lambda r: str(r.model.num_registers)),
+        ("training step", lambda r: "-" if r.model.step is None else f"{r.model.step:,}"),
+        ("block looked at", lambda r: str(r.block)),
+        ("share of outliers in that block", lambda r: percent(r.outlier_fraction[r.block])),
+        ("cutoff in that block", lambda r: number(r.cutoff[r.block])),
+        ("largest norm in that block", lambda r: number(r.blocks[r.block].quantiles[-1])),
+        ("median norm in that block", lambda r: number(r.blocks[r.block].quantiles[QUANTILES.index(0.5)])),
+        (
+            "first block with outliers",
+            lambda r: "none" if r.first_outlier_block is None else str(r.first_outlier_block),
+        ),
+    )
+    rows = [(name, *(read(report) for report in reports)) for name, read in facts]
+    known = tuple(row for row in rows if set(row[1:]) != {"-"})
+    return Table(title="Models side by side", head=("", *names(reports)), rows=known)
+
+
+def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
+    """Everything that was measured, in the order in which it is told."""
+    named = tuple(zip(names(reports), reports, strict=True))
+    made = (
+        Section(
+            key="comparison",
+            title="When, where and from which size",
+            meaning="In the paper, outliers appear late in training, in the later blocks, and only in larger models.",
+            definition="The measures of the next sections, over training steps or models.",
+            tables=(),
+        ),
+        Section(
+            key="norms",
+            title="Norms and outliers",
+            meaning="Outliers are patch tokens whose vectors are several times longer than those around them.",
+            definition="L2 norm over channels of each patch token after a block, before the final norm. The cutoff is "
+            "given, or found: the bottom of the valley between two modes of the logarithms of the norms, if there are "
+            "two that are well apart; otherwise there are no outliers. Nor are there where the upper mode fills large "
+            "parts of images or is there before the first block: then it comes from the images. Blocks are counted "
+            "from 0.",
+            tables=(_cutoffs(named), *(_norms_by_block(name, report) for name, report in named)),
+        ),
+        Section(
+            key="places",
+            title="Where outliers are",
+            meaning="Outliers that follow the image sit elsewhere in each one; those that follow the grid of "
+            "positions sit in the same places.",
+            definition="Share of the images in which the patch at a place is an outlier, and number of outliers per "
+            "image, in the block that is looked at.",
+            tables=_some(_places(named)),
+        ),
+        Section(
+            key="redundancy",
+            title="Redundancy",
+            meaning="In the paper, patches that look like their neighbours become outliers: little is lost there.",
+            definition="Mean cosine similarity of a patch to its up to four neighbours right after the patch "
+            "embedding, before positions are added; patches are called outliers by their norm in the block that is "
+            "looked at.",
+            tables=_some(_redundancy(named)),
+        ),
+        Section(
+            key="local",
+            title="Local information",
+            meaning="In the paper, outliers have forgotten which patch they were: its place and pixels are lost.",
+            definition="Linear probes on tokens of the last block after the final norm, fitted and scored on "
+            "different images, on equally many tokens of both groups: a classifier of the place, and a regression of "
+            "the patch's normalised pixels (L2 norm of the error). Chance is the best constant answer; a classifier "
+            "that knows nothing does not lose to it in accuracy, but in distance.",
+            tables=_some(_local(named)),
+            remarks=_remarks((name, report.local_information.why_not) for name, report in named),
+        ),
+        Section(
+            key="global",
+            title="Global information",
+            meaning="In the paper, outliers know about the whole image, like a class token, as registers do.",
+            definition="Top-1 accuracy of a logistic regression on one token per image, of the last block after the "
+            "final norm, fitted and scored on different images; patches are drawn at random. Chance is the accuracy "
+            "of always answering the most frequent class of training.",
+            tables=_some(_global(named)),
+            remarks=_remarks((name, report.global_information.why_not) for name, report in named),
+        ),
+        Section(
+            key="attention",
+            title="Attention",
+            meaning="Outliers and registers can attract far more attention than their number explains.",
+            definition="Share of the attention of a token that goes to each kind of token in the block that is looked "
+            "at, mean over heads and images.",
+            tables=_some(_attention(named)),
+        ),
+        Section(
+            key="examples",
+            title="Single images",
+            meaning="With outliers, maps of norms and attention show bright spots in empty places; without, the "
+            "objects.",
+            definition="Maps of the block that is looked at; attention is the mean over heads. Principal components "
+            "are fitted to the tokens of all images of a model together.",
+            tables=(),
+        ),
+    )
+    return made if len(reports) > 1 else made[1:]
+
+
+Named = Sequence[tuple[str, ArtifactReport]]
+
+
+def _some(table: Table) -> tuple[Table, ...]:
+    return (table,) if table.rows else ()
+
+
+def _remarks(reasons: Iterable[tuple[str, str | None]]) -> tuple[str, ...]:
+    return tuple(f"{name}: {why}" for name, why in reasons if why)
+
+
+def _cutoffs(named: Named) -> Table:
+    head = ("model", "block", "cutoff", "how", "separation", "normal norm", "outlier norm", "share above", "why")
+    rows = []
+    for name, report in named:
+        block = report.blocks[report.block]
+        cut = block.cutoff
+        norms = (number(cut.separation), number(cut.normal_norm), number(cut.outlier_norm))
+        share = percent(block.outlier_fraction)
+        rows.append((name, str(report.block), number(cut.value), cut.source, *norms, share, cut.why))
+    title = "The cutoff (separation: Ashman's D of the two modes; norms: at their centres)"
+    return Table(title=title, head=head, rows=tuple(rows))
+
+
+def _norms_by_block(name: str, report: ArtifactReport) -> Table:
+    facts, blocks = report.model, report.blocks
+    head = ["block", *(_quantile(q) for q in QUANTILES), "cutoff", "outliers"]
+    head += ["class token", "class token 2"][: facts.num_class_tokens]
+    head += [f"register {i}" for i in range(1, facts.num_registers + 1)]
+    rows = tuple(
+        (
+            str(i),
+            *(number(norm) for norm in block.quantiles),
+            number(block.cutoff.value),
+            percent(block.outlier_fraction),
+            *(number(norm) for norm in (*block.class_norms, *block.register_norms)),
+        )
+        for i, block in enumerate(blocks)
+    )
+    return Table(
+        title=f"{name}: norms by block (quantiles of patches, means of others)",
+        head=tuple(head),
+        rows=rows,
+        folded=True,
+    )
+
+
+def _quantile(share: float) -> str:
+    return {0.0: "smallest", 0.5: "median", 1.0: "largest"}.get(share, percent(share))
+
+
+def _places(named: Named) -> Table:
+    rows = []
+    for name, report in named:
+        if not report.outlier_fraction[report.block]:
+            continue
+        counts, cells = report.places.per_image, [share for row in report.places.per_position for share in row]
+        images = sum(counts)
+        mean = sum(outliers * count for outliers, count in enumerate(counts)) / images
+        never = sum(share == 0 for share in cells) / len(cells)
+        with_any = 1 - counts[0] / images
+        rows.append((name, percent(with_any), number(mean), str(len(counts) - 1), percent(max(cells)), percent(never)))
+    head = (
+        "model",
+        "images with any",
+        "mean per image",
+        "most in one image",
+        "most frequent place",
+        "places without any",
+    )
+    return Table(title="Outliers in images and places", head=head, rows=tuple(rows))
+
+
+def _redundancy(named: Named) -> Table:
+    def cells(group: Similarities | None) -> tuple[str, str]:
+        return ("-", "-") if group is None else (f"{group.num_patches:,}", number(group.mean))
+
+    head = ("model", "normal patches", "mean similarity", "patches that become outliers", "mean similarity")
+    rows = tuple(
+        (name, *cells(r.redundancy.normal), *cells(r.redundancy.outlier))
+        for name, r in named
+        if r.redundancy.normal or r.redundancy.outlier
+    )
+    return Table(title="Cosine similarity to the neighbours", head=head, rows=rows)
+
+
+def _local(named: Named) -> Table:
+    def row(name: str, group: str, probe: LocalProbe) -> tuple[str, ...]:
+        pairs = (
+            (percent, probe.position_accuracy, probe.chance_accuracy),
+            (number, probe.position_distance, probe.chance_distance),
+            (number, probe.pixel_error, probe.chance_error),
+        )
+        cells = (f"{say(value)} ({say(chance)})" for say, value, chance in pairs)
+        return name, group, *cells, f"{probe.num_train:,}", f"{probe.num_test:,}"
+
+    rows = tuple(
+        row(name, group, probe)
+        for name, report in named
+        for group, probe in (("normal", report.local_information.normal), ("outlier", report.local_information.outlier))
+        if probe is not None
+    )
+    head = ("model", "tokens", "place found", "distance in patches", "pixel error", "fitted to", "scored on")
+    return Table(title="Linear probes (in brackets: chance)", head=head, rows=rows)
+
+
+def _global(named: Named) -> Table:
+    tokens = list(dict.fromkeys(t.token for _, report in named for t in report.global_information.tokens))
+    measured = [(name, report.global_information) for name, report in named if report.global_information.tokens]
+    accuracy = [{t.token: percent(t.accuracy) for t in found.tokens} for _, found in measured]
+    rows = [(token, *(by_token.get(token, "-") for by_token in accuracy)) for token in tokens]
+    rows += [
+        ("chance", *(percent(found.chance) for _, found in measured)),
+        ("classes", *(str(found.num_classes) for _, found in measured)),
+        ("images fitted to", *(f"{found.num_train:,}" for _, found in measured)),
+        ("images scored on", *(f"{found.num_test:,}" for _, found in measured)),
+    ]
+    title = "Accuracy from one token"
+    return Table(title=title, head=("token", *(name for name, _ in measured)), rows=tuple(rows) if measured else ())
+
+
+def _attention(named: Named) -> Table:
+    rows = tuple(
+        (name, mass.source, *map(percent, (mass.to_class, mass.to_registers, mass.to_normal, mass.to_outliers)))
+        for name, report in named
+        for mass in report.attention
+    )
+    head = ("model", "from", "to class tokens", "to registers", "to normal patches", "to outliers")
+    return Table(title="Where attention goes", head=head, rows=rows, folded=len(rows) > 8)

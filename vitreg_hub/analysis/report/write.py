@@ -1,0 +1,83 @@
+"""What an analysis leaves on the disk: report.json, one PNG per figure, and a page that holds everything."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+from PIL import Image
+from torch import nn
+
+from vitreg_hub.analysis.engine import Options
+from vitreg_hub.analysis.figures.attention import attention_figure
+from vitreg_hub.analysis.figures.report import report_figures
+from vitreg_hub.analysis.measures import token_examples
+from vitreg_hub.analysis.report.as_json import to_json
+from vitreg_hub.analysis.report.page import render
+from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.errors import DataError
+from vitreg_hub.files import require_absent, write_file, write_folder
+from vitreg_hub.images.source import BROKEN
+from vitreg_hub.plotting import png
+
+REPORT_JSON = "report.json"
+REPORT_PAGE = "report.html"
+
+
+def write_report(reports: Sequence[ArtifactReport], out: str | Path) -> Path:
+    """Write the reports of one or more models, side by side, to a new folder, which appears complete or not at all.
+
+    Args:
+        reports: In the order in which the models stand side by side.
+        out: Must not exist. Gets `report.json`, `report.html`, which needs no other file, and a PNG per figure.
+
+    Raises:
+        BundleError: The folder exists or cannot be written.
+    """
+    figures = report_figures(reports, [report.examples for report in reports])
+
+    def fill(staging: Path) -> None:
+        (staging / REPORT_JSON).write_text(to_json(reports), encoding="utf-8")
+        (staging / REPORT_PAGE).write_text(render(reports, figures), encoding="utf-8")
+        for figure in figures:
+            (staging / f"{figure.name}.png").write_bytes(figure.png)
+
+    return write_folder(Path(out), fill)
+
+
+def draw_attention(
+    model: nn.Module | str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    heads: bool = False,
+    **options: Unpack[Options],
+) -> Path:
+    """Draw what the class token and each register attend to in images, as in the figures of the paper.
+
+    Args:
+        model: A ViT as a module or by name.
+        images: Image files, one row each.
+        out: PNG to write; must not exist.
+        heads: Draw every head, not their mean.
+        **options: See `Options`; `block` is the block whose attention is drawn, the last by default.
+
+    Raises:
+        DataError: A file is no image, `out` is no PNG, or the model has neither class token nor registers.
+        BundleError: `out` exists or cannot be written.
+    """
+    if Path(out).suffix.lower() != ".png":
+        raise DataError(f"{out} is to be a PNG: give a name that ends in .png.")
+    require_absent(Path(out))
+    pictures = [_opened(file) for file in images]
+    examples = token_examples(model, pictures, number=len(pictures), **options)
+    figure = attention_figure(examples, heads=heads)
+    return write_file(Path(out), lambda file: file.write_bytes(png(figure)))
+
+
+def _opened(file: str | Path) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+            return picture
+    except BROKEN as error:
+        raise DataError(f"{file} cannot be read as an image: {error}.") from error

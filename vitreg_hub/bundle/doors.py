@@ -1,0 +1,102 @@
+"""Open a bundle through every door that its users have, and compare what comes out."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitreg_hub.arch import ARCHS
+from vitreg_hub.bundle import plain_doors
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.errors import BundleError, readable
+from vitreg_hub.timm_models import SHIPPED_WEIGHTS
+
+DOORS = ("timm", "transformers", "timm+vitreg_hub", "transformers+vitreg_hub")
+
+
+@torch.inference_mode()
+def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, float]:
+    """Open a bundle through all four doors; two of them in a fresh process that never imports this package.
+
+    Compares all tokens after the final norm, the pooled features and, with a head, the logits, on the CPU in float32.
+
+    Args:
+        folder: A bundle's folder, or the name of weights in this package (``vit_nano_reg4.digits``).
+        images: [B, C, H, W] of the bundle's input size; two images of noise by default.
+
+    Returns:
+        Largest absolute difference to `ModelBundle.build` per door: all 0.
+
+    Raises:
+        BundleError: A rule is broken, a door does not open, or an output differs by more than 0.
+    """
+    folder = bundle_folder(folder)
+    bundle = ModelBundle.load(folder)
+    model = bundle.build()
+    if images is None:
+        images = torch.randn(2, *bundle.preprocess.input_size, generator=torch.Generator().manual_seed(0))
+    ours = plain_doors.timm_outputs(model, images)
+
+    opened = _open_plain_doors(Path(folder).resolve(), images)
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    opened["timm+vitreg_hub"] = plain_doors.timm_outputs(by_folder, images)
+    opened["transformers+vitreg_hub"] = plain_doors.transformers_outputs(
+        str(folder), images, num_classes=bundle.num_classes
+    )
+    worst = {door: _difference(folder, door, ours, opened[door]) for door in DOORS}
+    if any(worst.values()):
+        raise BundleError(f"{folder}: outputs differ by door, largest absolute difference: {worst}")
+    return worst
+
+
+def bundle_folder(source: str | Path) -> Path:
+    """The folder of a bundle: as it was given, or of weights in this package by their name.
+
+    Raises:
+        BundleError: There is none, or it cannot be read.
+    """
+    name, shipped = str(source), {folder.name: folder for folder in SHIPPED_WEIGHTS.iterdir()}
+    with readable(source):
+        folder = Path(source) if Path(source).exists() else shipped.get(name, Path(source))
+        if not folder.is_dir():
+            remedy = "fetch a published bundle with `vitreg pull` first"
+            if name.partition(".")[0] in ARCHS and timm.is_model_pretrained(name):
+                remedy = f"ModelBundle.load({name!r}).save(folder) writes one with these weights"
+            raise BundleError(f"{source} is no folder: {remedy}.")
+    return folder
+
+
+def _open_plain_doors(folder: Path, images: Tensor) -> dict[str, dict[str, Tensor]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        sent, returned = Path(scratch, "images.safetensors"), Path(scratch, "outputs.safetensors")
+        save_file({"images": images.contiguous()}, sent)
+        script = [sys.executable, "-P", plain_doors.__file__, folder, sent, returned]  # -P: no imports from its folder
+        run = subprocess.run(script, capture_output=True, text=True, check=False)
+        if run.returncode:
+            last = run.stderr.strip().rsplit("\n", 1)[-1] or f"it ended with status {run.returncode}"
+            raise BundleError(f"{folder} does not open in plain timm and plain transformers: {last}")
+        doors: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_file(returned).items():
+            door, _, name = key.partition(".")
+            doors.setdefault(door, {})[name] = tensor
+        return doors
+
+
+def _difference(folder: Path, door: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    if ours.keys() != theirs.keys():
+        raise BundleError(f"{folder} gives {sorted(theirs)} in {door}, but {sorted(ours)} as a bundle.")
+    for name, tensor in ours.items():
+        if not (tensor.isfinite().all() and theirs[name].isfinite().all()):
+            raise BundleError(
+                f"the {name} of {folder} hold infinities or NaN, so its weights are of no use: make it anew, from an "
+                "earlier checkpoint of its training or another copy of its source."
+            )
+        if tensor.shape != theirs[name].shape:
+            found, wanted = list(theirs[name].shape), list(tensor.shape)
+            raise BundleError(f"the {name} of {folder} have shape {found} in {door}, but {wanted} as a bundle.")
+    return max((tensor - theirs[name]).abs().max().item() for name, tensor in ours.items())

@@ -1,0 +1,269 @@
+"""What a model is and where it came from, told without its weights."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
+from vitreg_hub.bundle.config import Preprocess, empty_model, make_config, read_config
+from vitreg_hub.bundle.provenance import ARTIFACTS_KEY, BEST_KEY, CONVERSION_KEY, DOORS_KEY, Provenance
+from vitreg_hub.bundle.rules import rule_problems
+from vitreg_hub.environment import duration
+from vitreg_hub.errors import BundleError, UnknownArchError, readable
+from vitreg_hub.licenses import UNKNOWN
+from vitreg_hub.names import HUB_PREFIX, parse_repo
+from vitreg_hub.network.positions import PositionRule
+from vitreg_hub.remote.download import download_config
+from vitreg_hub.timm_models import eval_cfg
+
+NOT_RECORDED = "not recorded"
+REPORTS = (CONVERSION_KEY, ARTIFACTS_KEY, DOORS_KEY)
+"""Settings that tell what was done with weights; the others of a run are its recipe."""
+TRAINING, OTHER = "training", "other"
+OPTIMISER = {"optim", "opt"}
+"""By which settings are known as a recipe: one of them, the latter in older bundles."""
+MADE = ("command", "commit", "created", "hardware")
+SHOWN = 4
+"""Names of dropped tensors that the table shows; JSON has all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """Facts about one model, JSON-safe.
+
+    Attributes:
+        name: Architecture, architecture.tag, folder, or repository with its commit.
+        architecture: Facts of the network and its images.
+        provenance: Where the weights came from, None for an architecture alone. What nobody recorded is None or empty.
+    """
+
+    name: str
+    architecture: Mapping[str, Any]
+    provenance: Mapping[str, Any] | None = None
+
+    def __str__(self) -> str:
+        """The table that the terminal shows."""
+        rows = [("model", self.name), *_architecture_rows(self.architecture)]
+        if self.provenance is None:
+            rows.append(("weights", ", ".join(self.architecture["weights"]) or "none under this name"))
+        else:
+            rows += [("", ""), *_provenance_rows(self.provenance, registers=self.architecture["registers"])]
+        width = max(len(key) for key, _ in rows) + 2
+        return "\n".join(_printable(f"{key.ljust(width)}{text}").rstrip() for key, text in rows)
+
+
+def describe(source: str | Path) -> ModelInfo:
+    """Tell what a model is. Of a repository only its config.json is fetched.
+
+    Args:
+        source: An architecture with or without the tag of its weights, a bundle's folder, or
+            ``hf-hub:org/name[@revision]``.
+
+    Raises:
+        BundleError: There is no bundle, or it breaks a rule of the form.
+        HubError: No such repository, no permission, or no network.
+        UnknownArchError: Neither a folder nor a known name.
+    """
+    called = str(source)
+    if called.startswith(HUB_PREFIX):
+        folder = download_config(called)
+        return _of_bundle(folder, name=f"{HUB_PREFIX}{parse_repo(called)[0]}@{folder.name}", called=called)
+    with readable(source):
+        is_folder = Path(source).exists()
+    if is_folder:
+        return _of_bundle(Path(source), name=called, called=called)
+    arch, _, tag = called.partition(".")
+    spec = get_arch(called if arch not in ARCHS else arch)
+    cfg = timm.get_pretrained_cfg(called) if tag and timm.is_model_pretrained(called) else None
+    if tag and cfg is None:
+        tags = ", ".join(timm.list_pretrained(f"{arch}.*")) or "none"
+        raise UnknownArchError(f"{called} has no published weights; of {arch} there are: {tags}.")
+    if cfg is not None and cfg.file:
+        return _of_bundle(Path(cfg.file).parent, name=called, called=called)
+    images = dataclasses.asdict(cfg or eval_cfg(spec))
+    origin = f"weights of {HUB_PREFIX}{cfg.hf_hub_id}" if cfg else "no weights"
+    provenance = Provenance(origin=origin, license=cfg.license if cfg else None)
+    config = make_config(
+        spec=spec,
+        model_args=spec.model_args(),
+        num_classes=cfg.num_classes if cfg else 0,
+        preprocess=Preprocess.from_cfg(images),
+        provenance=provenance,
+    )
+    told = _provenance(dataclasses.asdict(provenance)) if cfg else None
+    return ModelInfo(name=called, architecture=_architecture(config), provenance=told)
+
+
+def _of_bundle(folder: Path, *, name: str, called: str) -> ModelInfo:
+    config = read_config(folder, called=called)
+    if problems := list(rule_problems(config)):
+        raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
+    try:
+        architecture = _architecture(config)
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BundleError(f"timm cannot build the model of {called} ({type(error).__name__}: {reason}).") from error
+    return ModelInfo(name=name, architecture=architecture, provenance=_provenance(config["vitreg"]["provenance"]))
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of the network that a config.json describes, most of them counted in it."""
+    spec, args = get_arch(config["vitreg"]["arch"]), config["model_args"]
+    model = empty_model(config, weight_init="skip")
+    scale = config["vitreg"].get("residual_scale", 1)
+    class_tokens = model.num_prefix_tokens - model.num_reg_tokens
+    preprocess = Preprocess.from_cfg(config["pretrained_cfg"])
+    return {
+        "architecture": spec.name,
+        "family": spec.family,
+        "size": spec.size,
+        "upstream": spec.base,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "width": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "mlp": "SwiGLU" if spec.swiglu else "MLP",
+        "mlp_hidden": model.blocks[0].mlp.fc1.out_features,
+        "mlp_ratio": args["mlp_ratio"],
+        "activation": _activation(spec, args),
+        "layer_scale": args.get("init_values"),
+        "norm_epsilon": model.blocks[0].norm1.eps / scale**2,
+        "patch_size": args["patch_size"],
+        "image_size": list(model.patch_embed.img_size),
+        "tokens": model.num_prefix_tokens + model.patch_embed.num_patches,
+        "class_tokens": class_tokens,
+        "registers": model.num_reg_tokens,
+        "patches": model.patch_embed.num_patches,
+        "positions": _positions(PositionRule.from_dict(config["vitreg"].get("positions", {}))),
+        "pooling": model.global_pool,
+        "num_classes": config["num_classes"],
+        "preprocess": dataclasses.asdict(preprocess),
+        "weights": timm.list_pretrained(f"{spec.name}.*"),
+    }
+
+
+def _activation(spec: ArchSpec, args: Mapping[str, Any]) -> str:
+    return "silu" if spec.swiglu else args.get("act_layer", spec.lineage.act)
+
+
+def _positions(rule: PositionRule) -> str:
+    words = f"bicubic, {'with' if rule.antialias else 'without'} antialias"
+    return words + (f", offset {rule.offset:g}" if rule.offset else "")
+
+
+def _architecture_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    images, count = facts["preprocess"], facts["parameters"]
+    yield "architecture", f"{facts['architecture']} (family {facts['family']}, size {facts['size']})"
+    yield "upstream", f"timm's {facts['upstream']}"
+    yield "parameters", f"{count:,} ({count / 1e6:.1f} M)"
+    yield "width", f"{facts['width']}"
+    yield "depth", f"{facts['depth']} blocks"
+    yield "heads", f"{facts['num_heads']} of {facts['width'] // facts['num_heads']} channels"
+    yield (
+        "MLP",
+        f"{facts['mlp']} with {facts['activation']}, first layer {facts['mlp_hidden']} ({facts['mlp_ratio']:g} x)",
+    )
+    yield "LayerScale", "none" if facts["layer_scale"] is None else f"starts at {facts['layer_scale']:g}"
+    yield "norm epsilon", f"{facts['norm_epsilon']:.3g}"
+    yield "patch", f"{facts['patch_size']} pixels"
+    yield "image size", " x ".join(map(str, facts["image_size"]))
+    parts = f"{facts['class_tokens']} class + {facts['registers']} registers + {facts['patches']} patches"
+    yield "tokens", f"{facts['tokens']} = {parts}"
+    yield "positions", facts["positions"]
+    yield "pooling", f"{facts['pooling']}"
+    yield "classes", f"{facts['num_classes']}" if facts["num_classes"] else "none: no head"
+    crop = f"crop {images['crop_pct']:g} ({images['crop_mode']})"
+    yield "images", f"{images['interpolation']}, {crop}, mean {_numbers(images['mean'])}, std {_numbers(images['std'])}"
+
+
+def _numbers(values: list[float]) -> str:
+    return "/".join(f"{value:.3g}" for value in values)
+
+
+def _provenance(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance with all its fields, and what its settings tell of how the weights came about."""
+    defaults = dataclasses.asdict(Provenance(origin=""))
+    settings = told.get("settings", {})
+    rest = {key: value for key, value in settings.items() if key not in REPORTS}
+    is_recipe = bool(rest.keys() & OPTIMISER)
+    parts = {key: _mapping(settings.get(key)) for key in REPORTS}
+    parts |= {TRAINING: rest if is_recipe else {}, OTHER: {} if is_recipe else rest}
+    return defaults | dict(told) | {"settings": parts}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A part of the settings, whose form nothing guarantees."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _provenance_rows(told: Mapping[str, Any], *, registers: int) -> Iterator[tuple[str, str]]:
+    parts = told["settings"]
+    conversion, training = parts[CONVERSION_KEY], parts[TRAINING]
+    yield "origin", told["origin"]
+    yield "license", told["license"] or UNKNOWN
+    yield "data set", told["dataset"] or NOT_RECORDED
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in sorted(told["metrics"].items()))
+    yield "measured", measured or "not measured"
+    if untrained := conversion.get("untrained_registers"):
+        yield "registers", f"{untrained} of {registers} drawn at random, untrained"
+    yield from _conversion_rows(conversion)
+    if training:
+        yield "training", _training(training)
+    if parts[OTHER]:
+        yield "settings", ", ".join(parts[OTHER])
+    yield "artifacts", str(parts[ARTIFACTS_KEY].get("verdict", "not measured"))
+    doors = ", ".join(f"{value:g} in {door}" for door, value in parts[DOORS_KEY].items() if _is_number(value))
+    yield "doors", f"largest absolute difference {doors}" if doors else "not measured"
+    yield "versions", ", ".join(f"{name} {number}" for name, number in told["versions"].items()) or NOT_RECORDED
+    yield from ((key, told[key] or NOT_RECORDED) for key in MADE)
+    yield "time", NOT_RECORDED if told["seconds"] is None else duration(told["seconds"])
+
+
+def _conversion_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if not report:
+        return
+    yield "source", f"{report.get('source', NOT_RECORDED)}, read as {report.get('format', NOT_RECORDED)}"
+    for name, digest in _mapping(report.get("sha256")).items():
+        yield "sha256", f"{digest}  {name}"
+    yield "mapped", f"{report.get('num_mapped', NOT_RECORDED)} tensors"
+    for why, names in _mapping(report.get("dropped")).items():
+        names = _listed(names)
+        more = f", ... {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        yield "dropped", f"{len(names)} ({', '.join(map(str, names[:SHOWN]))}{more}): {why}"
+    yield from (("note", str(note)) for note in _listed(report.get("notes")))
+    measured = _mapping(report.get("measured"))
+    differences = ", ".join(f"{value:.2g} in {name}" for name, value in measured.items() if _is_number(value))
+    yield "difference", f"{differences}, to {measured.get('reference')}" if differences else "not measured"
+
+
+def _training(recipe: Mapping[str, Any]) -> str:
+    """The recipe of a run in a line, as far as it is told."""
+    optim, best = _mapping(recipe.get("optim")), _mapping(recipe.get(BEST_KEY))
+    steps, total = recipe.get("step"), recipe.get("total_steps")
+    told = {
+        "recipe": recipe.get("name"),
+        "steps": steps if steps == total else f"{steps} of {total}",
+        "batch size": recipe.get("batch_size"),
+        "optimiser": optim.get("opt") or recipe.get("opt"),
+        "learning rate": optim.get("lr") or recipe.get("lr"),
+        "seed": recipe.get("seed"),
+        "best of its run by": best.get("score"),
+    }
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) or NOT_RECORDED
+
+
+def _printable(text: str) -> str:
+    """Text of a stranger's file on one line, without what would move the terminal's cursor."""
+    return "".join(char if char.isprintable() else " " for char in text)

@@ -1,0 +1,46 @@
+"""What every command runs in: exit codes, log lines, a user's mistake as one sentence."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import transformers
+from jsonargparse import DefaultHelpFormatter
+
+from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeError, UnknownArchError, VitregError
+
+HUB_FAILED = 3
+"""Exit status of a command that the Hub kept from succeeding."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with the examples as they are written."""
+
+
+@contextmanager
+def console() -> Iterator[None]:
+    """What a command runs in: log lines as they are, and a user's mistake as one sentence with exit status 1.
+
+    A Hub that failed, but did not refuse, ends in `HUB_FAILED`, so that a script knows what may succeed later.
+
+    All processes of a run read the same settings, so the first alone reports what is wrong with them.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("vitreg_hub").setLevel(logging.INFO)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+        sys.stdout.flush()
+    except VitregError as error:
+        if isinstance(error, HubError) and not isinstance(error, HubRefusedError):
+            print(f"vitreg: {error}", file=sys.stderr)
+            sys.exit(HUB_FAILED)
+        silent = isinstance(error, LicenseError | RecipeError | UnknownArchError) and os.environ.get("RANK", "0") != "0"
+        sys.exit(1 if silent else f"vitreg: {error}")
+    except BrokenPipeError:  # `vitreg list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit("vitreg: interrupted")

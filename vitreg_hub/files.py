@@ -1,0 +1,198 @@
+"""Whole or absent: how files and folders are written, and what those of a bundle are called."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from io import SEEK_END, BytesIO
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vitreg_hub.errors import BundleError, HubError
+
+BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE) = ("config.json", "model.safetensors", "README.md")
+EXTRA_FILES = (ARTIFACTS_FIGURE, CURVES_FIGURE, RECIPE_FILE, METRICS_FILE) = (
+    "artifacts.png",
+    "curves.png",
+    "recipe.yaml",
+    "metrics.jsonl",
+)
+"""What may lie beside a bundle and is published with it: its card shows the figures; of a training run, how it went."""
+OPENCLIP_CONFIG, OPENCLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+TOWER_SUFFIX = "-open_clip"
+"""Ends the name of a folder with both towers of a CLIP model, beside its bundle, and of its repository."""
+
+SWAP, NEW, OLD = "-swap", "new", "old"
+"""What `replace_folder` calls its folders."""
+
+
+def require_absent(target: Path) -> None:
+    """Refuse to replace a folder.
+
+    Raises:
+        BundleError: There is something, or the system does not tell.
+    """
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise BundleError(f"cannot write {target}: {error.strerror}.") from error
+    raise BundleError(f"{target} exists: choose another folder or delete it first.")
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Run `fill` in a sibling temporary folder and rename it into place.
+
+    Raises:
+        BundleError: `target` exists, or cannot be written; nothing is left of it.
+    """
+    require_absent(target)
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise BundleError(f"cannot write to {target.parent}: {error.strerror}.") from error
+    try:
+        fill(staging)
+        mask = _umask()
+        for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make private ones
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        staging.rename(target)
+    except BaseException as error:
+        shutil.rmtree(staging)
+        for folder in made:
+            folder.rmdir()
+        if isinstance(error, OSError | SafetensorError):  # a full disk ends in either
+            raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
+        raise
+    return target
+
+
+def write_file(target: Path, write: Callable[[Path], None], *, replace: bool = False) -> Path:
+    """Run `write` on a file in a temporary folder beside the target and rename it into place.
+
+    Args:
+        target: The file; must not exist unless `replace`.
+        write: Takes the path to write to.
+        replace: Put it in the place of an old one.
+
+    Raises:
+        BundleError: `target` exists, or cannot be written; it is as it was before.
+    """
+    if not replace:
+        require_absent(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as staging:
+            write(Path(staging, target.name))
+            Path(staging, target.name).replace(target)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
+    return target
+
+
+def checksum(content: Path | bytes, *, like: str) -> str:
+    """The checksum of a file, of the kind that the Hub keeps of it.
+
+    Args:
+        content: The file, or what is in it.
+        like: A checksum of that kind, in hexadecimal: sha256 of a large file (LFS), Git's sha1 of any other.
+    """
+    with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        if len(like) == 40:
+            size = file.seek(0, SEEK_END)
+            file.seek(0)
+            return hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % size)).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_space(folder: Path, num_bytes: int, *, what: str) -> None:
+    """Refuse to write what does not fit on a disk.
+
+    Args:
+        folder: Where, or a folder that will hold it.
+        num_bytes: How much.
+        what: For the message.
+
+    Raises:
+        HubError: There is not enough room.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(existing).free) < num_bytes:
+        raise HubError(
+            f"{what} takes {num_bytes / 1e6:,.1f} MB, but at {existing} only {free / 1e6:,.1f} MB are free: make room."
+        )
+
+
+def replace_folder(target: Path, write: Callable[[Path], object]) -> Path:
+    """Put a new folder in the place of an old one, if there is one.
+
+    No portable call exchanges two folders. Whoever is killed between the two renames leaves both of them complete, and
+    `restore_folders` puts the old one back.
+
+    Args:
+        target: The folder.
+        write: Writes a folder that does not exist yet, complete or not at all.
+
+    Raises:
+        BundleError: It cannot be written; the old one stays.
+    """
+    swap = target.with_name(f".{target.name}{SWAP}")
+    try:
+        if swap.exists():
+            shutil.rmtree(swap)
+        write(swap / NEW)
+        if target.exists():
+            target.rename(swap / OLD)
+        (swap / NEW).rename(target)
+        shutil.rmtree(swap)
+    except OSError as error:
+        raise BundleError(f"cannot write {target}: {error.strerror or error}.") from error
+    return target
+
+
+def read_content(file: Path) -> bytes | None:
+    """What a file holds; None if there is none.
+
+    Raises:
+        BundleError: It cannot be read.
+    """
+    try:
+        return file.read_bytes() if file.exists() else None
+    except OSError as error:
+        raise BundleError(f"cannot read {file}: {error.strerror or error}.") from error
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put new files into a folder, in the place of old ones: all, or none.
+
+    Raises:
+        BundleError: It cannot be written to.
+    """
+    before = {name: read_content(folder / name) for name in files}
+    done = []
+    try:
+        with tempfile.TemporaryDirectory(prefix=".vitreg-", dir=folder) as staging:
+            for name, content in files.items():
+                Path(staging, name).write_bytes(content)
+            for name in files:
+                Path(staging, name).replace(folder / name)
+                done.append(name)
+    except OSError as error:
+        for name in done:
+            if before[name] is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(before[name])
+        raise BundleError(f"cannot write to {folder}: {error.strerror or error}.") from error

@@ -1,0 +1,60 @@
+"""Published models, as the Hub lists them."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+
+import huggingface_hub as hf
+
+from vitreg_hub.arch import get_arch
+from vitreg_hub.remote.client import hub_errors, patiently
+
+TAG = "vitreg"
+"""Of every card that this package writes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedModel:
+    """A model on the Hub, as its listing tells it."""
+
+    repo_id: str
+    license: str | None
+    tags: tuple[str, ...]
+    downloads: int
+    likes: int
+    last_modified: datetime | None
+    private: bool
+
+
+def list_models(
+    *, author: str | None = None, search: str | None = None, arch: str | None = None, limit: int | None = None
+) -> tuple[PublishedModel, ...]:
+    """Find published models, most downloaded first.
+
+    Args:
+        author: User or organisation.
+        search: Part of the repository's name.
+        arch: Name of an architecture.
+        limit: How many at most.
+
+    Raises:
+        HubError: No network, or a Hub that refuses.
+        UnknownArchError: No such architecture.
+    """
+    tags = [TAG] if arch is None else [TAG, get_arch(arch).name]
+    told = ["tags", "downloads", "likes", "lastModified", "private"]
+    ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, filter=tags, author=author, search=search)
+    with hub_errors("the list of models"):
+        found = patiently(lambda: list(ask(sort="downloads", limit=limit, expand=told)))
+    return tuple(
+        PublishedModel(
+            repo_id=model.id,
+            license=next((t.removeprefix("license:") for t in model.tags or () if t.startswith("license:")), None),
+            tags=tuple(model.tags or ()),
+            downloads=model.downloads or 0,
+            likes=model.likes or 0,
+            last_modified=model.last_modified,
+            private=bool(model.private),
+        )
+        for model in found
+    )

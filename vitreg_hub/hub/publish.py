@@ -1,0 +1,295 @@
+"""Bundles to the Hub and back. The token is huggingface_hub's: `hf auth login` or HF_TOKEN."""
+
+import dataclasses
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub as hf
+
+from vitreg_hub.bundle.doors import bundle_folder, verify
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.errors import HubError, HubRefusedError, readable
+from vitreg_hub.files import BUNDLE_FILES, EXTRA_FILES, require_absent, require_space, write_folder
+from vitreg_hub.hub.shipment import Shipment, bundle_shipment, refuse_pickles, settle_license, tower_shipment
+from vitreg_hub.hub.target import Target, compare, look
+from vitreg_hub.hub.towers import find_tower
+from vitreg_hub.model_cards.card import with_doors
+from vitreg_hub.remote.client import hub_errors, patiently
+from vitreg_hub.remote.commit import commit_files, open_pull_request, set_tag
+from vitreg_hub.remote.download import download
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pushed:
+    """What a push left on the Hub.
+
+    Attributes:
+        repo_id: ``org/name``.
+        commit: Id of the commit that holds the bundle: a new one, or the old one if nothing had changed.
+        url: Its address.
+        private: Whether the repository can be seen by its owner alone.
+        pull_request: Address of the pull request, if one was asked for.
+        sent: Names of the files that were new or had changed.
+        deleted: Names of the files that told of earlier weights.
+        text_tower: The same of both towers' repository, if the bundle has one.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    private: bool
+    pull_request: str | None = None
+    sent: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+    text_tower: "Pushed | None" = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedFile:
+    """One file of a push that was not made: its size in bytes; new, changed, unchanged or deleted."""
+
+    name: str
+    size: int
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushPlan:
+    """What a push would do.
+
+    Attributes:
+        repo_id: ``org/name``.
+        branch: Where the commit would go.
+        makes_repository: Whether the repository would be made.
+        makes_branch: Whether the branch would be made.
+        license: Under which it would be published; None if nobody knows.
+        files: All files of the bundle.
+        left_out: Names in the folder that are not published.
+        text_tower: The same for both towers' repository.
+    """
+
+    repo_id: str
+    branch: str
+    makes_repository: bool
+    makes_branch: bool
+    license: str | None
+    files: tuple[PlannedFile, ...]
+    left_out: tuple[str, ...]
+    text_tower: "PushPlan | None" = None
+
+
+def require_token(repo_id: str) -> None:
+    """Refuse what cannot be published, before any work is done for it.
+
+    Raises:
+        HubError: No token, or no repository id.
+    """
+    _require_repo_id(repo_id)
+    token = hf.get_token()
+    if token is None:
+        raise HubRefusedError("no access token: run `hf auth login` or set HF_TOKEN, then try again.")
+    if not token.isascii():
+        raise HubRefusedError("the access token holds letters that no token has: run `hf auth login` or set HF_TOKEN.")
+
+
+def _require_repo_id(repo_id: str) -> None:
+    with hub_errors(repo_id):
+        hf.utils.validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise HubRefusedError(f"{repo_id!r} is no repository id: give it as organisation/name.")
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    branch: str = "main",
+    create_pr: bool = False,
+    tag: str | None = None,
+    license: str | None = None,
+) -> Pushed:
+    """Verify a bundle and publish it in one commit; what is missing of repository and branch is made.
+
+    Only files that are new or changed are sent; if there are none, no commit is made. The commit fails if someone else
+    pushes at the same time. Of a card on the Hub only this package's blocks change. Both towers of a CLIP model, in the
+    folder's neighbour with `-open_clip`, follow in a repository of their own.
+
+    Args:
+        folder: A bundle's folder.
+        repo_id: ``org/name``.
+        private: Whether a new repository can be seen by its owner alone.
+        branch: Where the commit goes; a new branch starts from main.
+        create_pr: Open a pull request instead, another one each time.
+        tag: Name for the commit.
+        license: Of the weights, where the bundle does not tell, or tells a non-commercial one.
+
+    Raises:
+        BundleError: The folder fails a door or holds pickles; nothing was sent.
+        LicenseError: Nobody tells the license, or it is a non-commercial one and `license` does not say so.
+        HubError: No token, no permission, no network, or someone else pushed. The repository is as it was, or the
+            message says otherwise.
+    """
+    require_token(repo_id)
+    target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
+    shipment, towers = _shipments(folder, repo_id, branch=branch, license=license)
+    if towers is not None:
+        _plan(towers, _as_private(target, repo_id))  # what it cannot be is found before the bundle is sent
+    pushed = _publish(shipment, target)
+    if towers is None:
+        return pushed
+    try:
+        beside = dataclasses.replace(target, private=pushed.private)
+        return dataclasses.replace(pushed, text_tower=_publish(towers, beside))
+    except HubError as error:
+        raise HubError(f"the bundle is pushed ({pushed.url}), but not its text tower: {error}") from error
+
+
+def plan(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    branch: str = "main",
+    create_pr: bool = False,
+    tag: str | None = None,
+    license: str | None = None,
+) -> PushPlan:
+    """Everything that `push` does before it writes anything: checks, doors, and what it would send.
+
+    It needs no token and does not tell whether the Hub would take the files. Args and other errors are those of `push`.
+    """
+    _require_repo_id(repo_id)
+    target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
+    shipment, towers = _shipments(folder, repo_id, branch=branch, license=license)
+    planned = _plan(shipment, target)
+    if towers is None:
+        return planned
+    return dataclasses.replace(planned, text_tower=_plan(towers, _as_private(target, repo_id)))
+
+
+def pull(name: str, folder: str | Path) -> Path:
+    """Fetch a bundle, with the figures and the recipe that lie beside it, into a new folder.
+
+    The folder appears complete or not at all.
+
+    Args:
+        name: ``[hf-hub:]org/name[@revision]``.
+        folder: Must not exist.
+
+    Raises:
+        BundleError: The repository is no bundle, or the folder exists or cannot be written.
+        HubError: No such repository or revision, no permission, no network, no room, or damage that stays.
+    """
+    target = Path(folder)
+    require_absent(target)
+    cached = download(name)
+    ModelBundle.load(cached)
+    files = [cached / file for file in (*BUNDLE_FILES, *EXTRA_FILES) if (cached / file).exists()]
+    require_space(target, sum(file.stat().st_size for file in files), what=name)
+
+    def fill(staging: Path) -> None:
+        for file in files:
+            shutil.copyfile(file, staging / file.name)
+
+    return write_folder(target, fill)
+
+
+def _shipments(
+    source: str | Path, repo_id: str, *, branch: str, license: str | None
+) -> tuple[Shipment, Shipment | None]:
+    """What the repositories of a bundle, and of its text tower, are to hold, after all checks but those of the Hub."""
+    folder = bundle_folder(source)
+    with readable(folder):
+        towers = find_tower(folder)
+        for checked in filter(None, (folder, towers)):
+            refuse_pickles(checked)
+        settle_license(folder, ModelBundle.load(folder), license)  # before `verify`, which takes seconds
+        bundle = with_doors(ModelBundle.load(folder), verify(folder))
+        shipment = bundle_shipment(folder, bundle, repo_id, branch=branch, given_license=license)
+        return shipment, towers and tower_shipment(towers, repo_id, branch=branch, license=shipment.license)
+
+
+def _as_private(target: Target, repo_id: str) -> Target:
+    """The target of what goes beside a repository, which is private if that one is."""
+    with hub_errors(repo_id):
+        tree = look(hf.HfApi(library_name="vitreg_hub"), repo_id, target).tree
+    return dataclasses.replace(target, private=target.private or (tree is not None and tree.private))
+
+
+def _plan(shipment: Shipment, target: Target) -> PushPlan:
+    with hub_errors(shipment.repo_id):
+        found = look(hf.HfApi(library_name="vitreg_hub"), shipment.repo_id, target)
+        files, changed = compare(shipment, target, found)
+    there = found.tree.checksums if found.tree is not None else {}
+    return PushPlan(
+        repo_id=shipment.repo_id,
+        branch=target.branch,
+        makes_repository=found.refs is None,
+        makes_branch=target.branch not in (found.refs.branches if found.refs is not None else ("main",)),
+        license=shipment.license,
+        files=tuple(
+            _planned(name, content, there=there, changed=name in changed)
+            for name, content in sorted(files.items())
+            if content is not None or name in there
+        ),
+        left_out=shipment.left_out,
+    )
+
+
+def _planned(name: str, content: Path | bytes | None, *, there: Collection[str], changed: bool) -> PlannedFile:
+    if content is None:
+        return PlannedFile(name=name, size=0, state="deleted")
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    return PlannedFile(
+        name=name, size=size, state="unchanged" if not changed else "changed" if name in there else "new"
+    )
+
+
+def _publish(shipment: Shipment, target: Target) -> Pushed:
+    """Bring a repository to what it is to hold."""
+    api, repo_id = hf.HfApi(library_name="vitreg_hub"), shipment.repo_id
+    with hub_errors(repo_id):
+        found = look(api, repo_id, target)
+        if found.refs is None:
+            hidden = target.private or None  # None: as the organisation has it
+            patiently(partial(api.create_repo, repo_id, private=hidden, exist_ok=True))
+            found = look(api, repo_id, target)
+            if found.refs is None:
+                raise HubError(f"{repo_id} was made but cannot be read: use a token that may read it, too.")
+        _, files = compare(shipment, target, found)
+        if target.branch not in found.refs.branches:
+            start = found.tree.commit
+            patiently(partial(api.create_branch, repo_id, branch=target.branch, revision=start, exist_ok=True))
+        commit, request = found.tree.commit, None
+        where = dict(branch=target.branch, parent=found.tree, message=shipment.title)
+        if files and target.create_pr:
+            info = open_pull_request(api, repo_id, files, **where)
+            commit, request = info.oid, info.pr_url
+        elif files:
+            commit = commit_files(api, repo_id, files, **where)
+        url = f"{api.endpoint}/{repo_id}/commit/{commit}"
+        if target.tag:
+            _tag(api, repo_id, target.tag, commit, url)
+    return Pushed(
+        repo_id=repo_id,
+        commit=commit,
+        url=url,
+        private=found.tree.private,
+        pull_request=request,
+        sent=tuple(sorted(name for name, content in files.items() if content is not None)),
+        deleted=tuple(sorted(name for name, content in files.items() if content is None)),
+    )
+
+
+def _tag(api: hf.HfApi, repo_id: str, tag: str, commit: str, url: str) -> None:
+    try:
+        with hub_errors(repo_id):
+            set_tag(api, repo_id, tag, commit)
+    except HubError as error:
+        raise HubError(
+            f"the commit is there ({url}), but not the tag {tag}, which the same push again sets if it can be: {error}"
+        ) from error

@@ -1,0 +1,207 @@
+"""What a push puts into a repository: a bundle's files and no others, with its license told and a card."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub as hf
+
+from vitreg_hub import licenses
+from vitreg_hub.bundle.config import config_text, read_config
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.errors import BundleError
+from vitreg_hub.files import (
+    BUNDLE_FILES,
+    CARD_FILE,
+    CONFIG_FILE,
+    EXTRA_FILES,
+    OPENCLIP_CONFIG,
+    OPENCLIP_WEIGHTS,
+    TOWER_SUFFIX,
+    WEIGHTS_FILE,
+)
+from vitreg_hub.hub.towers import TOWERS_BLOCK, find_tower, tower_files
+from vitreg_hub.model_cards.card import decoded, render, update
+from vitreg_hub.model_cards.marked import blocks_in, replace_blocks, require_whole
+from vitreg_hub.model_cards.merging import merge
+from vitreg_hub.remote.commit import Files
+
+PICKLES = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".hdf5",
+    ".keras",
+    ".pyth",
+)
+"""Endings of weights that can run code when they are opened, or that nobody needs beside safetensors."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shipment:
+    """What one repository is to hold.
+
+    Attributes:
+        repo_id: ``org/name``.
+        title: Of the commit.
+        license: Under which it is published; None if nobody knows.
+        given_license: What the user says of it.
+        files: All but the card.
+        card: Makes the card of the one that is on the Hub, if any.
+        own_card: The folder's, if it has one.
+        left_out: Names in the folder that are not published.
+    """
+
+    repo_id: str
+    title: str
+    license: str | None
+    given_license: str | None
+    files: Files
+    card: Callable[[str | None], str]
+    own_card: str | None = None
+    left_out: tuple[str, ...]
+
+
+def bundle_shipment(
+    folder: Path, bundle: ModelBundle, repo_id: str, *, branch: str, given_license: str | None
+) -> Shipment:
+    """What a bundle's repository is to hold. Its config.json and card tell the license; the folder stays as it is.
+
+    Files that lay beside an earlier bundle, and beside this one do not, are to go: they tell of other weights.
+
+    Args:
+        folder: Verified.
+        bundle: What is in it.
+        repo_id: ``org/name``.
+        branch: Where it goes.
+        given_license: What the user says of the license.
+
+    Raises:
+        LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
+    """
+    extras = [name for name in EXTRA_FILES if (folder / name).is_file()]
+    files: dict[str, Path | bytes | None] = {name: folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, *extras)}
+    files |= dict.fromkeys(set(EXTRA_FILES) - set(extras))
+    license = settle_license(folder, bundle, given_license)
+    bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, license=license))
+    old = read_config(folder, called=str(folder))
+    config = _told(old, bundle)
+    if config != old:
+        files[CONFIG_FILE] = config_text(config).encode()
+    own_card = _own_card(folder)
+    where = {"repo": repo_id, "revision": branch, "towers": find_tower(folder) is not None}
+
+    def card(existing: str | None) -> str:
+        before = own_card if existing is None else existing
+        if before is None:
+            return render(bundle, files=extras, **where)
+        return update(before, bundle, files=extras, settled_license=True, **where)
+
+    return Shipment(
+        repo_id=repo_id,
+        title=f"Publish {bundle.arch} with vitreg_hub",
+        license=license,
+        given_license=given_license,
+        files=files,
+        card=card,
+        own_card=own_card,
+        left_out=_others(folder, (*BUNDLE_FILES, *EXTRA_FILES)),
+    )
+
+
+def tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str | None) -> Shipment:
+    """What the repository of both towers beside a bundle is to hold. A card that is its author's stays.
+
+    Raises:
+        BundleError: Files are missing or broken.
+    """
+    files = dict(tower_files(folder, bundle_repo=bundle_repo, branch=branch, license=license))
+    card = files.pop(CARD_FILE).decode()
+    return Shipment(
+        repo_id=bundle_repo + TOWER_SUFFIX,
+        title=f"Publish both towers of {bundle_repo.rpartition('/')[2]} with vitreg_hub",
+        license=license,
+        given_license=license,
+        files=files,
+        card=lambda existing: card if existing is None else _towers_card(existing, card),
+        left_out=_others(folder, (CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS)),
+    )
+
+
+def settle_license(folder: Path, bundle: ModelBundle, given: str | None) -> str | None:
+    """The license of a bundle in a folder, as its config, its card and the user tell it; None if nobody knows.
+
+    Raises:
+        LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
+    """
+    return licenses.settle(licenses.told_by(bundle.config(), folder / CARD_FILE), given, called=str(folder))
+
+
+def _told(config: Mapping[str, Any], bundle: ModelBundle) -> dict[str, Any]:
+    """A bundle's config that tells its license and what was measured."""
+    told = copy.deepcopy(dict(config))
+    license = bundle.provenance.license
+    told["vitreg"]["provenance"] |= {"license": license, "settings": dict(bundle.provenance.settings)}
+    if license is not None:
+        told["pretrained_cfg"]["license"] = license
+    else:
+        told["pretrained_cfg"].pop("license", None)
+    return told
+
+
+def _own_card(folder: Path) -> str | None:
+    """The card in a bundle's folder.
+
+    Raises:
+        BundleError: It is no text in UTF-8, which the Hub does not take.
+    """
+    file = folder / CARD_FILE
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{file} is no text in UTF-8 (byte {error.start}): save it so, or delete it.") from error
+    return decoded(content)
+
+
+def _towers_card(existing: str, fresh: str) -> str:
+    """The card of both towers that is on the Hub, with our block and the license brought up to date."""
+    require_whole(existing)
+    if TOWERS_BLOCK not in blocks_in(existing):
+        return existing
+    told = hf.ModelCard(fresh).data.to_dict()
+    card = replace_blocks(existing, {TOWERS_BLOCK: blocks_in(fresh)[TOWERS_BLOCK]})
+    return merge(card, old=told, new=told, settled_license=True) or card
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse weights that are no safetensors. Folders below are never published.
+
+    Raises:
+        BundleError: With their names.
+    """
+    if not folder.is_dir():
+        return
+    found = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in PICKLES)
+    if found:
+        raise BundleError(
+            f"{folder} holds {', '.join(found)}: such files can run code when they are opened, and only "
+            "safetensors are published; move or delete them."
+        )
+
+
+def _others(folder: Path, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = (f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return tuple(sorted(name for name in names if name not in known))

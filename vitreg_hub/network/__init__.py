@@ -1,0 +1,1 @@
+"""The networks of timm and transformers: where their parts are, and what JSON cannot tell plain timm."""

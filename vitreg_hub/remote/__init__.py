@@ -1,0 +1,1 @@
+"""The wire: requests to the Hub, downloads into the cache, commits."""

@@ -1,0 +1,163 @@
+"""Talking to the Hub: patient where that is safe, and with every failure a user can meet turned into one sentence."""
+
+import errno
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2 as httpx
+import huggingface_hub as hf
+from huggingface_hub import errors as hf_errors
+
+from vitreg_hub.errors import HubError, HubRefusedError
+
+Result = TypeVar("Result")
+
+
+WAITS = (1, 2, 4)
+"""Seconds between one try of a request and the next."""
+LONGEST_WAIT = 300
+"""Seconds. The Hub counts requests in windows of five minutes. Source: https://huggingface.co/docs/hub/rate-limits"""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+"""Of a folder that cannot be made."""
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether the same request may succeed a moment later."""
+    if isinstance(error, hf_errors.HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    if isinstance(error, hf_errors.LocalEntryNotFoundError):  # nothing in the cache, and the Hub failed
+        return is_transient(error.__cause__)
+    if isinstance(error, httpx.TransportError):
+        return not isinstance(error, httpx.ProxyError | httpx.UnsupportedProtocol)
+    return _is_garbled(error)
+
+
+def _is_garbled(error: BaseException | None) -> bool:
+    """Whether a reply is no JSON, or a file shorter than announced, of which the client makes a bare OSError."""
+    return isinstance(error, json.JSONDecodeError) or (type(error) is OSError and error.errno is None)
+
+
+def patiently(request: Callable[[], Result]) -> Result:
+    """Make a request that may be made twice, again where it fails for reasons that pass.
+
+    Raises:
+        HubError: What answers is no Hub, or a download from Xet, the Hub's storage, broke off.
+        httpx.TransportError: As the client raises it, and so is huggingface_hub's HfHubHTTPError.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return request()
+        except (OSError, httpx.TransportError, json.JSONDecodeError) as error:
+            if wait is None and _is_garbled(error):
+                raise HubError(no_hub()) from error
+            if wait is None or not is_transient(error):
+                raise
+            pause(error, wait)
+        except RuntimeError as error:  # how hf_xet reports a download that broke off, after several tries
+            raise HubError(f"fetching failed ({one_line(error)}): try again, or set HF_HUB_DISABLE_XET=1.") from error
+    raise AssertionError("the last try either returns or raises")
+
+
+def no_hub() -> str:
+    """The sentence for replies that cannot be understood."""
+    return f"what {hf.constants.ENDPOINT} answers is not what a Hub does: check HF_ENDPOINT, proxy and network."
+
+
+def pause(error: BaseException, wait: float) -> None:
+    """Wait before the next try, and where the Hub limits requests, until it takes more, but not for ever."""
+    if isinstance(error, hf_errors.HfHubHTTPError):
+        headers = error.response.headers
+        limit = hf.utils.parse_ratelimit_headers(headers)
+        if limit is not None and limit.remaining == 0:
+            wait = max(wait, limit.reset_in_seconds + 1)
+        elif (told := headers.get("Retry-After", "")).isdecimal():
+            wait = max(wait, int(told) + 1)
+    time.sleep(min(wait, LONGEST_WAIT))
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into a `HubError` that says what to do."""
+    endpoint = hf.constants.ENDPOINT
+    try:
+        yield
+    except hf_errors.HFValidationError as error:
+        raise HubRefusedError(f"{repo_id!r} is no repository id: give it as organisation/name.") from error
+    except hf_errors.RevisionNotFoundError as error:
+        raise HubRefusedError(f"{repo_id} has no such branch, tag or commit at {endpoint}.") from error
+    except hf_errors.GatedRepoError as error:
+        raise HubRefusedError(
+            f"{repo_id} is gated: ask for access at {endpoint}/{repo_id}, then run `hf auth login` or set HF_TOKEN."
+        ) from error
+    except hf_errors.RepositoryNotFoundError as error:
+        raise HubRefusedError(
+            f"no repository {repo_id} at {endpoint}, or it is private: check the name, and for a private one "
+            "run `hf auth login` or set HF_TOKEN."
+        ) from error
+    except hf_errors.LocalEntryNotFoundError as error:
+        raise HubError(_lacking(repo_id, error)) from error
+    except hf_errors.HfHubHTTPError as error:
+        kind = HubRefusedError if error.response.status_code in (401, 403) else HubError
+        raise kind(_refusal(repo_id, error)) from error
+    except (httpx.TransportError, ConnectionError, TimeoutError) as error:  # Python's own are those of hf_xet
+        raise HubError(
+            f"{endpoint} cannot be reached ({type(error).__name__}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
+        ) from error
+    except UnicodeEncodeError as error:
+        raise HubRefusedError(
+            "the access token holds letters that no token has: run `hf auth login` or set HF_TOKEN."
+        ) from error
+    except OSError as error:
+        of_cache = error.filename is None or _is_of_cache(Path(str(error.filename)))
+        if error.errno in DISK_ERRORS and not of_cache:
+            raise HubError(
+                f"{error.filename} cannot be used ({error.strerror}): look at the file and its disk."
+            ) from error
+        if error.errno not in (*DISK_ERRORS, *NO_FOLDER) or not of_cache:
+            raise
+        raise HubError(
+            f"the cache of the Hub at {hf.constants.HF_HUB_CACHE} cannot be written ({error.strerror}): "
+            "make room, or set HF_HOME to another folder."
+        ) from error
+
+
+def _is_of_cache(path: Path) -> bool:
+    """Whether a path leads to the client's cache, or is in it or beside it."""
+    cache, home = Path(hf.constants.HF_HUB_CACHE), Path(hf.constants.HF_HOME)
+    return cache.is_relative_to(path) or path.is_relative_to(cache) or path.is_relative_to(home)
+
+
+def _lacking(repo_id: str, error: hf_errors.LocalEntryNotFoundError) -> str:
+    """What is not in the cache and could not be fetched, and why not."""
+    if isinstance(error.__cause__, hf_errors.HfHubHTTPError):
+        return _refusal(repo_id, error.__cause__)
+    endpoint = hf.constants.ENDPOINT
+    if isinstance(error.__cause__, hf_errors.FileMetadataError):
+        return no_hub()
+    partial = isinstance(error, hf_errors.IncompleteSnapshotError)
+    missing = f"only a part of {repo_id} is" if partial else f"{repo_id} is not"
+    return f"{endpoint} cannot be reached and {missing} in the cache: check the network or HF_HUB_OFFLINE."
+
+
+def _refusal(repo_id: str, error: hf_errors.HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return f"the access token for {repo_id} is missing or invalid: run `hf auth login` or set HF_TOKEN."
+    if status == 403:
+        told = f" ({one_line(error.server_message).rstrip('.')})" if error.server_message else ""
+        return f"the access token may not do this with {repo_id}{told}: use a token with write permission there."
+    if status == 429:
+        return f"the Hub takes no more requests for {repo_id} for now (status 429): wait some minutes and try again."
+    if status >= 500:
+        return f"the Hub failed with status {status} for {repo_id}: try again later."
+    return f"the Hub refused the request for {repo_id} with status {status} ({one_line(error.server_message)})."
+
+
+def one_line(reason: object) -> str:
+    """What a library or a server says, fit for a sentence."""
+    return " ".join(str(reason or "no reason given").split())
