@@ -1,5 +1,6 @@
 """Tests are sealed: caches of their own, no network but 127.0.0.1, no state left behind."""
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,12 +14,14 @@ os.environ.pop("HF_TOKEN", None)
 _THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 
+import datasets
 import pytest
 import torch
 from checkpoints import convert, files_below
-from hub_server import HubServer, User
+from hub_server import Blob, HubServer, Repository, User
 from huggingface_hub import constants
 from models import random_bundle
+from pictures import data_set
 from safetensors.torch import save_file
 
 import vitreg_hub  # noqa: F401  (registers the models)
@@ -96,6 +99,32 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server
+
+
+@pytest.fixture
+def data_set_hub(hub, monkeypatch, tmp_path):
+    """The Hub with a data set of two splits in the place of a model."""
+
+    def as_model(request):
+        request.path = request.path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/", 1)
+
+    def parquet(count):
+        buffer = io.BytesIO()
+        data_set(count).to_parquet(buffer)
+        return Blob(buffer.getvalue())
+
+    hub.fault = as_model
+    hub.repos["lab/set"] = Repository()
+    files = {"train-00000-of-00001.parquet": parquet(3), "test-00000-of-00001.parquet": parquet(7)}
+    hub.repos["lab/set"].commit("main", "files", files)
+    for name, value in {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": False,
+        "HUB_DATASETS_URL": hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}",
+        "HF_DATASETS_CACHE": tmp_path / "data sets",
+    }.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    return hub
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Images of every form, against Pillow, torchvision and the data sets' own iteration."""
 
-import io
 import itertools
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from hub_server import Blob, Repository
+from pictures import data_set, picture
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
@@ -15,18 +14,6 @@ from torchvision.transforms.functional import to_tensor
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.embedded import photos
 from vitreg_hub.images.source import open_images, to_rgb
-
-
-def picture(number, size=(6, 4), mode="RGB"):
-    """A picture that tells its number in every pixel."""
-    return Image.new("RGB", size, (number, number // 2, 255 - number)).convert(mode)
-
-
-def data_set(count, **columns):
-    """Pictures 0, 1, ... with labels 0, 1, 2, 0, ..."""
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
-    rows = {"image": [picture(i) for i in range(count)], "label": [i % 3 for i in range(count)]}
-    return datasets.Dataset.from_dict(rows, features=features)
 
 
 def read(source, transform=to_tensor, *, batch_size=4, **options):
@@ -422,32 +409,6 @@ def test_unknown_names(name, says):
 def test_given_name_is_used(tmp_path):
     fill(tmp_path, "a.png")
     assert [open_images(form, name="mine").name for form in ("digits", tmp_path, [picture(0)])] == ["mine"] * 3
-
-
-@pytest.fixture
-def data_set_hub(hub, monkeypatch, tmp_path):
-    """The Hub with a data set of two splits in the place of a model."""
-
-    def as_model(request):
-        request.path = request.path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/", 1)
-
-    def parquet(count):
-        buffer = io.BytesIO()
-        data_set(count).to_parquet(buffer)
-        return Blob(buffer.getvalue())
-
-    hub.fault = as_model
-    hub.repos["lab/set"] = Repository()
-    files = {"train-00000-of-00001.parquet": parquet(3), "test-00000-of-00001.parquet": parquet(7)}
-    hub.repos["lab/set"].commit("main", "files", files)
-    for name, value in {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_OFFLINE": False,
-        "HUB_DATASETS_URL": hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}",
-        "HF_DATASETS_CACHE": tmp_path / "data sets",
-    }.items():
-        monkeypatch.setattr(datasets.config, name, value)
-    return hub
 
 
 @pytest.mark.parametrize(

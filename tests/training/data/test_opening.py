@@ -7,7 +7,6 @@ import pandas
 import pytest
 import torch
 from PIL import Image
-from test_image_source import data_set_hub  # noqa: F401  (a fixture)
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 from training_files import png, served, write_folder, write_parquet, write_shards
@@ -128,7 +127,7 @@ def test_given_number_of_images_is_for_streams_that_do_not_know(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lab/set", "lab/set:train", "hf-hub:lab/set"])
-def test_hub_is_streamed_from_its_training_split(name, data_set_hub, tmp_path):  # noqa: F811
+def test_hub_is_streamed_from_its_training_split(name, data_set_hub, tmp_path):
     data = opened(name)
     assert (data.name, data.is_stream, data.label_names) == ("lab/set:train", True, ("a", "b", "c"))
     assert numbers(data) == [0, 1, 2]
