@@ -27,7 +27,7 @@ CONTAINERS = ("teacher", "model", "state_dict", "module")
 MAX_NESTING = 8
 """Containers within containers; a dictionary may hold itself."""
 
-_scalar = np._core.multiarray.scalar
+_scalar = np.float64(0).__reduce__()[0]  # what numpy's numbers are pickled as
 HARMLESS = (
     argparse.Namespace,
     pathlib.PosixPath,

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from vitreg_hub.compat import move_towards
+
 BLOCK = re.compile(r"(.*\.)?(blocks|resblocks)\.\d+")
 """Names of the modules that are spread, gathered and compiled one by one, in timm and in open_clip."""
 
@@ -174,4 +176,4 @@ def average_into(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """
     sources = dict(source.named_parameters())
     pairs = [(local(parameter), local(sources[name])) for name, parameter in target.named_parameters()]
-    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)
+    move_towards([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from vitreg_hub.compat import forget_accelerator
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.images.source import ImageSource
 from vitreg_hub.training.data.augment import build_augment
@@ -80,7 +80,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise RecipeError(
             f"optim.opt {recipe.optim.opt} needs whole matrices, which fsdp2 cuts: take adamw, or scale.sharding ddp."
         )
-    AcceleratorState._reset_state()  # of an earlier run of this process, whose precision may have been another
+    forget_accelerator()  # of an earlier run of this process, whose precision may have been another
     return Accelerator(
         cpu=not has_device,  # else several processes without a GPU would not know of each other
         mixed_precision=recipe.scale.precision,

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import TimmWrapperConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.output_capturing import _active_collector
+
+from vitreg_hub.compat import wants_attentions
 
 
 def _eager_attention(
@@ -33,7 +34,7 @@ class AttentionKernel(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         attended, weights = attend(self, query, key, value, None, scaling=scaling, dropout=dropout)
-        if attend is not _eager_attention and "attentions" in (_active_collector.get() or ()):
+        if attend is not _eager_attention and wants_attentions():
             # fused kernels never form the weights, and a checkpointed block is run again without a collector
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.gradient_checkpointing):
                 weights = (query * scaling @ key.transpose(-2, -1)).softmax(dim=-1)
