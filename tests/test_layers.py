@@ -31,6 +31,7 @@ LAYERS = [
         "plain_doors",
         "environment",
         "licenses",
+        "tested",
     },
     {"bundle_form", "tokens", "hub_download", "hub_commit"},
     {"bundle_rules"},
