@@ -423,7 +423,7 @@ def test_attentions_carry_gradients(kernel):
 
 
 def test_lora(saved, tmp_path):
-    peft = usable("peft")
+    peft = pytest.importorskip("peft")  # by itself: transformers' opinion of its version does not matter here
     _, folder = saved
     lora = peft.LoraConfig(target_modules=["qkv", "proj"], modules_to_save=["head"], r=4)
     model = peft.get_peft_model(AutoModelForImageClassification.from_pretrained(folder), lora)
