@@ -16,6 +16,7 @@ import timm
 import torch
 import transformers
 from models import randomised
+from optional import usable
 from PIL import Image
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -423,7 +424,7 @@ def test_attentions_carry_gradients(kernel):
 
 
 def test_lora(saved, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")  # by itself: transformers' opinion of its version does not matter here
     _, folder = saved
     lora = peft.LoraConfig(target_modules=["qkv", "proj"], modules_to_save=["head"], r=4)
     model = peft.get_peft_model(AutoModelForImageClassification.from_pretrained(folder), lora)
@@ -448,7 +449,7 @@ def test_lora(saved, tmp_path):
 
 @torch.no_grad()
 def test_adapters_of_transformers(saved, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = usable("peft")
     _, folder = saved
     model = AutoModelForImageClassification.from_pretrained(folder)
     model.add_adapter(peft.LoraConfig(target_modules=["qkv", "proj"], r=4, init_lora_weights=False))
@@ -583,8 +584,8 @@ def test_export_with_free_sizes(model_class, export):
 @torch.no_grad()
 @pytest.mark.parametrize("model_class", TRACED)
 def test_onnx_with_free_sizes(model_class, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    onnxruntime = usable("onnxruntime")
+    usable("onnxscript")
     model, file = make(model_class, make_config(**SHALLOW)), tmp_path / "model.onnx"
     torch.onnx.export(
         model, (), file, kwargs={"pixel_values": images()}, dynamic_shapes=FREE, dynamo=True, verbose=False

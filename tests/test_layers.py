@@ -20,7 +20,7 @@ PACKAGES = {
 }
 LAYERS = [
     {"errors"},
-    {"arch", "compat", "console", "environment", "licenses", "plotting"},
+    {"arch", "compat", "console", "environment", "licenses", "plotting", "tested"},
     {"network", "timm_models", "files", "names"},
     {"remote", "tokens"},
     {"bundle"},

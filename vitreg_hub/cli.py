@@ -4,7 +4,6 @@ import fnmatch
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from json import dumps as to_json
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import VitregError
 from vitreg_hub.files import CONFIG_FILE, TOWER_SUFFIX, require_absent
 from vitreg_hub.model_cards.artifacts import record
+from vitreg_hub.tested import version_text
 from vitreg_hub.training import command as train_command
 from vitreg_hub.training import quickstart as quickstart_run
 
@@ -362,6 +362,9 @@ def main(args: Sequence[str] | None = None) -> None:
     `train` takes depends on the recipe, so it reads its own arguments.
     """
     args = sys.argv[1:] if args is None else args
+    if set(args) == {"--version", "--verbose"}:
+        print(version_text(verbose=True))
+        return
     if args[:1] == [TRAIN]:
         with train_command.console():
             train_command.run_command(args[1:])
@@ -369,7 +372,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="vitreg", description=__doc__, epilog=EXAMPLES, formatter_class=train_command.HelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"vitreg_hub {version('vitreg_hub')}")
+    parser.add_argument(
+        "--version", action="version", version=version_text(), help="print it; with --verbose, the libraries' too"
+    )
     subcommands = parser.add_subcommands(required=True, dest="command")
     subcommands.add_subcommand(TRAIN, ArgumentParser(), help=train_command.SUMMARY)  # to be seen in the help
     for name, (function, arguments) in COMMANDS.items():

@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from checkpoints import convert
 from golden_cases import ARGUMENTS, FOLDER, NORMED, images, native, recorded, source
+from optional import usable
 from safetensors.torch import load_file, save_file
 
 from vitreg_hub.errors import ConversionError
+
+open_clip = usable("open_clip", project="open_clip_torch")
 
 
 def openclip_file(path: Path, **shape: int) -> Path:

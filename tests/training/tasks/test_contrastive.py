@@ -7,12 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import timm
 import torch
 from huggingface_hub import HfApi
 from models import randomised
+from optional import usable
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
@@ -27,6 +27,8 @@ from vitreg_hub.training.tasks.base import Batch
 from vitreg_hub.training.tasks.contrastive.open_clip_files import save_open_clip
 from vitreg_hub.training.tasks.contrastive.settings import Contrastive
 from vitreg_hub.training.tasks.contrastive.task import ContrastiveTask, TwoTowers
+
+open_clip = usable("open_clip", project="open_clip_torch")
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 SETTINGS = Contrastive(text_width=32, text_heads=2, text_layers=2, context_length=12, embed_dim=24)
