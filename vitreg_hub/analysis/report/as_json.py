@@ -46,7 +46,7 @@ def load_reports(file: str | Path) -> tuple[ArtifactReport, ...]:
 
 def _built(kind: Any, value: Any) -> Any:
     """Make what a type annotation says of what JSON gave."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         fields = [field.name for field in dataclasses.fields(kind) if field.name in value]
         return kind(**{name: _built(hints[name], value[name]) for name in fields})
