@@ -19,7 +19,7 @@ PACKAGES = {
     "vitreg_hub.training": "training",
 }
 LAYERS = [
-    {"errors"},
+    {"errors", "import_hook"},
     {"arch"},
     {
         "timm_models",
@@ -36,7 +36,7 @@ LAYERS = [
     {"bundle_rules"},
     {"bundle", "hub_tower", "hub_listing"},
     {"hf_models", "doors", "datasets", "info"},
-    {"any_vit", "image_source"},
+    {"any_vit", "image_source", "auto_config"},
     {"analysis"},
     {"model_cards"},
     {"hub_shipment"},
