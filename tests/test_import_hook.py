@@ -124,3 +124,30 @@ def test_modules_in_a_zip_file_and_beside_other_finders(site, tmp_path):
         """,
         archive,
     )
+
+
+@pytest.mark.parametrize("begun", ["follower", "big.part"])
+def test_threads_do_not_wait_for_each_other(site, begun):
+    (site / "big/part.py").write_text("import time\ntime.sleep(0.3)\nnames = ['theirs']")
+    python(
+        f"""if True:
+        import threading, time
+        errors = []
+        threading.excepthook = lambda args: errors.append(repr(args.exc_value))
+        import_after("big.part", "follower")
+
+        def second():
+            time.sleep(0.15)
+            import {begun}
+            assert sys.modules["big.part"].names == ["theirs", "ours"]
+
+        threads = [threading.Thread(target=exec, args=("import big.part",)), threading.Thread(target=second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors, errors
+        assert waiting() == others
+        """,
+        site,
+    )

@@ -13,8 +13,8 @@ def import_after(module: str, follower: str) -> None:
     """Import `follower` as soon as `module` has been imported: now, if it has been or is about to be.
 
     Args:
-        module: Dotted name of a module inside a package. An import of it returns when both are there, except while
-            another thread is importing the follower by itself.
+        module: Dotted name of a module inside a package. An import of it returns when both are there, unless somebody
+            began with the follower.
         follower: Dotted name of the module to import, which may import `module` itself.
     """
     hook = _Hook(module, follower)
@@ -44,7 +44,8 @@ class _Hook(MetaPathFinder):
         return None
 
     def finish(self) -> None:
-        import_module(self.follower)
+        if self.follower not in sys.modules:  # else a thread that waits for this module may be importing it
+            import_module(self.follower)
         # In a new list, because other threads may be walking through the old one and would miss a finder.
         sys.meta_path = [f for f in sys.meta_path if not (isinstance(f, _Hook) and f.module == self.module)]
 
