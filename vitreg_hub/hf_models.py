@@ -386,3 +386,6 @@ def register() -> None:
     auto.AutoBackbone.register(VitRegConfig, VitRegBackbone, exist_ok=True)
     processors = dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor)  # timm's own transforms either way
     auto.AutoImageProcessor.register(VitRegConfig, image_processor_classes=processors, exist_ok=True)
+
+
+register()

@@ -1,4 +1,4 @@
-"""Every row of the table as a timm model: entrypoints, pretrained cfgs and tags."""
+"""Every row of the table as a timm model: entrypoints, pretrained cfgs and tags. Importing registers, as timm's do."""
 
 import dataclasses
 import json
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
     generate_default_cfgs,
     get_pretrained_cfg,
+    is_model,
     model_entrypoint,
     register_model,
 )
@@ -91,7 +91,10 @@ def init_registers(model: nn.Module) -> None:
 
 def register() -> list[str]:
     """Add every row that timm does not have. Returns the names added; a second call returns []."""
-    new = [spec for spec in ARCHS.values() if not timm.is_model(spec.name)]
+    new = [spec for spec in ARCHS.values() if not is_model(spec.name)]
     for spec in new:
         register_model(_entrypoint(spec))
     return [spec.name for spec in new]
+
+
+register()

@@ -8,7 +8,6 @@ from timm.layers import DropPath
 from timm.models import VisionTransformer
 from torch import nn
 
-from vitreg_hub import timm_models  # noqa: F401  registers the architectures
 from vitreg_hub.arch import REGISTER_INIT_STD, get_arch
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import RecipeError
