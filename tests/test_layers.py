@@ -20,8 +20,9 @@ PACKAGES = {
 }
 LAYERS = [
     {"errors"},
-    {"arch", "compat", "console", "environment", "licenses", "plotting", "tested"},
-    {"network", "timm_models", "files", "names"},
+    {"arch", "compat", "console", "environment", "licenses", "plotting", "tested", "typed"},
+    {"network"},
+    {"timm_models", "files", "names"},
     {"remote", "tokens"},
     {"bundle"},
     {"hf_models", "images"},

@@ -26,9 +26,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from vitreg_hub import environment
 from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
-from vitreg_hub.bundle.config import Preprocess, make_config
-from vitreg_hub.bundle.provenance import Provenance
-from vitreg_hub.bundle.rules import source_problems, vitreg_problems
+from vitreg_hub.bundle.config import BundleConfig, Preprocess, read_entry
+from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
+from vitreg_hub.bundle.rules import source_problems
 from vitreg_hub.errors import BundleError
 from vitreg_hub.network.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
 from vitreg_hub.network.positions import PositionRule, follow
@@ -86,14 +86,14 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         cfg = dataclasses.asdict(get_pretrained_cfg(spec.name))
         args = spec.model_args() | (self.model_args or {})
         args["img_size"] = to_2tuple(args["img_size"])
-        defaults = make_config(
-            spec=spec,
+        defaults = BundleConfig(
+            arch=spec.name,
             model_args=args,
             num_classes=0,
             preprocess=Preprocess.from_cfg(cfg | {"input_size": [args["in_chans"], *args["img_size"]]}),
             provenance=Provenance(origin="random initialisation"),
         )
-        defaults = json.loads(json.dumps(defaults))  # lists in place of tuples, as when read from disk
+        defaults = json.loads(defaults.text())  # lists in place of tuples, as when read from disk
         self.architecture, self.model_args = spec.base, defaults["model_args"]
         self.vitreg = copy.deepcopy(self.vitreg) or defaults["vitreg"]
         self.pretrained_cfg = copy.deepcopy(self.pretrained_cfg) or defaults["pretrained_cfg"]
@@ -116,7 +116,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     @property
     def positions(self) -> PositionRule:
         """How the position table is resampled for another image size."""
-        return PositionRule.from_dict(self.vitreg.get("positions", {}))
+        return read_entry(self.vitreg)["positions"]
 
     @property
     def residual_scale(self) -> float:
@@ -153,7 +153,12 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         """Read a config.json: ours, or any other timm repository's as if this package were not there."""
         if not config_dict.get("vitreg"):
             return TimmWrapperConfig.from_dict(config_dict, **kwargs)
-        if problems := [*vitreg_problems(config_dict["vitreg"]), *source_problems(config_dict)]:
+        problems = list(source_problems(config_dict))
+        try:
+            read_entry(config_dict["vitreg"])
+        except BundleError as error:
+            problems.append(str(error))
+        if problems:
             raise BundleError("config.json breaks the form of a bundle: " + "; ".join(problems))
         return super().from_dict(config_dict, **kwargs)
 
@@ -166,16 +171,14 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         if settings.get("out_indices") == [self.num_hidden_layers]:
             del settings["out_indices"], settings["out_features"]
         labels = tuple(self.id2label[i] for i in range(self.num_labels))
-        return settings | make_config(
-            spec=self.spec,
+        config = BundleConfig(
             model_args=self.model_args,
             num_classes=self.num_labels,
             preprocess=Preprocess.from_cfg(self.pretrained_cfg),
-            provenance=Provenance(**self.vitreg["provenance"]),
             label_names=None if labels == tuple(f"LABEL_{i}" for i in range(self.num_labels)) else labels,
-            positions=self.positions,
-            residual_scale=self.residual_scale,
+            **read_entry(self.vitreg),
         )
+        return settings | config.to_json()
 
 
 @dataclasses.dataclass
@@ -278,17 +281,17 @@ class VitRegPreTrainedModel(PreTrainedModel):
         config = self.config
         self.config = copy.deepcopy(config)
         self.config.num_labels = self.timm_model.num_classes  # what is written has the head that this model has
-        old = config.vitreg["provenance"]
-        origin = SAVED_BY_TRANSFORMERS + old["origin"].removeprefix(SAVED_BY_TRANSFORMERS)
+        old = provenance_from_json(config.vitreg["provenance"])
+        origin = SAVED_BY_TRANSFORMERS + old.origin.removeprefix(SAVED_BY_TRANSFORMERS)
         # no figures: the weights may have changed since they were measured
         provenance = Provenance(
             origin=origin,
-            license=old.get("license"),
+            license=old.license,
             versions=environment.versions("transformers"),
             command=environment.command(),
             created=environment.now(),
         )
-        self.config.vitreg["provenance"] = dataclasses.asdict(provenance)
+        self.config.vitreg["provenance"] = provenance_to_json(provenance)
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
