@@ -88,7 +88,7 @@ def summary(bundle: ModelBundle, *, title: str) -> str:
     params = sum(tensor.numel() for tensor in bundle.state_dict.values())
     size = f"{params / 1e6:.1f} M" if params >= 1e6 else f"{params / 1e3:.1f} K"
     measured = ", ".join(f"{in_words(name)} {value:.4f}" for name, value in scores(bundle)) or "not measured"
-    number = args["reg_tokens"]
+    number = bundle.num_registers
     head = f" Its head projects onto embeddings of width {bundle.num_classes:,}." * (output(bundle) == EMBEDDINGS)
     return f"""\
 # {title}
@@ -215,7 +215,7 @@ def what_registers_are() -> str:
 
 def registers(bundle: ModelBundle) -> str:
     """What registers are, and those of this model."""
-    number, prefix = bundle.model_args["reg_tokens"], Tokens.of(bundle).num_prefix
+    number, prefix = bundle.num_registers, Tokens.of(bundle).num_prefix
     lines = [what_registers_are(), ""]
     if not number:
         lines.append(

@@ -12,8 +12,7 @@ from typing import Any, Unpack
 import timm
 import torch
 from timm.layers import LayerScale, to_2tuple
-from timm.models import VisionTransformer, get_pretrained_cfg
-from timm.models.deit import VisionTransformerDistilled
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, initialization
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin, filter_output_hidden_states
@@ -25,12 +24,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from vitreg_hub import environment
-from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
+from vitreg_hub.arch import ArchSpec, get_arch, require_divisible, row
 from vitreg_hub.bundle.config import BundleConfig, Preprocess, read_entry
 from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
 from vitreg_hub.bundle.rules import source_problems
 from vitreg_hub.errors import BundleError
 from vitreg_hub.network.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
+from vitreg_hub.network.kinds import kind_of
 from vitreg_hub.network.positions import PositionRule, follow
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
@@ -141,12 +141,12 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     @property
     def num_register_tokens(self) -> int:
         """Number of registers; setting it moves to the row of the same size for so many."""
-        return self.model_args["reg_tokens"]
+        return self.model_args[kind_of(self.spec).registers_argument]
 
     @num_register_tokens.setter
     def num_register_tokens(self, number: int) -> None:
         self.vitreg["arch"] = row(self.spec.family, self.spec.size, number).name
-        self.model_args["reg_tokens"] = number
+        self.model_args[kind_of(self.spec).registers_argument] = number
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VitRegConfig | TimmWrapperConfig":
@@ -243,13 +243,12 @@ class VitRegPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LayerScale):
             initialization.constant_(module.gamma, module.init_values)
-        if isinstance(module, VisionTransformer):
-            initialization.trunc_normal_(module.pos_embed, std=self.config.initializer_range)
-            for token, std in (module.cls_token, 1e-6), (module.reg_token, REGISTER_INIT_STD):  # the first as timm
-                if token is not None:
-                    initialization.normal_(token, std=std)
-            if isinstance(module, VisionTransformerDistilled):
-                initialization.trunc_normal_(module.dist_token, std=0.02)  # as timm
+        if module is self.timm_model:
+            kind = kind_of(module)
+            initialization.trunc_normal_(getattr(module, kind.positions), std=self.config.initializer_range)
+            for name, initialiser, std in kind.drawn:
+                if (token := getattr(module, name)) is not None:
+                    getattr(initialization, initialiser)(token, std=std)
 
     def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """[B, C, H, W] -> [B, N, D] after the final norm, with hidden states of the network that is not scaled."""
@@ -305,6 +304,7 @@ class VitRegModel(VitRegPreTrainedModel):
 
     def __init__(self, config: VitRegConfig) -> None:
         super().__init__(config, num_classes=0)
+        self.num_class_tokens = len(kind_of(self.timm_model).class_tokens)
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> VitRegModelOutput:
@@ -322,7 +322,7 @@ class VitRegModel(VitRegPreTrainedModel):
         return VitRegModelOutput(
             **encoded,
             pooler_output=self.timm_model.forward_head(tokens),
-            register_tokens=tokens[:, first_patch - self.timm_model.num_reg_tokens : first_patch],
+            register_tokens=tokens[:, self.num_class_tokens : first_patch],
             patch_tokens=tokens[:, first_patch:],
         )
 

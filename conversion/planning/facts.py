@@ -8,8 +8,6 @@ from typing import Any, Self
 import timm
 import transformers
 from timm.layers import GELUTanh, QuickGELU, SwiGLU
-from timm.models import VisionTransformer
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -19,6 +17,7 @@ from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.formats.rules import CheckpointFormat
 from vitreg_hub.conversion.planning.assignment import Assignment
 from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.kinds import KINDS, kind_of
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule
 
 ACTIVATIONS = {
@@ -341,7 +340,7 @@ def _facts_of(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
     if args.get("depth", 1) > MAX_DEPTH:
         raise ConversionError(f"the config gives {architecture} {args['depth']} blocks, which is no ViT.")
     model = timm.create_model(architecture, device="meta", **args)
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+    if type(model) not in [kind.timm_class for kind in KINDS.values()]:
         raise ConversionError(f"{architecture} is timm's {type(model).__name__}, not its VisionTransformer.")
     act = model.blocks[0].mlp.act
     acts = {nn.GELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_tanh", nn.SiLU: "silu", nn.ReLU: "relu"}
@@ -362,7 +361,7 @@ def _facts_of(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
             "embed_dim": model.embed_dim,
             "depth": len(model.blocks),
             "patch_size": model.patch_embed.patch_size,
-            "num_registers": model.num_reg_tokens,
+            "num_registers": kind_of(model).num_registers(model),
             "hidden": model.blocks[0].mlp.fc1.out_features,
         },
     )

@@ -19,6 +19,7 @@ from vitreg_hub.arch import ARCHS, ArchSpec, get_arch, require_whole_patches
 from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
 from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import CONFIG_FILE
+from vitreg_hub.network.kinds import STEM, NetworkKind, kind_of
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule
 from vitreg_hub.network.residual_scale import ResidualScale, unscaled_epsilon
 
@@ -29,7 +30,6 @@ ARGUMENTS = {
     "embed_dim": PositiveInt,
     "depth": PositiveInt,
     "num_heads": PositiveInt,
-    "reg_tokens": NonNegativeInt,
 }
 """Types of the arguments that this package reads from `model_args`; the others are timm's to check."""
 
@@ -95,9 +95,14 @@ class BundleConfig:
         return get_arch(self.arch)
 
     @property
+    def kind(self) -> NetworkKind:
+        """The timm class that the row builds on."""
+        return kind_of(self.spec)
+
+    @property
     def num_registers(self) -> int:
         """Register tokens, which may be more than the row's."""
-        return self.model_args["reg_tokens"]
+        return self.model_args[self.kind.registers_argument]
 
     @property
     def embed_dim(self) -> int:
@@ -140,8 +145,8 @@ class BundleConfig:
         cfg = dataclasses.asdict(self.preprocess) | dict(
             fixed_input_size=True,
             num_classes=self.num_classes,
-            first_conv="patch_embed.proj",
-            classifier=["head", "head_dist"] if self.spec.lineage.distilled else "head",
+            first_conv=STEM,
+            classifier=self.kind.classifier,
             license=self.provenance.license,
         )
         config = dict(
@@ -205,9 +210,10 @@ def config_from_json(config: Mapping[str, Any]) -> BundleConfig:
     """
     told = {f.name: config[f.name] for f in dataclasses.fields(_Form) if f.name in config}
     form = typed.read(_Form, told, error=BundleError)
-    for name, kind in ARGUMENTS.items():
+    registers = {kind_of(get_arch(form.vitreg.arch)).registers_argument: NonNegativeInt}
+    for name, wanted in (ARGUMENTS | registers).items():
         if name in form.model_args:
-            typed.read(kind, form.model_args[name], called=f"model_args.{name}", error=BundleError)
+            typed.read(wanted, form.model_args[name], called=f"model_args.{name}", error=BundleError)
     return BundleConfig(
         model_args=form.model_args,
         num_classes=form.num_classes,

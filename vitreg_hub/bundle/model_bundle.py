@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import trunc_normal_
 from timm.models import VisionTransformer, adapt_input_conv, get_model_args, load_state_dict_from_hf
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitreg_hub import environment
@@ -25,13 +24,11 @@ from vitreg_hub.bundle.rules import rule_problems, tensor_problems, weights_prob
 from vitreg_hub.errors import BundleError, UnknownArchError, readable
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
 from vitreg_hub.names import HUB_PREFIX
+from vitreg_hub.network.kinds import STEM
 from vitreg_hub.network.positions import follow, rule_of
 from vitreg_hub.network.residual_scale import scale_for, scaled, stream_norms, unscaled_epsilon
 from vitreg_hub.remote.client import hub_errors, patiently
 from vitreg_hub.remote.download import download
-
-HEADS = ("head.", "head_dist.")
-"""How the names of a head's tensors start; the second belongs to a distillation token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,19 +209,19 @@ class ModelBundle(BundleConfig):
         state_dict = scaled(self._fresh_tensors(), 1 / self.residual_scale)
         new_head = network.num_classes != self.num_classes
         if new_head:
-            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(HEADS)}
+            state_dict = {k: v for k, v in state_dict.items() if not self.kind.is_of_head(k)}
         if network.in_chans != self.preprocess.input_size[0]:
-            stem = "patch_embed.proj.weight"
+            stem = f"{STEM}.weight"
             state_dict[stem] = adapt_input_conv(network.in_chans, state_dict[stem])
         positions = self._positions(state_dict, network)
-        state_dict = checkpoint_filter_fn(state_dict, network) | positions
+        state_dict = self.kind.adapt(state_dict, network) | positions
         try:
             # assign: the tensors are the model's alone, so they become its parameters without another copy
             left = network.load_state_dict(state_dict, strict=False, assign=True)
         except RuntimeError as error:
             mismatch = str(error).rpartition("\n")[2].strip()
             raise BundleError(f"{self.arch}: the weights do not fit a model with {timm_kwargs}: {mismatch}") from error
-        missing = [key for key in left.missing_keys if not (new_head and key.startswith(HEADS))]
+        missing = [key for key in left.missing_keys if not (new_head and self.kind.is_of_head(key))]
         unused = [] if timm_kwargs.get("features_only") else left.unexpected_keys
         if missing or unused:
             raise BundleError(
@@ -239,10 +236,11 @@ class ModelBundle(BundleConfig):
 
     def _positions(self, state_dict: dict[str, Tensor], network: VisionTransformer) -> dict[str, Tensor]:
         """Take the position table out of the weights, for timm has one rule only, and fit it to a network's grid."""
-        if "pos_embed" not in state_dict:
+        name = self.kind.positions
+        if name not in state_dict:
             return {}
-        table, new = state_dict.pop("pos_embed"), network.patch_embed.grid_size
-        return {"pos_embed": self.positions.resample(table, old=self.grid, new=new)}
+        table, new = state_dict.pop(name), network.patch_embed.grid_size
+        return {name: self.positions.resample(table, old=self.grid, new=new)}
 
     def _fresh_tensors(self) -> dict[str, Tensor]:
         """Weights that no one else holds: the file mapped once more, which costs no copy, or copies."""

@@ -5,23 +5,23 @@ open nothing but itself.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from timm.models import PretrainedCfg, VisionTransformer
+from timm.models import PretrainedCfg
 
 from vitreg_hub.arch import row
 from vitreg_hub.bundle.config import BundleConfig, config_from_json, empty_model, shapes_of
 from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.files import WEIGHTS_FILE
+from vitreg_hub.network.kinds import KINDS
 from vitreg_hub.network.residual_scale import can_scale
 
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 """What transformers' Trainer writes beside a model: no weights, never read here and never published."""
-NETWORK_ARGS = inspect.signature(VisionTransformer).parameters.keys() - {"device", "dtype"}
+NETWORK_ARGS = frozenset().union(*(kind.arguments for kind in KINDS.values()))
 """What `model_args` may hold: `timm.create_model` takes more from them, such as files and addresses of weights."""
 OTHER_WEIGHTS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 """Fields of timm's `PretrainedCfg` that lead away from a bundle's own weights."""
@@ -39,8 +39,8 @@ def source_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _register_problems(config: BundleConfig) -> Iterator[str]:
     """Yield why a row is not the one under which a number of registers is filed."""
-    spec, registers = config.spec, config.num_registers
-    said = f"{spec.name} has {spec.num_registers} registers, but model_args.reg_tokens is {registers}"
+    spec, registers, argument = config.spec, config.num_registers, config.kind.registers_argument
+    said = f"{spec.name} has {spec.num_registers} registers, but model_args.{argument} is {registers}"
     try:
         if (fitting := row(spec.family, spec.size, registers)) != spec:
             yield f"{said}: that is {fitting.name}"
