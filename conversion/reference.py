@@ -151,7 +151,7 @@ def _openclip(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, 
         heads=args["num_heads"],
         mlp_ratio=args["mlp_ratio"],
         ls_init_value=args.get("init_values"),
-        act_layer=QuickGELU if plan.config.spec.lineage.act == "quick_gelu" else nn.GELU,
+        act_layer=QuickGELU if plan.config.activation == "quick_gelu" else nn.GELU,
         output_dim=plan.config.num_classes or args["embed_dim"],
     ).eval()
     if not plan.config.num_classes:

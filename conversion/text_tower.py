@@ -120,7 +120,7 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     )
     model = dict(
         embed_dim=infos["text_projection"].shape[1],
-        quick_gelu=plan.config.spec.lineage.act == "quick_gelu",
+        quick_gelu=plan.config.activation == "quick_gelu",
         vision_cfg=vision,
         text_cfg=text,
     )

@@ -31,7 +31,7 @@ from vitreg_hub.bundle.rules import source_problems
 from vitreg_hub.errors import BundleError
 from vitreg_hub.network.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
 from vitreg_hub.network.kinds import kind_of
-from vitreg_hub.network.positions import PositionRule, follow
+from vitreg_hub.network.untold import UNTOLD
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
 
@@ -112,11 +112,6 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     def spec(self) -> ArchSpec:
         """The row of the table."""
         return get_arch(self.vitreg["arch"])
-
-    @property
-    def positions(self) -> PositionRule:
-        """How the position table is resampled for another image size."""
-        return read_entry(self.vitreg)["positions"]
 
     @property
     def residual_scale(self) -> float:
@@ -233,7 +228,9 @@ class VitRegPreTrainedModel(PreTrainedModel):
             pretrained_cfg=config.pretrained_cfg,
             **config.model_args,
         )
-        follow(self.timm_model, config.positions)
+        self.untold = read_entry(config.vitreg)
+        for part in UNTOLD:
+            part.apply(self.timm_model, self.untold[part.key])
         for block in self.timm_model.blocks:
             block.attn.kernel.config = self.config
         self.post_init()
@@ -253,10 +250,16 @@ class VitRegPreTrainedModel(PreTrainedModel):
     def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """[B, C, H, W] -> [B, N, D] after the final norm, with hidden states of the network that is not scaled."""
         encoded = self._run(pixel_values, return_dict=True, **kwargs)
-        if self.config.residual_scale != 1 and encoded.hidden_states is not None:
-            states = (None if state is None else state / self.config.residual_scale for state in encoded.hidden_states)
-            encoded["hidden_states"] = tuple(states)
+        if encoded.hidden_states is not None:
+            encoded["hidden_states"] = tuple(map(self._own_tokens, encoded.hidden_states))
         return encoded
+
+    def _own_tokens(self, tokens: Tensor | None) -> Tensor | None:
+        """A hidden state as the model itself has it, whatever was changed for storing it."""
+        if tokens is not None:
+            for part in UNTOLD:
+                tokens = part.own_tokens(tokens, self.untold[part.key])
+        return tokens
 
     @capture_outputs(tie_last_hidden_states=False)
     def _run(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
@@ -372,8 +375,9 @@ class VitRegBackbone(BackboneMixin, VitRegPreTrainedModel):
 
     def _feature_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
         if self.config.apply_layernorm:
-            scale = self.config.residual_scale
-            tokens = self.timm_model.norm(tokens if scale == 1 else tokens * scale)
+            for part in reversed(UNTOLD):
+                tokens = part.stored_tokens(tokens, self.untold[part.key])
+            tokens = self.timm_model.norm(tokens)
         if not self.config.reshape_hidden_states:
             return tokens
         patches = tokens[:, self.timm_model.num_prefix_tokens :]

@@ -70,7 +70,7 @@ def _problems(errors: Iterable[ErrorDetails]) -> Iterator[str]:
         else:
             yield _sentence(_key([*parents, last]), error)
     for key, names in unknown.items():
-        yield f"{key or 'the file'} holds {sorted(names)}; a newer vitreg_hub may know them"
+        yield f"{key} holds {sorted(names)}; a newer vitreg_hub may know them"
 
 
 def _sentence(key: str, error: ErrorDetails) -> str:
@@ -85,4 +85,4 @@ def _sentence(key: str, error: ErrorDetails) -> str:
 
 
 def _key(location: Iterable[str | int]) -> str:
-    return ".".join(str(part) for part in location if part != "")
+    return ".".join(str(part) for part in location if part != "") or "the file"

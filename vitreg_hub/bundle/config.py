@@ -21,7 +21,8 @@ from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.network.kinds import STEM, NetworkKind, kind_of
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule
-from vitreg_hub.network.residual_scale import ResidualScale, unscaled_epsilon
+from vitreg_hub.network.residual_scale import unscaled_epsilon
+from vitreg_hub.network.untold import UNTOLD
 
 ARGUMENTS = {
     "img_size": tuple[PositiveInt, PositiveInt],
@@ -138,10 +139,9 @@ class BundleConfig:
     def to_json(self) -> dict[str, Any]:
         """The content of config.json."""
         entry: dict[str, Any] = dict(arch=self.arch, provenance=provenance_to_json(self.provenance))
-        if self.positions != TIMM_RULE:
-            entry["positions"] = dataclasses.asdict(self.positions)
-        if self.residual_scale != 1:
-            entry["residual_scale"] = self.residual_scale
+        for part in UNTOLD:
+            if (value := getattr(self, part.key)) != part.default:
+                entry[part.key] = part.to_json(value)
         cfg = dataclasses.asdict(self.preprocess) | dict(
             fixed_input_size=True,
             num_classes=self.num_classes,
@@ -172,14 +172,17 @@ def _known_arch(name: Any) -> str:
     return name
 
 
-@dataclass(frozen=True, kw_only=True)
-class VitregEntry:
-    """What of a `BundleConfig` stands under `vitreg`, for timm has no place for it."""
-
-    arch: Annotated[str, PlainValidator(_known_arch)]
-    provenance: Annotated[Provenance, PlainValidator(provenance_from_json)]
-    positions: PositionRule = TIMM_RULE
-    residual_scale: ResidualScale = 1.0
+_Entry = dataclasses.make_dataclass(
+    "_Entry",
+    [
+        ("arch", Annotated[str, PlainValidator(_known_arch)]),
+        ("provenance", Annotated[Provenance, PlainValidator(provenance_from_json)]),
+        *((part.key, part.kind, part.default) for part in UNTOLD),
+    ],
+    frozen=True,
+    kw_only=True,
+)
+"""What of a `BundleConfig` stands under `vitreg`, for timm has no place for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +193,7 @@ class _Form:
     num_classes: int
     pretrained_cfg: Mapping[str, Any]
     label_names: tuple[str, ...] | None = None
-    vitreg: VitregEntry
+    vitreg: _Entry
 
 
 def read_entry(told: Any) -> dict[str, Any]:
@@ -199,7 +202,7 @@ def read_entry(told: Any) -> dict[str, Any]:
     Raises:
         BundleError: It says something else; the message names every key and what is wrong with it.
     """
-    return vars(typed.read(VitregEntry, told, called="vitreg", error=BundleError))
+    return vars(typed.read(_Entry, told, called="vitreg", error=BundleError))
 
 
 def config_from_json(config: Mapping[str, Any]) -> BundleConfig:

@@ -25,8 +25,7 @@ from vitreg_hub.errors import BundleError, UnknownArchError, readable
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
 from vitreg_hub.names import HUB_PREFIX
 from vitreg_hub.network.kinds import STEM
-from vitreg_hub.network.positions import follow, rule_of
-from vitreg_hub.network.residual_scale import scale_for, scaled, stream_norms, unscaled_epsilon
+from vitreg_hub.network.untold import UNTOLD
 from vitreg_hub.remote.client import hub_errors, patiently
 from vitreg_hub.remote.download import download
 
@@ -68,18 +67,19 @@ class ModelBundle(BundleConfig):
         except TypeError as error:
             raise BundleError(f"{arch}: a bundle holds JSON only, but the model was built with {args}.") from error
         preprocess = Preprocess.from_cfg(model.pretrained_cfg | {"input_size": [model.in_chans, *args["img_size"]]})
-        scale = scale_for(model, norm_eps=spec.lineage.norm_eps)
+        untold = {part.key: part.found_in(model, spec) for part in UNTOLD}
         weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
+        for part in UNTOLD:
+            weights = part.stored(weights, untold[part.key])
         bundle = cls(
             arch=arch,
             model_args=args,
             num_classes=model.num_classes,
-            state_dict=scaled(weights, scale),
+            state_dict=weights,
             preprocess=preprocess,
             provenance=provenance,
             label_names=label_names,
-            positions=rule_of(model),
-            residual_scale=scale,
+            **untold,
         )
         bundle.require_consistent()
         return bundle
@@ -203,10 +203,9 @@ class ModelBundle(BundleConfig):
         placement.setdefault("dtype", torch.get_default_dtype())  # as timm, whatever the weights are stored in
         model = empty_model(self, **timm_kwargs)
         network = model.model if timm_kwargs.get("features_only") else model
-        follow(network, self.positions)
-        for norm in stream_norms(network):
-            norm.eps = unscaled_epsilon(norm.eps, self.residual_scale)
-        state_dict = scaled(self._fresh_tensors(), 1 / self.residual_scale)
+        state_dict = self._fresh_tensors()
+        for part in UNTOLD:
+            state_dict = part.resolve(network, state_dict, getattr(self, part.key))
         new_head = network.num_classes != self.num_classes
         if new_head:
             state_dict = {k: v for k, v in state_dict.items() if not self.kind.is_of_head(k)}

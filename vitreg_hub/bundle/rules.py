@@ -17,7 +17,7 @@ from vitreg_hub.bundle.config import BundleConfig, config_from_json, empty_model
 from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.files import WEIGHTS_FILE
 from vitreg_hub.network.kinds import KINDS
-from vitreg_hub.network.residual_scale import can_scale
+from vitreg_hub.network.untold import UNTOLD
 
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 """What transformers' Trainer writes beside a model: no weights, never read here and never published."""
@@ -124,8 +124,7 @@ def tensor_problems(config: BundleConfig, shapes: Mapping[str, tuple[int, ...]])
         yield f"timm cannot build the model from model_args ({type(error).__name__}: {reason})"
         return
     wanted = shapes_of(model.state_dict())
-    if config.residual_scale != 1 and not can_scale(model):
-        yield "vitreg.residual_scale needs a network without norm_pre and LayerScale, and with a final norm"
+    yield from filter(None, (part.problem(model, getattr(config, part.key)) for part in UNTOLD))
     if missing := sorted(wanted.keys() - shapes.keys()):
         yield f"R6: {len(missing)} tensors are missing under timm's names, first {missing[0]}"
     if unknown := sorted(shapes.keys() - wanted.keys()):
