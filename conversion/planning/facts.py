@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from vitreg_hub.arch import ARCHS
-from vitreg_hub.bundle.config import Preprocess
+from vitreg_hub.bundle.config import Preprocess, read_entry
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.formats.rules import CheckpointFormat
 from vitreg_hub.conversion.planning.assignment import Assignment
@@ -313,7 +313,7 @@ def _openclip(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    cfg, ours = config.get("pretrained_cfg") or {}, config.get("vitreg") or {}
+    cfg, ours = config.get("pretrained_cfg") or {}, read_entry(config["vitreg"]) if config.get("vitreg") else {}
     args = dict(config.get("model_args") or {})
     if "img_size" not in args and "input_size" in cfg:
         args["img_size"] = list(cfg["input_size"][1:])
@@ -322,7 +322,7 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     labels = config.get("label_names") or cfg.get("label_names")
     return _facts_of(config["architecture"], args) | dict(
         preprocess={key: getattr(preprocess, key) for key in wanted if getattr(preprocess, key)},
-        positions=PositionRule(**ours["positions"]) if "positions" in ours else TIMM_RULE,
+        positions=ours.get("positions", TIMM_RULE),
         residual_scale=ours.get("residual_scale"),
         family=ARCHS[ours["arch"]].family if ours else None,
         label_names=tuple(map(str, labels)) if isinstance(labels, list) else None,
