@@ -18,7 +18,6 @@ from vitreg_hub.model_cards.facts import (
     scores,
 )
 from vitreg_hub.model_cards.settings import one_line
-from vitreg_hub.network.untold import UNTOLD
 
 PAPER = "[Darcet et al., ICLR 2024](https://arxiv.org/abs/2309.16588)"
 
@@ -258,7 +257,7 @@ def limits(bundle: ModelBundle) -> str:
         f"deviation {std}; `img_size` and `dynamic_img_size` of timm allow other sides that are multiples of "
         f"{args['patch_size']} pixels. What it gives there was not measured."
     )
-    lines += filter(None, (part.limits(getattr(bundle, part.key)) for part in UNTOLD))
+    lines += filter(None, (part.limits(value) for part, value in bundle.untold))
     found = measured_on(bundle)
     if scores(bundle) and found:
         lines.append(f"Was measured on {found.words} alone; nothing is known of other images, or of biases.")

@@ -228,9 +228,10 @@ class VitRegPreTrainedModel(PreTrainedModel):
             pretrained_cfg=config.pretrained_cfg,
             **config.model_args,
         )
-        self.untold = read_entry(config.vitreg)
-        for part in UNTOLD:
-            part.apply(self.timm_model, self.untold[part.key])
+        entry = read_entry(config.vitreg)
+        self.untold = [(part, entry[part.key]) for part in UNTOLD]
+        for part, value in self.untold:
+            part.apply(self.timm_model, value)
         for block in self.timm_model.blocks:
             block.attn.kernel.config = self.config
         self.post_init()
@@ -257,8 +258,8 @@ class VitRegPreTrainedModel(PreTrainedModel):
     def _own_tokens(self, tokens: Tensor | None) -> Tensor | None:
         """A hidden state as the model itself has it, whatever was changed for storing it."""
         if tokens is not None:
-            for part in UNTOLD:
-                tokens = part.own_tokens(tokens, self.untold[part.key])
+            for part, value in self.untold:
+                tokens = part.own_tokens(tokens, value)
         return tokens
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -375,8 +376,8 @@ class VitRegBackbone(BackboneMixin, VitRegPreTrainedModel):
 
     def _feature_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
         if self.config.apply_layernorm:
-            for part in reversed(UNTOLD):
-                tokens = part.stored_tokens(tokens, self.untold[part.key])
+            for part, value in self.untold:
+                tokens = part.stored_tokens(tokens, value)
             tokens = self.timm_model.norm(tokens)
         if not self.config.reshape_hidden_states:
             return tokens

@@ -22,7 +22,7 @@ from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.network.kinds import STEM, NetworkKind, kind_of
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule
 from vitreg_hub.network.residual_scale import unscaled_epsilon
-from vitreg_hub.network.untold import UNTOLD
+from vitreg_hub.network.untold import UNTOLD, Untold
 
 ARGUMENTS = {
     "img_size": tuple[PositiveInt, PositiveInt],
@@ -136,12 +136,15 @@ class BundleConfig:
         """timm's name of the MLP's activation."""
         return "silu" if self.spec.swiglu else self.model_args.get("act_layer", self.spec.lineage.act)
 
+    @property
+    def untold(self) -> tuple[tuple[Untold, Any], ...]:
+        """What plain timm is not told, in the order in which it is applied, each with its value."""
+        return tuple((part, getattr(self, part.key)) for part in UNTOLD)
+
     def to_json(self) -> dict[str, Any]:
         """The content of config.json."""
         entry: dict[str, Any] = dict(arch=self.arch, provenance=provenance_to_json(self.provenance))
-        for part in UNTOLD:
-            if (value := getattr(self, part.key)) != part.default:
-                entry[part.key] = part.to_json(value)
+        entry |= {part.key: part.to_json(value) for part, value in self.untold if value != part.default}
         cfg = dataclasses.asdict(self.preprocess) | dict(
             fixed_input_size=True,
             num_classes=self.num_classes,

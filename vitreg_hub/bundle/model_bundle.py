@@ -204,8 +204,8 @@ class ModelBundle(BundleConfig):
         model = empty_model(self, **timm_kwargs)
         network = model.model if timm_kwargs.get("features_only") else model
         state_dict = self._fresh_tensors()
-        for part in UNTOLD:
-            state_dict = part.resolve(network, state_dict, getattr(self, part.key))
+        for part, value in self.untold:
+            state_dict = part.resolve(network, state_dict, value)
         new_head = network.num_classes != self.num_classes
         if new_head:
             state_dict = {k: v for k, v in state_dict.items() if not self.kind.is_of_head(k)}

@@ -17,7 +17,6 @@ from vitreg_hub.bundle.config import BundleConfig, config_from_json, empty_model
 from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.files import WEIGHTS_FILE
 from vitreg_hub.network.kinds import KINDS
-from vitreg_hub.network.untold import UNTOLD
 
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 """What transformers' Trainer writes beside a model: no weights, never read here and never published."""
@@ -124,7 +123,7 @@ def tensor_problems(config: BundleConfig, shapes: Mapping[str, tuple[int, ...]])
         yield f"timm cannot build the model from model_args ({type(error).__name__}: {reason})"
         return
     wanted = shapes_of(model.state_dict())
-    yield from filter(None, (part.problem(model, getattr(config, part.key)) for part in UNTOLD))
+    yield from filter(None, (part.problem(model, value) for part, value in config.untold))
     if missing := sorted(wanted.keys() - shapes.keys()):
         yield f"R6: {len(missing)} tensors are missing under timm's names, first {missing[0]}"
     if unknown := sorted(shapes.keys() - wanted.keys()):
