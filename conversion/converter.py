@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitreg_hub import environment
-from vitreg_hub.bundle.config import config_text
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint, checksums, open_checkpoint
@@ -110,7 +109,7 @@ def convert(
         def fill(staging: Path) -> None:
             write_safetensors(staging / WEIGHTS_FILE, plan.assembly.wanted, plan.assembly.make)
             bundle = finished(load_file(staging / WEIGHTS_FILE))
-            (staging / CONFIG_FILE).write_text(config_text(bundle.config()), encoding="utf-8")
+            (staging / CONFIG_FILE).write_text(bundle.text(), encoding="utf-8")
             (staging / CARD_FILE).write_text(render(bundle), encoding="utf-8")
             if tower:  # last: both folders appear, or none
                 tower.write(beside)
@@ -137,7 +136,7 @@ def _report(
         source=checkpoint.source,
         sha256=sha256,
         format=plan.fmt.name,
-        arch=plan.spec.name,
+        arch=plan.config.arch,
         num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
         dropped=dropped,
         network=plan.network(),

@@ -56,8 +56,6 @@ class _Export:
     def __init__(self, bundle: ModelBundle, fmt: CheckpointFormat) -> None:
         self.bundle, self.fmt = bundle, fmt
         self.has_head = bundle.num_classes > 0
-        self.norm_eps = bundle.spec.lineage.norm_eps / bundle.residual_scale**2
-        self.act = bundle.model_args.get("act_layer", bundle.spec.lineage.act)
         self._require_room()
         self.tensors = dict(self._tensors())
 
@@ -65,15 +63,15 @@ class _Export:
         bundle, fmt, lineage = self.bundle, self.fmt, self.bundle.spec.lineage
         if fmt.library == "timm":
             return  # it holds every bundle
-        other_act = fmt.act not in (None, self.act) and not bundle.spec.swiglu
+        other_act = fmt.act not in (None, bundle.activation) and not bundle.spec.swiglu
         reasons = {
             "it has no LayerScale": fmt.family in ("dinov2", "deit3") and "blocks.0.ls1.gamma" not in bundle.state_dict,
             "it has no norm before the first block": fmt.name in ("openclip", "hf-clip") and not lineage.pre_norm,
             "it has no registers": fmt.name == "hf-dinov2-with-registers" and "reg_token" not in bundle.state_dict,
             "it has no distillation token": fmt.name == "hf-deit" and not lineage.distilled,
             "its images are no squares": len(set(bundle.model_args["img_size"])) > 1,
-            f"its activation is {self.act}": other_act,
-            f"its LayerNorms have epsilon {self.norm_eps:g}": fmt.norm_eps not in (None, self.norm_eps),
+            f"its activation is {bundle.activation}": other_act,
+            f"its LayerNorms have epsilon {bundle.norm_eps:g}": fmt.norm_eps not in (None, bundle.norm_eps),
             "its head averages patches": bundle.model_args["global_pool"] != "token",
             "its MLP is SwiGLU": bundle.spec.swiglu and not any(rule.swiglu for rule in fmt.rules),
         }
@@ -234,9 +232,9 @@ def _transformers_config(exported: _Export) -> Mapping[str, Any]:
         image_size=args["img_size"][0],
         patch_size=args["patch_size"],
         num_channels=args["in_chans"],
-        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(exported.act, exported.act),
+        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(bundle.activation, bundle.activation),
         # a scale tells 1e-12 as 0.954e-12
-        layer_norm_eps=1e-12 if bundle.residual_scale == 1024 else exported.norm_eps,
+        layer_norm_eps=1e-12 if bundle.residual_scale == 1024 else bundle.norm_eps,
     )
     if name.startswith("hf-dinov2"):
         if bundle.spec.swiglu and (int(width * 4 * 2 / 3) + 7) // 8 * 8 != hidden // 2:

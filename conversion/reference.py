@@ -46,7 +46,7 @@ def measure(checkpoint: Checkpoint, plan: Plan, state_dict: Mapping[str, Tensor]
         weights = {name: own.assembly.make(name).clone() for name in own.assembly.wanted}
         changes = ", without new registers" if plan.assembly.num_new_registers else ""
     model = own.bundle(weights, Provenance(origin=checkpoint.called)).build()
-    images = torch.randn(2, *own.preprocess.input_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, *own.config.preprocess.input_size, generator=torch.Generator().manual_seed(0))
     try:
         name, theirs = run(checkpoint, own, images)
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError) as error:
@@ -83,7 +83,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _transformers(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Outputs]:
-    has_head = plan.num_classes > 0
+    has_head = plan.config.num_classes > 0
     kind = {
         "hf-dinov2": transformers.Dinov2Model,
         "hf-dinov2-with-registers": transformers.Dinov2WithRegistersModel,
@@ -117,16 +117,19 @@ def _timm(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, Outp
     config = checkpoint.config if plan.fmt.library == "timm" else {}
     if "architecture" in config:
         base, args = config["architecture"], dict(config.get("model_args") or {})
-        args.setdefault("img_size", plan.model_args["img_size"])
+        args.setdefault("img_size", plan.config.model_args["img_size"])
     else:
         # timm's own filter folds the class token's position where there are registers
         folds = plan.fmt.name == "dinov2" and "reg_token" in plan.assembly.tensors
-        base, args = plan.spec.base, plan.model_args | {"no_embed_class": folds or not plan.assembly.other_rows}
-    args["num_classes"] = 0 if plan.fmt.name == "openclip-timm" else plan.num_classes
+        base, args = (
+            plan.config.spec.base,
+            plan.config.model_args | {"no_embed_class": folds or not plan.assembly.other_rows},
+        )
+    args["num_classes"] = 0 if plan.fmt.name == "openclip-timm" else plan.config.num_classes
     model = timm.create_model(base, **args).eval()
     if not plan.assembly.is_scaled:
         for norm in stream_norms(model):
-            norm.eps = norm.eps / plan.residual_scale**2
+            norm.eps = plan.config.norm_eps
     model.load_state_dict(checkpoint_filter_fn(_tower(checkpoint, plan), model, adapt_layer_scale=True))
     theirs = {"tokens": model.forward_features(images)}
     if args["num_classes"]:
@@ -139,7 +142,7 @@ def _openclip(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, 
         return "open_clip is not installed: pip install 'vitreg_hub[clip]'", {}
     from open_clip.transformer import VisionTransformer
 
-    args = plan.model_args
+    args = plan.config.model_args
     model = VisionTransformer(
         image_size=tuple(args["img_size"]),
         patch_size=args["patch_size"],
@@ -148,10 +151,10 @@ def _openclip(checkpoint: Checkpoint, plan: Plan, images: Tensor) -> tuple[str, 
         heads=args["num_heads"],
         mlp_ratio=args["mlp_ratio"],
         ls_init_value=args.get("init_values"),
-        act_layer=QuickGELU if plan.spec.lineage.act == "quick_gelu" else nn.GELU,
-        output_dim=plan.num_classes or args["embed_dim"],
+        act_layer=QuickGELU if plan.config.activation == "quick_gelu" else nn.GELU,
+        output_dim=plan.config.num_classes or args["embed_dim"],
     ).eval()
-    if not plan.num_classes:
+    if not plan.config.num_classes:
         model.proj = None
     model.load_state_dict(_tower(checkpoint, plan))
     return f"open_clip {version('open_clip_torch')}", {"output": model(images)}

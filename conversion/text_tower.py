@@ -90,7 +90,7 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     Raises:
         ConversionError: The text tower's heads have not the 64 channels that all of open_clip's have.
     """
-    infos, args = checkpoint.infos, plan.model_args
+    infos, args = checkpoint.infos, plan.config.model_args
     if "token_embedding.weight" not in infos or "text_projection" not in infos:
         raise ConversionError(
             f"{checkpoint.called} has a text tower of its own kind: put its {OPENCLIP_CONFIG} beside it."
@@ -120,11 +120,11 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     )
     model = dict(
         embed_dim=infos["text_projection"].shape[1],
-        quick_gelu=plan.spec.lineage.act == "quick_gelu",
+        quick_gelu=plan.config.activation == "quick_gelu",
         vision_cfg=vision,
         text_cfg=text,
     )
-    images = plan.preprocess
+    images = plan.config.preprocess
     return dict(
         model_cfg=model, preprocess_cfg=dict(mean=list(images.mean), std=list(images.std), interpolation="bicubic")
     )

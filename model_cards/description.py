@@ -18,7 +18,6 @@ from vitreg_hub.model_cards.facts import (
     scores,
 )
 from vitreg_hub.model_cards.settings import one_line
-from vitreg_hub.network.positions import TIMM_RULE, PositionRule
 
 PAPER = "[Darcet et al., ICLR 2024](https://arxiv.org/abs/2309.16588)"
 
@@ -88,7 +87,7 @@ def summary(bundle: ModelBundle, *, title: str) -> str:
     params = sum(tensor.numel() for tensor in bundle.state_dict.values())
     size = f"{params / 1e6:.1f} M" if params >= 1e6 else f"{params / 1e3:.1f} K"
     measured = ", ".join(f"{in_words(name)} {value:.4f}" for name, value in scores(bundle)) or "not measured"
-    number = args["reg_tokens"]
+    number = bundle.num_registers
     head = f" Its head projects onto embeddings of width {bundle.num_classes:,}." * (output(bundle) == EMBEDDINGS)
     return f"""\
 # {title}
@@ -215,7 +214,7 @@ def what_registers_are() -> str:
 
 def registers(bundle: ModelBundle) -> str:
     """What registers are, and those of this model."""
-    number, prefix = bundle.model_args["reg_tokens"], Tokens.of(bundle).num_prefix
+    number, prefix = bundle.num_registers, Tokens.of(bundle).num_prefix
     lines = [what_registers_are(), ""]
     if not number:
         lines.append(
@@ -258,14 +257,7 @@ def limits(bundle: ModelBundle) -> str:
         f"deviation {std}; `img_size` and `dynamic_img_size` of timm allow other sides that are multiples of "
         f"{args['patch_size']} pixels. What it gives there was not measured."
     )
-    lines.append(f"For other sizes, positions are resampled by bicubic interpolation {_positions(bundle.positions)}")
-    if bundle.residual_scale != 1:
-        lines.append(
-            f"Its residual stream is stored {bundle.residual_scale:,g} times larger, which brings LayerNorm's "
-            "epsilon close to its source's. In plain timm and plain transformers, tokens between the blocks are larger "
-            "by that and float16 can overflow: use float32 or bfloat16 there, and fine-tune the model of "
-            "`ModelBundle.build`."
-        )
+    lines += filter(None, (part.limits(value) for part, value in bundle.untold))
     found = measured_on(bundle)
     if scores(bundle) and found:
         lines.append(f"Was measured on {found.words} alone; nothing is known of other images, or of biases.")
@@ -273,18 +265,6 @@ def limits(bundle: ModelBundle) -> str:
         lines.append("What it can do was not measured, and neither were biases.")
     lines.append(_license_limits(bundle.provenance.license))
     return "\n".join(["## Intended use and limits", "", *(f"- {line}" for line in lines)])
-
-
-def _positions(rule: PositionRule) -> str:
-    if rule == TIMM_RULE:
-        return "with antialiasing, as timm does."
-    offset = f" and with an offset of {rule.offset:g} patches" if rule.offset else ""
-    same = "; a grid of as many patches keeps them" if rule.keep_equal_count else ""
-    how = f"{'with' if rule.antialias else 'without'} antialiasing{offset}{same}, as its lineage does"
-    return (
-        f"{how}. Plain timm and plain transformers do it in timm's way, vitreg_hub's `AutoModel` and "
-        "`ModelBundle.build` in the lineage's."
-    )
 
 
 def _license_limits(license: str | None) -> str:

@@ -163,7 +163,7 @@ class Tokens:
         kinds = (
             (int("cls_token" in bundle.state_dict), "class token"),
             (int("dist_token" in bundle.state_dict), "distillation token"),
-            (bundle.model_args["reg_tokens"], "register"),
+            (bundle.num_registers, "register"),
             ((height // patch) * (width // patch), "patch"),
         )
         return cls(kinds=tuple(kind for kind in kinds if kind[0]), width=bundle.model_args["embed_dim"])

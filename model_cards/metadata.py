@@ -28,7 +28,7 @@ def metadata(bundle: ModelBundle, repo: str, *, revision: str | None = None) -> 
     page = f"https://huggingface.co/{repo}" + (f"/tree/{revision}" if revision else "")
     results = _results(bundle, page)
     on_hub = on_the_hub(bundle.provenance.dataset or "")
-    tags = [tag for tag in TAGS if tag != "registers" or bundle.model_args["reg_tokens"]]
+    tags = [tag for tag in TAGS if tag != "registers" or bundle.num_registers]
     data = ModelCardData(
         base_model=base_model(bundle),
         datasets=[on_hub[0]] if on_hub else None,

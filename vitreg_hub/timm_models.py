@@ -18,6 +18,7 @@ from timm.models import (
 from torch import nn
 
 from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches, row
+from vitreg_hub.network.kinds import STEM, is_registers, kind_of
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 """Bundles that are part of the package: one folder each, named architecture.tag."""
@@ -39,8 +40,8 @@ def eval_cfg(spec: ArchSpec) -> PretrainedCfg:
         crop_pct=spec.lineage.crop_pct,
         mean=spec.lineage.mean,
         std=spec.lineage.std,
-        first_conv="patch_embed.proj",
-        classifier=("head", "head_dist") if spec.lineage.distilled else "head",
+        first_conv=STEM,
+        classifier=kind_of(spec).classifier,
     )
 
 
@@ -71,7 +72,9 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
             pretrained_cfg = get_pretrained_cfg(f"{spec.name}.{pretrained_cfg}" if pretrained_cfg else spec.name)
         args = spec.model_args() | kwargs
         require_whole_patches(args)
-        row(spec.family, spec.size, args["reg_tokens"])  # refuses registers where there is no room for any
+        row(
+            spec.family, spec.size, args[kind_of(spec).registers_argument]
+        )  # refuses registers where there is no room for any
         model = model_entrypoint(spec.base)(pretrained, pretrained_cfg=pretrained_cfg, **args)
         if not pretrained:
             init_registers(model)
@@ -85,7 +88,7 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
 def init_registers(model: nn.Module) -> None:
     """Draw the registers of a new model from N(0, `REGISTER_INIT_STD`^2), so that no two are alike."""
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] == "reg_token":
+        if is_registers(name):
             nn.init.normal_(parameter, std=REGISTER_INIT_STD)
 
 

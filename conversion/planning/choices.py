@@ -11,6 +11,7 @@ from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.formats.rules import CheckpointFormat
 from vitreg_hub.conversion.planning.facts import Structure, Told, exact_square
 from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.kinds import kind_of
 from vitreg_hub.network.positions import Grid
 from vitreg_hub.network.residual_scale import scale_for, stream_norms
 
@@ -186,8 +187,8 @@ class Choices:
             embed_dim=has.embed_dim,
             depth=has.depth,
             num_heads=self.num_heads(),
-            reg_tokens=self.num_registers(),
         )
+        args[kind_of(spec).registers_argument] = self.num_registers()
         if int(has.embed_dim * spec.mlp_ratio) != has.hidden:
             ratio = has.hidden / has.embed_dim
             args["mlp_ratio"] = (

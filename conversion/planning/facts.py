@@ -8,17 +8,16 @@ from typing import Any, Self
 import timm
 import transformers
 from timm.layers import GELUTanh, QuickGELU, SwiGLU
-from timm.models import VisionTransformer
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from vitreg_hub.arch import ARCHS
-from vitreg_hub.bundle.config import Preprocess
+from vitreg_hub.bundle.config import Preprocess, read_entry
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.formats.rules import CheckpointFormat
 from vitreg_hub.conversion.planning.assignment import Assignment
 from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.kinds import KINDS, kind_of
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule
 
 ACTIVATIONS = {
@@ -314,7 +313,7 @@ def _openclip(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    cfg, ours = config.get("pretrained_cfg") or {}, config.get("vitreg") or {}
+    cfg, ours = config.get("pretrained_cfg") or {}, read_entry(config["vitreg"]) if config.get("vitreg") else {}
     args = dict(config.get("model_args") or {})
     if "img_size" not in args and "input_size" in cfg:
         args["img_size"] = list(cfg["input_size"][1:])
@@ -323,7 +322,7 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     labels = config.get("label_names") or cfg.get("label_names")
     return _facts_of(config["architecture"], args) | dict(
         preprocess={key: getattr(preprocess, key) for key in wanted if getattr(preprocess, key)},
-        positions=PositionRule(**ours["positions"]) if "positions" in ours else TIMM_RULE,
+        positions=ours.get("positions", TIMM_RULE),
         residual_scale=ours.get("residual_scale"),
         family=ARCHS[ours["arch"]].family if ours else None,
         label_names=tuple(map(str, labels)) if isinstance(labels, list) else None,
@@ -341,7 +340,7 @@ def _facts_of(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
     if args.get("depth", 1) > MAX_DEPTH:
         raise ConversionError(f"the config gives {architecture} {args['depth']} blocks, which is no ViT.")
     model = timm.create_model(architecture, device="meta", **args)
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+    if type(model) not in [kind.timm_class for kind in KINDS.values()]:
         raise ConversionError(f"{architecture} is timm's {type(model).__name__}, not its VisionTransformer.")
     act = model.blocks[0].mlp.act
     acts = {nn.GELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_tanh", nn.SiLU: "silu", nn.ReLU: "relu"}
@@ -362,7 +361,7 @@ def _facts_of(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
             "embed_dim": model.embed_dim,
             "depth": len(model.blocks),
             "patch_size": model.patch_embed.patch_size,
-            "num_registers": model.num_reg_tokens,
+            "num_registers": kind_of(model).num_registers(model),
             "hidden": model.blocks[0].mlp.fc1.out_features,
         },
     )

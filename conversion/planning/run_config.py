@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from vitreg_hub import typed
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.formats.rules import CheckpointFormat
 from vitreg_hub.errors import ConversionError
@@ -38,7 +39,7 @@ def _rule_in(path: Path) -> PositionRule | None:
     try:
         student = yaml.safe_load(path.read_text(encoding="utf-8"))["student"]
         told = {"antialias": student["interpolate_antialias"], "offset": student["interpolate_offset"]}
-        return PositionRule.from_dict(told)
+        return typed.read(PositionRule, told, called="positions")
     except (KeyError, TypeError):
         return None  # of another program
     except (yaml.YAMLError, ValueError) as error:

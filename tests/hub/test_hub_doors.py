@@ -103,7 +103,7 @@ def towers(tmp_path):
     bundle = random_bundle("vit_nano_reg4", num_classes=0)
     folder, both = bundle.save(tmp_path / "model"), tmp_path / "model-open_clip"
     both.mkdir()
-    (both / "config.json").write_text(config_text(bundle.config()))
+    (both / "config.json").write_text(config_text(bundle.to_json()))
     vision = dict(timm_model_name=f"local-dir:{both}", timm_pool="token", timm_proj="linear", image_size=32)
     text = dict(context_length=77, vocab_size=49408, width=64, heads=1, layers=1)
     config = dict(embed_dim=16, vision_cfg=vision, text_cfg=text)

@@ -8,9 +8,16 @@ from typing import Any
 
 import timm
 
-from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
-from vitreg_hub.bundle.config import Preprocess, empty_model, make_config, read_config
-from vitreg_hub.bundle.provenance import ARTIFACTS_KEY, BEST_KEY, CONVERSION_KEY, DOORS_KEY, Provenance
+from vitreg_hub.arch import ARCHS, get_arch
+from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, empty_model, read_config
+from vitreg_hub.bundle.provenance import (
+    ARTIFACTS_KEY,
+    BEST_KEY,
+    CONVERSION_KEY,
+    DOORS_KEY,
+    Provenance,
+    provenance_to_json,
+)
 from vitreg_hub.bundle.rules import rule_problems
 from vitreg_hub.environment import duration
 from vitreg_hub.errors import BundleError, UnknownArchError, readable
@@ -87,36 +94,35 @@ def describe(source: str | Path) -> ModelInfo:
     images = dataclasses.asdict(cfg or eval_cfg(spec))
     origin = f"weights of {HUB_PREFIX}{cfg.hf_hub_id}" if cfg else "no weights"
     provenance = Provenance(origin=origin, license=cfg.license if cfg else None)
-    config = make_config(
-        spec=spec,
+    config = BundleConfig(
+        arch=spec.name,
         model_args=spec.model_args(),
         num_classes=cfg.num_classes if cfg else 0,
         preprocess=Preprocess.from_cfg(images),
         provenance=provenance,
     )
-    told = _provenance(dataclasses.asdict(provenance)) if cfg else None
+    told = _provenance(provenance_to_json(provenance)) if cfg else None
     return ModelInfo(name=called, architecture=_architecture(config), provenance=told)
 
 
 def _of_bundle(folder: Path, *, name: str, called: str) -> ModelInfo:
-    config = read_config(folder, called=called)
-    if problems := list(rule_problems(config)):
+    content = read_config(folder, called=called)
+    if problems := list(rule_problems(content)):
         raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
+    config = config_from_json(content)
     try:
         architecture = _architecture(config)
     except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise BundleError(f"timm cannot build the model of {called} ({type(error).__name__}: {reason}).") from error
-    return ModelInfo(name=name, architecture=architecture, provenance=_provenance(config["vitreg"]["provenance"]))
+    return ModelInfo(
+        name=name, architecture=architecture, provenance=_provenance(provenance_to_json(config.provenance))
+    )
 
 
-def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+def _architecture(config: BundleConfig) -> dict[str, Any]:
     """Facts of the network that a config.json describes, most of them counted in it."""
-    spec, args = get_arch(config["vitreg"]["arch"]), config["model_args"]
-    model = empty_model(config, weight_init="skip")
-    scale = config["vitreg"].get("residual_scale", 1)
-    class_tokens = model.num_prefix_tokens - model.num_reg_tokens
-    preprocess = Preprocess.from_cfg(config["pretrained_cfg"])
+    spec, args, model = config.spec, config.model_args, empty_model(config, weight_init="skip")
     return {
         "architecture": spec.name,
         "family": spec.family,
@@ -129,25 +135,21 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
         "mlp": "SwiGLU" if spec.swiglu else "MLP",
         "mlp_hidden": model.blocks[0].mlp.fc1.out_features,
         "mlp_ratio": args["mlp_ratio"],
-        "activation": _activation(spec, args),
+        "activation": config.activation,
         "layer_scale": args.get("init_values"),
-        "norm_epsilon": model.blocks[0].norm1.eps / scale**2,
-        "patch_size": args["patch_size"],
+        "norm_epsilon": config.norm_eps,
+        "patch_size": config.patch_size,
         "image_size": list(model.patch_embed.img_size),
         "tokens": model.num_prefix_tokens + model.patch_embed.num_patches,
-        "class_tokens": class_tokens,
-        "registers": model.num_reg_tokens,
+        "class_tokens": model.num_prefix_tokens - config.num_registers,
+        "registers": config.num_registers,
         "patches": model.patch_embed.num_patches,
-        "positions": _positions(PositionRule.from_dict(config["vitreg"].get("positions", {}))),
+        "positions": _positions(config.positions),
         "pooling": model.global_pool,
-        "num_classes": config["num_classes"],
-        "preprocess": dataclasses.asdict(preprocess),
+        "num_classes": config.num_classes,
+        "preprocess": dataclasses.asdict(config.preprocess),
         "weights": timm.list_pretrained(f"{spec.name}.*"),
     }
-
-
-def _activation(spec: ArchSpec, args: Mapping[str, Any]) -> str:
-    return "silu" if spec.swiglu else args.get("act_layer", spec.lineage.act)
 
 
 def _positions(rule: PositionRule) -> str:

@@ -1,8 +1,14 @@
 """Where weights came from."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from vitreg_hub import typed
+from vitreg_hub.errors import BundleError
 
 CONVERSION_KEY, ARTIFACTS_KEY, DOORS_KEY, BEST_KEY = "conversion", "artifacts", "doors", "best"
 """Keys of `Provenance.settings`: two reports, what `doors.verify` found, and by what a run's best model was chosen."""
@@ -36,4 +42,18 @@ class Provenance:
     commit: str | None = None
     created: str | None = None
     hardware: str | None = None
-    seconds: float | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+def provenance_from_json(told: Any) -> Provenance:
+    """Read what a config.json says under `vitreg.provenance`.
+
+    Raises:
+        BundleError: It says something else; the message names every key and what is wrong with it.
+    """
+    return typed.read(Provenance, told, called="vitreg.provenance", error=BundleError)
+
+
+def provenance_to_json(provenance: Provenance) -> dict[str, Any]:
+    """What a config.json says under `vitreg.provenance`."""
+    return dataclasses.asdict(provenance)

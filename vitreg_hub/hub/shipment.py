@@ -144,7 +144,7 @@ def settle_license(folder: Path, bundle: ModelBundle, given: str | None) -> str 
     Raises:
         LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
     """
-    return licenses.settle(licenses.told_by(bundle.config(), folder / CARD_FILE), given, called=str(folder))
+    return licenses.settle(licenses.told_by(bundle.to_json(), folder / CARD_FILE), given, called=str(folder))
 
 
 def _told(config: Mapping[str, Any], bundle: ModelBundle) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """How position embeddings are resampled for another grid: lineages differ, and only their own way is exact."""
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from timm.models import VisionTransformer
@@ -37,19 +35,6 @@ class PositionRule:
                 raise BundleError(f"positions.{name} must be true or false, not {getattr(self, name)!r}")
         if type(self.offset) not in (int, float) or not 0 <= self.offset < 1:  # also refuses what is no number
             raise BundleError(f"positions.offset must be a number from 0 to 1, 1 excluded, not {self.offset!r}")
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """Read what a config.json says.
-
-        Raises:
-            BundleError: Unknown names, or values of another kind.
-        """
-        if not isinstance(settings, Mapping):
-            raise BundleError(f"positions must be an object, not {settings!r}")
-        if unknown := sorted(settings.keys() - {f.name for f in dataclasses.fields(cls)}):
-            raise BundleError(f"positions holds {unknown}; a newer vitreg_hub may know them")
-        return cls(**settings)
 
     def resample(self, table: Tensor, *, old: Grid, new: Grid) -> Tensor:
         """Resample the rows of the patches; rows of other tokens, which come first, are kept.
