@@ -75,7 +75,7 @@ MISTAKES = {
     "no architecture matches 'vit_hug'; `vitreg list` prints all 147.": ["list", "vit_hug"],
     "{tmp}/nothing is no folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
     "{tmp} is no bundle: it has no config.json.": ["verify", "{tmp}"],
-    "hf-hub:lab/x is no folder: fetch": ["verify", "hf-hub:lab/x"],
+    "hf-hub:lab/x is no folder: fetch": ["push", "hf-hub:lab/x", "lab/y", "--dry-run"],
     "vit_small_reg4.dinov2_lvd142m is no folder: ModelBundle.load('vit_small_reg4.dinov2_lvd142m').save(folder) w": [
         "push",
         "vit_small_reg4.dinov2_lvd142m",

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from timm.models import (
@@ -19,12 +18,7 @@ from torch import nn
 
 from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches, row
 from vitreg_hub.network.kinds import STEM, is_registers, kind_of
-
-SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
-"""Bundles that are part of the package: one folder each, named architecture.tag."""
-
-DINOV2_SIZES = ("small", "base", "large", "giant")
-"""Sizes of which timm distributes Meta's DINOv2 weights with four registers (dinov2/hub/backbones.py)."""
+from vitreg_hub.tags import DINOV2_SIZES, SHIPPED_WEIGHTS
 
 CLASSIFIERS = ("deit3", "plain", "deit_distilled")
 """Families that are trained to classify ImageNet-1k."""

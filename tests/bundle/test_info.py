@@ -226,12 +226,8 @@ def strange(change):
 
 MISTAKES = [
     ("vit_nano_reg5", UnknownArchError, "no architecture 'vit_nano_reg5'; closest: vit_nano_reg"),
-    (
-        "vit_nano_reg4.letters",
-        UnknownArchError,
-        "has no published weights; of vit_nano_reg4 there are: vit_nano_reg4.d",
-    ),
-    ("vit_tiny_reg4.digits", UnknownArchError, "has no published weights; of vit_tiny_reg4 there are: none"),
+    ("vit_nano_reg4.letters", UnknownArchError, "vit_nano_reg4 has no weights 'letters'; it has digits."),
+    ("vit_tiny_reg4.digits", UnknownArchError, "vit_tiny_reg4 has no weights 'digits'; it has none."),
     ("org/name", UnknownArchError, "a Hub repository needs the prefix 'hf-hub:'"),
     ("{tmp}", BundleError, "is no bundle: it has no config.json"),
 ]

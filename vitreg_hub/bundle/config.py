@@ -242,10 +242,7 @@ def read_config(folder: Path, *, called: str) -> dict[str, Any]:
     """
     with readable(called):
         if not folder.is_dir():
-            raise BundleError(
-                f"{called} is neither a folder nor an architecture; `vitreg list` prints those, "
-                "and a Hub repository needs the prefix 'hf-hub:'."
-            )
+            raise BundleError(f"{called} is no folder, so no bundle.")
         if not (folder / CONFIG_FILE).is_file():
             raise BundleError(f"{called} is no bundle: it has no {CONFIG_FILE}.")
         content = (folder / CONFIG_FILE).read_bytes()

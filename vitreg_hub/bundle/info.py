@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 
-from vitreg_hub.arch import ARCHS, get_arch
+from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, empty_model, read_config
 from vitreg_hub.bundle.provenance import (
     ARTIFACTS_KEY,
@@ -20,9 +20,9 @@ from vitreg_hub.bundle.provenance import (
 )
 from vitreg_hub.bundle.rules import rule_problems
 from vitreg_hub.environment import duration
-from vitreg_hub.errors import BundleError, UnknownArchError, readable
+from vitreg_hub.errors import BundleError
 from vitreg_hub.licenses import UNKNOWN
-from vitreg_hub.names import HUB_PREFIX, parse_repo
+from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.network.positions import PositionRule
 from vitreg_hub.remote.download import download_config
 from vitreg_hub.timm_models import eval_cfg
@@ -75,22 +75,15 @@ def describe(source: str | Path) -> ModelInfo:
         HubError: No such repository, no permission, or no network.
         UnknownArchError: Neither a folder nor a known name.
     """
-    called = str(source)
-    if called.startswith(HUB_PREFIX):
+    name = ModelName.parse(source)
+    called = name.given
+    if name.repo_id:
         folder = download_config(called)
-        return _of_bundle(folder, name=f"{HUB_PREFIX}{parse_repo(called)[0]}@{folder.name}", called=called)
-    with readable(source):
-        is_folder = Path(source).exists()
-    if is_folder:
-        return _of_bundle(Path(source), name=called, called=called)
-    arch, _, tag = called.partition(".")
-    spec = get_arch(called if arch not in ARCHS else arch)
-    cfg = timm.get_pretrained_cfg(called) if tag and timm.is_model_pretrained(called) else None
-    if tag and cfg is None:
-        tags = ", ".join(timm.list_pretrained(f"{arch}.*")) or "none"
-        raise UnknownArchError(f"{called} has no published weights; of {arch} there are: {tags}.")
-    if cfg is not None and cfg.file:
-        return _of_bundle(Path(cfg.file).parent, name=called, called=called)
+        return _of_bundle(folder, name=f"{HUB_PREFIX}{name.repo_id}@{folder.name}", called=called)
+    if folder := name.path or (name.shipped if name.tag else None):
+        return _of_bundle(folder, name=called, called=called)
+    name.require_ours()
+    spec, cfg = get_arch(name.arch), timm.get_pretrained_cfg(called) if name.tag else None
     images = dataclasses.asdict(cfg or eval_cfg(spec))
     origin = f"weights of {HUB_PREFIX}{cfg.hf_hub_id}" if cfg else "no weights"
     provenance = Provenance(origin=origin, license=cfg.license if cfg else None)

@@ -17,13 +17,13 @@ from timm.models import VisionTransformer, adapt_input_conv, get_model_args, loa
 from torch import Tensor, nn
 
 from vitreg_hub import environment
-from vitreg_hub.arch import ARCHS, get_arch
+from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, empty_model, read_config, shapes_of
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.bundle.rules import rule_problems, tensor_problems, weights_problems
-from vitreg_hub.errors import BundleError, UnknownArchError, readable
+from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
-from vitreg_hub.names import HUB_PREFIX
+from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.network.kinds import STEM
 from vitreg_hub.network.untold import UNTOLD
 from vitreg_hub.remote.client import hub_errors, patiently
@@ -95,15 +95,15 @@ class ModelBundle(BundleConfig):
         Raises:
             BundleError: What is there breaks a rule of the form; the message names all of them.
             HubError: The Hub refused or cannot be reached.
-            UnknownArchError: Neither a folder nor a known name.
+            UnknownArchError: Neither a folder nor a known name, or one without weights.
         """
-        if str(source).startswith(HUB_PREFIX):
-            return cls._load_folder(download(str(source)), called=str(source))
-        with readable(source):
-            is_name = not Path(source).exists() and str(source).partition(".")[0] in ARCHS
-        if is_name:
-            return cls._load_published(str(source))
-        return cls._load_folder(Path(source), called=str(source))
+        name = ModelName.parse(source)
+        if name.repo_id:
+            return cls._load_folder(download(name.given), called=name.given)
+        if folder := name.path or name.shipped:
+            return cls._load_folder(folder, called=name.given)
+        name.require_weights()
+        return cls._load_published(name)
 
     @classmethod
     def _load_folder(cls, folder: Path, *, called: str) -> Self:
@@ -124,20 +124,14 @@ class ModelBundle(BundleConfig):
         return cls(state_dict=state_dict, **{f.name: getattr(config, f.name) for f in fields(BundleConfig)})
 
     @classmethod
-    def _load_published(cls, name: str) -> Self:
-        arch = name.partition(".")[0]
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
-        if cfg is None:
-            raise UnknownArchError(
-                f"{name} has no published weights; `vitreg list` prints the tags of those that have."
-            )
-        if cfg.file:
-            return cls._load_folder(Path(cfg.file).parent, called=name)
+    def _load_published(cls, name: ModelName) -> Self:
+        """Load weights that timm publishes."""
+        cfg = timm.get_pretrained_cfg(name.given)
         with hub_errors(cfg.hf_hub_id):
             state_dict = patiently(partial(load_state_dict_from_hf, cfg.hf_hub_id))
         return cls(
-            arch=arch,
-            model_args=get_arch(arch).model_args(),
+            arch=name.arch,
+            model_args=get_arch(name.arch).model_args(),
             num_classes=cfg.num_classes,
             state_dict=state_dict,
             preprocess=Preprocess.from_cfg(dataclasses.asdict(cfg)),
