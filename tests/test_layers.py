@@ -26,7 +26,7 @@ LAYERS = [
     {"bundle"},
     {"hf_models", "images"},
     {"any_vit", "passes"},
-    {"analysis"},
+    {"analysis", "evaluation"},
     {"model_cards"},
     {"hub"},
     {"conversion", "training"},
