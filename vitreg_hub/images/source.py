@@ -292,11 +292,10 @@ def open_images(
         source = ImageSource(name="pictures", num_images=len(images), rows=images)
     else:
         raise DataError(f"{type(images).__name__} is no form of images: give {FORMS}.")
-    source = replace(source, name=name or source.name)
+    picked = None if source.num_images is None else range(source.num_images)
+    source = replace(source, name=name or source.name, picked=picked)
     if source.num_images == 0:
         raise DataError(f"{source.name} holds no images.")
-    if source.num_images is not None:
-        source = replace(source, picked=range(source.num_images))
     return source if max_images is None else source.at_most(max_images, seed=seed)
 
 
