@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ os.environ.pop("HF_TOKEN", None)
 # Workers that share the cores, each with a thread per core, would wait for each other most of the time.
 _THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+# Spawned processes look a test's functions up under its name, tests.room.test_file. Last, so that it hides nothing.
+sys.path.append(str(Path(__file__).parents[1]))
 
 import datasets
 import pytest
