@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,6 @@ from vitreg_hub.network.residual_scale import WRITES_TO_STREAM
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tensor:
-    """Where a tensor of the export comes from: one of the bundle's, in whole or in part, or zeros without any."""
-
-    shape: tuple[int, ...]
-    name: str | None = None
-    rule: Rule | None = None
-
-
 class _Export:
     """One bundle in the names of one format."""
 
@@ -40,12 +30,13 @@ class _Export:
         self.bundle, self.fmt = bundle, fmt
         if obstacles := list(fmt.obstacles(bundle)):
             self._refuse(", ".join(obstacles))
-        self.tensors = dict(self._tensors())
+        self.places = dict(self._places())
 
     def _refuse(self, why: str) -> None:
         raise ConversionError(f"{self.fmt.name} cannot hold this {self.bundle.arch}: {why}.")
 
-    def _tensors(self) -> Iterator[tuple[str, _Tensor]]:
+    def _places(self) -> Iterator[tuple[str, tuple[str, Rule]]]:
+        """The names of the export, and what each is made of: a tensor of the bundle, in whole or in part."""
         homeless = []
         for name, tensor in self.bundle.state_dict.items():
             named = self._named(name)
@@ -53,12 +44,9 @@ class _Export:
                 homeless.append(name)
             elif not named and tensor.any():
                 homeless.append("head.bias, whose numbers are not 0")
-            for exported, rule in named:
-                yield exported, self._described(name, rule)
+            yield from ((exported, (name, rule)) for exported, rule in named)
         if homeless:
             self._refuse(f"it has no place for {', '.join(homeless[:4])}")
-        if self.fmt.mask_token:
-            yield self.fmt.mask_token, _Tensor(shape=(1, self.bundle.model_args["embed_dim"]))
 
     def _named(self, name: str) -> list[tuple[str, Rule]]:
         """The names under which a tensor is written: by the first rule that fits, and by those of its other parts."""
@@ -71,37 +59,29 @@ class _Export:
         parts = fitting[0][1].part[1] if fitting else 0
         return [(before + rule.lineage_name(name), rule) for before, rule in fitting[:parts]]
 
-    def _described(self, name: str, rule: Rule) -> _Tensor:
-        shape = tuple(self.bundle.state_dict[name].shape)
-        if name == "pos_embed":
-            shape = (1, shape[1] + self._missing_rows, shape[2])
-        shape = (shape[0] // rule.part[1], *shape[1:])
-        reshaped = rule.reshape.from_timm(torch.empty(shape, device="meta"))
-        return _Tensor(shape=tuple(reshaped.shape), name=name, rule=rule)
-
-    @property
-    def _missing_rows(self) -> int:
-        """Rows of zeros before the table: the class token holds its position already."""
-        return 0 if self.bundle.spec.lineage.distilled else (self.fmt.other_rows or 0)
-
-    def make(self, name: str) -> Tensor:
-        """A tensor of the export, contiguous."""
-        described = self.tensors[name]
-        if described.name is None:
-            return torch.zeros(described.shape)
-        tensor = self.bundle.state_dict[described.name].float()
-        is_unscaled = self.bundle.residual_scale != 1 and not self.fmt.keeps_residual_scale
-        if is_unscaled and WRITES_TO_STREAM.fullmatch(described.name):
-            tensor = tensor / self.bundle.residual_scale
-        if described.name == "pos_embed":
-            tensor = torch.cat([tensor.new_zeros(1, self._missing_rows, tensor.shape[2]), tensor], dim=1)
-        k, number = described.rule.part
-        return described.rule.reshape.from_timm(tensor.chunk(number)[k]).contiguous()
-
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the export."""
-        return {name: tensor.shape for name, tensor in sorted(self.tensors.items())}
+        names = {*self.places, *filter(None, [self.fmt.mask_token])}
+        return {name: tuple(self._tensor(name, "meta").shape) for name in sorted(names)}
+
+    def make(self, exported: str) -> Tensor:
+        """A tensor of the export, contiguous."""
+        return self._tensor(exported, "cpu").contiguous()
+
+    def _tensor(self, exported: str, device: str) -> Tensor:
+        if exported == self.fmt.mask_token:
+            return torch.zeros(1, self.bundle.model_args["embed_dim"], device=device)
+        name, rule = self.places[exported]
+        tensor = self.bundle.state_dict[name].to(device, torch.float32)
+        if WRITES_TO_STREAM.fullmatch(name) and not self.fmt.keeps_residual_scale:
+            tensor = tensor / self.bundle.residual_scale
+        if name == "pos_embed":
+            # rows of zeros for tokens that hold their positions already
+            others = 0 if self.bundle.spec.lineage.distilled else (self.fmt.other_rows or 0)
+            tensor = torch.cat([tensor.new_zeros(1, others, tensor.shape[2]), tensor], dim=1)
+        k, parts = rule.part
+        return rule.reshape.from_timm(tensor.chunk(parts)[k])
 
 
 def export(bundle: ModelBundle | str | Path, out: str | Path, *, format: str) -> Path:

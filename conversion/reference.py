@@ -37,7 +37,7 @@ def measure(checkpoint: Checkpoint, plan: Plan, state_dict: Mapping[str, Tensor]
     bundle = own.bundle(weights, Provenance(origin=checkpoint.called))
     images = torch.randn(2, *own.preprocess.input_size, generator=torch.Generator().manual_seed(0))
     try:
-        name, theirs = plan.fmt.run_reference(checkpoint, bundle, images, other_rows=own.assembly.other_rows)
+        name, theirs = plan.fmt.run_reference(checkpoint, bundle, images, own.assembly.other_rows)
     except ConversionError as error:
         return {REFERENCE: str(error)}
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError) as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
 from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.formats.rules import Rule
 from vitreg_hub.errors import ConversionError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+
+    Outputs = tuple[str, Mapping[str, Tensor]]
 
 LAYER_SCALE = {"blocks.0.ls1.gamma": "LayerScale"}
 PRE_NORM = {"norm_pre.weight": "norm before the first block"}
@@ -83,8 +86,8 @@ class CheckpointFormat:
     other_rows: int | None = 1
     positions: PositionRule = TIMM_RULE
     registers_positions: PositionRule | None = None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     crop_pct: float = 1.0
     head_is_projection: bool = False
     has_text_tower: bool = False
@@ -101,7 +104,7 @@ class CheckpointFormat:
 
     # Names
 
-    def prefix_in(self, names: Container[str]) -> str:
+    def prefix_in(self, names: Mapping[str, object]) -> str:
         """The prefix that the tower's names have in a checkpoint."""
         return next((p for p in self.prefixes if any(name.startswith(p) for name in names)), "")
 
@@ -187,20 +190,9 @@ class CheckpointFormat:
         """How the lineage resamples positions."""
         return (self.registers_positions if has_registers else None) or self.positions
 
-    def assumptions(self, checkpoint: Checkpoint, names: Container[str]) -> Iterator[str]:
-        """What neither tensors nor config tell, and how it was decided, a sentence each.
-
-        Args:
-            checkpoint: A checkpoint of this format.
-            names: timm's names of its tensors.
-        """
-        return iter(())
-
     # What it is compared with
 
-    def run_reference(
-        self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, other_rows: int
-    ) -> tuple[str, Mapping[str, Tensor]]:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
         """Run a checkpoint in an implementation by others, here timm's with its own filter of checkpoints.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from vitreg_hub.arch import CLIP_MEAN, CLIP_STD
 from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat
 from vitreg_hub.conversion.formats.facts import Facts, height_and_width
 from vitreg_hub.conversion.formats.rules import Reshape, drop, keep, qkv
-from vitreg_hub.conversion.formats.timm_format import bare_file_assumptions, usual_images
+from vitreg_hub.conversion.formats.timm_format import bare_facts, usual_images
 from vitreg_hub.conversion.formats.transformers_format import TransformersFormat
 from vitreg_hub.conversion.formats.vit import NO_ANTIALIAS, TOWER
 from vitreg_hub.errors import ConversionError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+    from vitreg_hub.conversion.formats.base import Outputs
 
 TEXT_TOWER = "text tower; --text-tower keeps it"
 ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
@@ -72,7 +73,7 @@ class OpenClipFormat(CheckpointFormat):
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         """What open_clip_config.json tells."""
         if not checkpoint.openclip_config:
-            return Facts()
+            return Facts(assumptions=(usual_images(self.title),))
         model = checkpoint.openclip_config.get("model_cfg", {})
         vision = model["vision_cfg"]
         if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
@@ -93,14 +94,7 @@ class OpenClipFormat(CheckpointFormat):
             shape={"embed_dim": width, "depth": layers, "patch_size": height_and_width(vision.get("patch_size"))},
         )
 
-    def assumptions(self, checkpoint: Checkpoint, names: Container[str]) -> Iterator[str]:
-        """What only a config would tell."""
-        if not checkpoint.openclip_config:
-            yield usual_images(self.title)
-
-    def run_reference(
-        self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, other_rows: int
-    ) -> tuple[str, Mapping[str, Tensor]]:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
         """Run a checkpoint in OpenCLIP's own tower."""
         if find_spec("open_clip") is None:
             raise ConversionError("open_clip is not installed: pip install 'vitreg_hub[clip]'")
@@ -144,9 +138,9 @@ class OpenAIFormat(OpenClipFormat):
             )
         return True
 
-    def assumptions(self, checkpoint: Checkpoint, names: Container[str]) -> Iterator[str]:
-        """None: all archives are alike."""
-        return iter(())
+    def read_config(self, checkpoint: Checkpoint) -> Facts:
+        """Nothing, as a rule: all archives are alike."""
+        return super().read_config(checkpoint) if checkpoint.openclip_config else Facts()
 
 
 class OpenClipTimmFormat(CheckpointFormat):
@@ -155,7 +149,7 @@ class OpenClipTimmFormat(CheckpointFormat):
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         """What open_clip_config.json tells, and the timm network that it names."""
         if not checkpoint.openclip_config:
-            return Facts()
+            return bare_facts(self.title, checkpoint)
         from vitreg_hub.conversion.formats.timm_network import facts_of_network
 
         vision = checkpoint.openclip_config["model_cfg"]["vision_cfg"]
@@ -164,11 +158,6 @@ class OpenClipTimmFormat(CheckpointFormat):
         args = {"num_classes": 0} | ({"global_pool": pooling} if pooling else {})
         built = facts_of_network(vision["timm_model_name"], args)
         return dataclasses.replace(built, img_size=None, preprocess=_images_in(checkpoint.openclip_config))
-
-    def assumptions(self, checkpoint: Checkpoint, names: Container[str]) -> Iterator[str]:
-        """What only a config would tell."""
-        if not checkpoint.openclip_config:
-            yield from bare_file_assumptions(self.title, names)
 
 
 def _images_in(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ FORMATS: dict[str, CheckpointFormat] = {
         TIMM,
     )
 }
-EXPORTS = tuple(name for name, fmt in FORMATS.items() if fmt.is_exported)
+EXPORTS = tuple(sorted(name for name, fmt in FORMATS.items() if fmt.is_exported))
 
 DINOV3 = (
     "is DINOv3, whose rotary positions timm's VisionTransformer does not have; timm hosts it as Eva "

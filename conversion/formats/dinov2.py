@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
 from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat
 from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.formats.rules import drop, keep
@@ -28,6 +26,8 @@ RUN_CONFIG = "config.yaml"
 LEVELS = 3
 """Folders above a checkpoint in which its run's config can be: eval/training_124999/teacher_checkpoint.pth."""
 
+RELEASES = "positions follow Meta's releases with registers: the run's config.yaml beside the weights would tell"
+
 
 class DinoV2Format(CheckpointFormat):
     """DINOv2: releases, and training runs with their config.yaml."""
@@ -37,16 +37,13 @@ class DinoV2Format(CheckpointFormat):
 
         Source: dinov2/configs/ssl_default_config.yaml.
         """
-        return Facts(positions=_run_rule(checkpoint) if self._is_run(checkpoint) else None)
-
-    def assumptions(self, checkpoint: Checkpoint, names: Container[str]) -> Iterator[str]:
-        """What only a run's config would tell."""
-        if "reg_token" in names and self._is_run(checkpoint) and _run_rule(checkpoint) is None:
-            yield "positions follow Meta's releases with registers: the run's config.yaml beside the weights would tell"
-
-    def _is_run(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint comes from a training run, not from a release."""
-        return checkpoint.container == "teacher" or bool(self.prefix_in(checkpoint.infos))
+        is_run = checkpoint.container == "teacher" or self.prefix_in(checkpoint.infos)
+        if not is_run:
+            return Facts()
+        if rule := _run_rule(checkpoint):
+            return Facts(positions=rule)
+        has_registers = any(name.endswith("register_tokens") for name in checkpoint.infos)
+        return Facts(assumptions=(RELEASES,) if has_registers else ())
 
 
 def _run_rule(checkpoint: Checkpoint) -> PositionRule | None:
@@ -106,8 +103,6 @@ DINOV2 = DinoV2Format(
     heads=WIDTH_64,
     positions=OFFSET_RULE,
     registers_positions=PositionRule(antialias=True),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     needs=LAYER_SCALE,
     mask_token="mask_token",
 )
@@ -125,7 +120,5 @@ DINO = DinoFormat(
     family="plain",
     heads=WIDTH_64,
     positions=OFFSET_RULE,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     crop_pct=0.875,
 )

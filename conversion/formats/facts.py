@@ -23,6 +23,7 @@ class Facts:
         residual_scale: How many times larger the residual stream is stored; see `vitreg_hub.network.residual_scale`.
         preprocess: Fields of `Preprocess`, without the input size.
         label_names: Names of the classes.
+        assumptions: What was taken for granted because there is no config, a sentence each.
         shape: Facts that the tensors tell too, for comparison: fields of `Structure`.
     """
 
@@ -37,6 +38,7 @@ class Facts:
     residual_scale: float = 1.0
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     label_names: tuple[str, ...] | None = None
+    assumptions: tuple[str, ...] = ()
     shape: Mapping[str, Any] = field(default_factory=dict)
 
 

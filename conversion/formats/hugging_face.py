@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
 from vitreg_hub.conversion.formats.base import DISTILLATION, LAYER_SCALE, REGISTERS, CheckpointFormat
 from vitreg_hub.conversion.formats.dinov2 import MASK_TOKEN_WHY
 from vitreg_hub.conversion.formats.rules import Rule, drop, keep, qkv
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+    from vitreg_hub.conversion.formats.base import Outputs
 
 HALF = (0.5, 0.5, 0.5)
 """transformers/image_utils.py, IMAGENET_STANDARD_MEAN and _STD, the defaults of ViTImageProcessor."""
@@ -104,8 +103,6 @@ HF_DINOV2 = HfDinov2Format(
     family="dinov2",
     heads=WIDTH_64,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     needs=LAYER_SCALE,
     mask_token=MASK_TOKEN,
     config_class="Dinov2Config",
@@ -122,8 +119,6 @@ HF_DINOV2_REGISTERS = HfDinov2Format(
     family="dinov2",
     heads=WIDTH_64,
     positions=PositionRule(antialias=True),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     needs=LAYER_SCALE | REGISTERS,
     mask_token=MASK_TOKEN,
     config_class="Dinov2WithRegistersConfig",
@@ -164,8 +159,6 @@ HF_DEIT = TransformersFormat(
     norm_eps=None,
     other_rows=2,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     needs_config=True,
     needs=DISTILLATION,
     config_class="DeiTConfig",
@@ -177,9 +170,7 @@ HF_DEIT = TransformersFormat(
 class PhRegFormat(CheckpointFormat):
     """PH-Reg, whose students only its own training code runs."""
 
-    def run_reference(
-        self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, other_rows: int
-    ) -> tuple[str, Mapping[str, Tensor]]:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
         """Refuse: there is nothing to run."""
         raise ConversionError(f"{self.title} have no library")
 
@@ -200,7 +191,5 @@ PH_REG = PhRegFormat(
     family="dinov2",
     heads=WIDTH_64,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     is_exported=False,
 )

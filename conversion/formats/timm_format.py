@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from vitreg_hub.arch import ARCHS, IMAGENET_MEAN, IMAGENET_STD
+from vitreg_hub.arch import ARCHS
 from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.formats.rules import drop, keep
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+    from vitreg_hub.conversion.formats.base import Outputs
 
 
 class TimmFormat(CheckpointFormat):
@@ -38,7 +39,7 @@ class TimmFormat(CheckpointFormat):
         """What config.json tells, a bundle's too."""
         config = checkpoint.config
         if not config.get("architecture"):
-            return Facts()
+            return bare_facts(self.title, checkpoint)
         from vitreg_hub.bundle.config import Preprocess
         from vitreg_hub.conversion.formats.timm_network import facts_of_network
 
@@ -58,18 +59,11 @@ class TimmFormat(CheckpointFormat):
             label_names=tuple(map(str, labels)) if isinstance(labels, list) else None,
         )
 
-    def assumptions(self, checkpoint: Checkpoint, names: Container[str]) -> Iterator[str]:
-        """What only a config would tell."""
-        if not checkpoint.config.get("architecture"):
-            yield from bare_file_assumptions(self.title, names)
-
-    def run_reference(
-        self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, other_rows: int
-    ) -> tuple[str, Mapping[str, Tensor]]:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
         """Run a checkpoint in the network that its config names, if there is one."""
         config = checkpoint.config
         if "architecture" not in config:
-            return super().run_reference(checkpoint, bundle, images, other_rows=other_rows)
+            return super().run_reference(checkpoint, bundle, images, other_rows)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
         args = {"img_size": bundle.model_args["img_size"]} | dict(config.get("model_args") or {})
@@ -81,11 +75,13 @@ class TimmFormat(CheckpointFormat):
         return iter(())
 
 
-def bare_file_assumptions(title: str, names: Container[str]) -> Iterator[str]:
+def bare_facts(title: str, checkpoint: Checkpoint) -> Facts:
     """What is taken for granted of a timm network without a config."""
-    if "fc_norm.weight" not in names:
-        yield "the class token is pooled: no tensor tells otherwise, a config beside the weights would"
-    yield usual_images(title)
+    usual = (usual_images(title),)
+    if any(name.endswith("fc_norm.weight") for name in checkpoint.infos):
+        return Facts(assumptions=usual)
+    pooling = "the class token is pooled: no tensor tells otherwise, a config beside the weights would"
+    return Facts(assumptions=(pooling, *usual))
 
 
 def usual_images(title: str) -> str:
@@ -110,6 +106,4 @@ TIMM = TimmFormat(
     marks=(r"reg_token|norm_pre\.weight|fc_norm\.weight", r"blocks\.\d+\.attn\.qkv\.weight"),
     heads=WIDTH_64,
     other_rows=None,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
 )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+    from vitreg_hub.conversion.formats.base import Outputs
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -113,9 +114,7 @@ class TransformersFormat(CheckpointFormat):
 
     # What it is compared with
 
-    def run_reference(
-        self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, other_rows: int
-    ) -> tuple[str, Mapping[str, Tensor]]:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
         """Run a folder in transformers' own model."""
         import torch
         import transformers

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
-from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
 from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat
 from vitreg_hub.conversion.formats.rules import keep
 from vitreg_hub.network.position_rule import PositionRule
@@ -63,8 +62,6 @@ DEIT = DeitFormat(
     family="plain",
     heads=WIDTH_64,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     crop_pct=0.875,
     container="model",
 )
@@ -84,8 +81,6 @@ DEIT3 = CheckpointFormat(
     heads={384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16},  # deit/models_v2.py
     other_rows=0,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     needs=LAYER_SCALE,
     container="model",
 )

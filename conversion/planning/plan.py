@@ -184,4 +184,4 @@ def _notes(choice: Choices, assembly: Assembly) -> Iterator[str]:
     usual = fmt.heads.get(width)
     if choice.facts.num_heads is None and usual not in (None, heads):
         yield f"{heads} heads as asked for; {fmt.title} has {usual} at width {width}"
-    yield from fmt.assumptions(checkpoint, assembly.tensors)
+    yield from choice.facts.assumptions
