@@ -76,6 +76,11 @@ class OpenClipFormat(CheckpointFormat):
             return Facts(assumptions=(usual_images(self.title),))
         model = checkpoint.openclip_config.get("model_cfg", {})
         vision = model["vision_cfg"]
+        if "timm_model_name" in vision:
+            raise ConversionError(
+                f"the config beside {checkpoint.called} names timm's {vision['timm_model_name']}, but these are "
+                "tensors of OpenCLIP's own tower: put the config of these weights there."
+            )
         if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
             raise ConversionError(
                 "this OpenCLIP tower pools otherwise than by its class token, which no bundle can hold."
