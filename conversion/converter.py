@@ -13,6 +13,7 @@ from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint, checksums, open_checkpoint
 from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
 from vitreg_hub.conversion.formats.clip import TEXT_TOWER
+from vitreg_hub.conversion.formats.detect import find_format
 from vitreg_hub.conversion.planning.choices import Request
 from vitreg_hub.conversion.planning.plan import Plan, make_plan
 from vitreg_hub.conversion.reference import measure
@@ -77,7 +78,8 @@ def convert(
     for folder in (target, beside):
         if folder is not None:
             require_absent(folder)
-    checkpoint = open_checkpoint(source, prefer="open_clip" if text_tower or format.startswith("openclip") else "")
+    holds_both_towers = text_tower or (format != "auto" and find_format(format).has_text_tower)
+    checkpoint = open_checkpoint(source, prefer="open_clip" if holds_both_towers else "")
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     request = Request(
         format=format, arch=arch, img_size=size, num_registers=num_registers, num_heads=num_heads, act=act

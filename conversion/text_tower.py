@@ -11,7 +11,7 @@ import torch
 
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
-from vitreg_hub.conversion.formats.detect import ARCHIVE_NUMBERS
+from vitreg_hub.conversion.formats.clip import ARCHIVE_NUMBERS
 from vitreg_hub.conversion.planning.plan import Plan
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, write_folder
@@ -40,11 +40,11 @@ class TextTower:
         """
         if find_spec("open_clip") is None:
             raise ConversionError("--text-tower needs open_clip: pip install 'vitreg_hub[clip]'.")
-        if plan.fmt.library != "open_clip":
+        if not plan.fmt.has_text_tower:
             raise ConversionError(f"{checkpoint.called} is {plan.fmt.title}: only OpenCLIP's text towers are kept.")
         if not any("token_embedding" in name for name in checkpoint.infos):
             raise ConversionError(f"{checkpoint.called} has no text tower.")
-        names = tuple(sorted(checkpoint.infos.keys() - ARCHIVE_NUMBERS))
+        names = tuple(sorted(checkpoint.infos.keys() - set(ARCHIVE_NUMBERS)))
         config = checkpoint.openclip_config or _config(checkpoint, plan)
         tower = cls(checkpoint=checkpoint, names=names, config=config)
         tower._require_fit()

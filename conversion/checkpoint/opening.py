@@ -24,7 +24,7 @@ from vitreg_hub.conversion.checkpoint.readers import (
 )
 from vitreg_hub.conversion.checkpoint.torchscript import TorchScriptReader
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, WEIGHTS_FILE
+from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, PREPROCESSOR_FILE, WEIGHTS_FILE
 from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.remote.download import download_checkpoint
 
@@ -180,7 +180,7 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         metadata=metadata,
         config=_json(beside / CONFIG_FILE),
         openclip_config=_json(beside / OPENCLIP_CONFIG),
-        preprocessor=_json(beside / "preprocessor_config.json"),
+        preprocessor=_json(beside / PREPROCESSOR_FILE),
     )
 
 

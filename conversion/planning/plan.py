@@ -12,12 +12,11 @@ from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.bundle.rules import rule_problems
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.detect import detect, find_format, refuse_look_alikes
-from vitreg_hub.conversion.formats.rules import CheckpointFormat
 from vitreg_hub.conversion.planning.assignment import assign
 from vitreg_hub.conversion.planning.choices import Choices, Request
-from vitreg_hub.conversion.planning.facts import Structure, told_by
-from vitreg_hub.conversion.planning.run_config import is_run, run_rule
+from vitreg_hub.conversion.planning.structure import Structure
 from vitreg_hub.conversion.planning.tensors import Assembly
 from vitreg_hub.errors import BundleError, ConversionError, DataError
 from vitreg_hub.network.residual_scale import can_scale
@@ -74,24 +73,23 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
     fmt = detect(checkpoint) if request.format == "auto" else find_format(request.format)
     tensors = assign(checkpoint, fmt)
     structure = Structure.of(tensors)
-    told = told_by(checkpoint, fmt)
+    facts = fmt.facts_of(checkpoint)
     try:
-        choice = Choices(checkpoint=checkpoint, fmt=fmt, structure=structure, told=told, request=request)
-        spec, (native, other_rows), registers = choice.row(), choice.native_grid(), choice.num_registers()
+        choice = Choices(checkpoint=checkpoint, fmt=fmt, structure=structure, facts=facts, request=request)
+        spec, (native, other_rows), registers = choice.spec(), choice.native_grid(), choice.num_registers()
         size = choice.image_size(native)
         args = choice.model_args(spec, size)
     except ConversionError:
         tensors.refuse(list(tensors.problems))  # the cause, where there are any
         raise
-    released = (fmt.registers_positions if structure.num_registers else None) or fmt.positions
     config = BundleConfig(
         arch=spec.name,
         model_args=args,
         num_classes=structure.num_classes,
-        preprocess=Preprocess(input_size=(structure.in_chans, *size), **told.preprocess),
+        preprocess=Preprocess(input_size=(structure.in_chans, *size), **facts.preprocess),
         provenance=Provenance(origin=checkpoint.called),
-        label_names=told.label_names if len(told.label_names or ()) == structure.num_classes else None,
-        positions=told.positions or run_rule(checkpoint, fmt) or released,
+        label_names=facts.label_names if len(facts.label_names or ()) == structure.num_classes else None,
+        positions=facts.positions or fmt.position_rule(has_registers=structure.num_registers > 0),
     )
     try:
         problems = list(rule_problems(config.to_json()))
@@ -99,7 +97,7 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         scale = 1.0 if problems else choice.residual_scale(network, spec)
         if scale != 1 and not can_scale(network):
             problems.append(
-                f"its LayerNorms have epsilon {told.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
+                f"its LayerNorms have epsilon {facts.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
                 "only tell without LayerScale and without a norm before the first block"
             )
     except (BundleError, DataError, TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
@@ -115,7 +113,7 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         other_rows=other_rows,
         rule=config.positions,
         scale=scale,
-        is_scaled=told.residual_scale != 1,
+        is_scaled=facts.residual_scale != 1,
         num_new_registers=registers - structure.num_registers,
     )
     tensors.require_fit(wanted, made=assembly.made())
@@ -123,13 +121,13 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         config=replace(config, residual_scale=scale),
         assembly=assembly,
         request=request,
-        notes=(*_notes(checkpoint, assembly), *_assumptions(checkpoint, choice)),
+        notes=tuple(_notes(choice, assembly)),
     )
 
 
-def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
-    """What a user should know, a sentence each."""
-    fmt = assembly.tensors.fmt
+def _notes(choice: Choices, assembly: Assembly) -> Iterator[str]:
+    """What a user should know, a sentence each; last what was decided although nothing tells it."""
+    checkpoint, fmt = choice.checkpoint, choice.fmt
     if new := assembly.num_untrained_registers:
         yield (
             f"{new} register{'s' if new > 1 else ''} drawn from N(0, {REGISTER_INIT_STD}^2), untrained: they cost "
@@ -150,22 +148,11 @@ def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
     kinds = sorted({info.dtype for info in checkpoint.infos.values()} & {"F16", "BF16", "F64"})
     if kinds:
         yield f"tensors of type {', '.join(kinds)} were cast to F32"
-    if fmt.name in ("openai", "hf-clip"):
-        yield "all tokens pass the final norm in a bundle, in the source only the class token does"
+    yield from fmt.notes
     if checkpoint.left_out:
         yield f"not read: {', '.join(checkpoint.left_out[:6])}{' ...' if len(checkpoint.left_out) > 6 else ''}"
-
-
-def _assumptions(checkpoint: Checkpoint, choice: Choices) -> Iterator[str]:
-    """What neither tensors nor config nor lineage tell, and how it was decided."""
-    fmt, has = choice.fmt, choice.structure
-    usual = fmt.heads.get(has.embed_dim)
-    if choice.told.num_heads is None and usual not in (None, choice.num_heads()):
-        yield f"{choice.num_heads()} heads as asked for; {fmt.title} has {usual} at width {has.embed_dim}"
-    is_bare = fmt.name in ("timm", "openclip-timm") and choice.told.global_pool is None
-    if is_bare and not has.average:
-        yield "the class token is pooled: no tensor tells otherwise, a config beside the weights would"
-    if is_bare or (fmt.name == "openclip" and not checkpoint.openclip_config):
-        yield f"mean and std of images are {fmt.title}'s usual ones: no tensor tells, a config beside the weights would"
-    if is_run(checkpoint, fmt) and has.num_registers and run_rule(checkpoint, fmt) is None:
-        yield "positions follow Meta's releases with registers: the run's config.yaml beside the weights would tell"
+    width, heads = choice.structure.embed_dim, choice.num_heads()
+    usual = fmt.heads.get(width)
+    if choice.facts.num_heads is None and usual not in (None, heads):
+        yield f"{heads} heads as asked for; {fmt.title} has {usual} at width {width}"
+    yield from choice.facts.assumptions
