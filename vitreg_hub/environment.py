@@ -11,8 +11,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = Path(__file__).parent
 SCRIPTS = ("vitreg", "vitreg.exe")
@@ -125,13 +127,15 @@ def commit() -> str | None:
         return None
 
 
-def hardware(device: torch.device | None = None, *, num_processes: int = 1) -> str:
+def hardware(device: "torch.device | None" = None, *, num_processes: int = 1) -> str:
     """What computes, in words.
 
     Args:
         device: Of this process; the CPU by default.
         num_processes: Processes with a device like this one.
     """
+    import torch  # here: the rest of this module is also for those who cannot wait for it
+
     if device is not None and device.type == "cuda":
         return f"{num_processes} x {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,12 +17,7 @@ from timm.models import (
 from torch import nn
 
 from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches, row
-
-SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
-"""Bundles that are part of the package: one folder each, named architecture.tag."""
-
-DINOV2_SIZES = ("small", "base", "large", "giant")
-"""Sizes of which timm distributes Meta's DINOv2 weights with four registers (dinov2/hub/backbones.py)."""
+from vitreg_hub.tags import DINOV2_SIZES, SHIPPED_WEIGHTS
 
 CLASSIFIERS = ("deit3", "plain", "deit_distilled")
 """Families that are trained to classify ImageNet-1k."""
