@@ -199,11 +199,18 @@ def _typed_recipe(values: Mapping[str, Any], kinds: Mapping[str, type], *, calle
     Raises:
         RecipeError: One is missing, of the wrong type, or contradicts another.
     """
-    parts = {part: _typed(kind, values[part], kinds, called=called, at=(part,)) for part, kind in kinds.items()}
-    return _typed(Recipe, {**values, **parts}, kinds, called=called, at=())
+    types = _types(kinds)
+    for name, value in _flat(values).items():
+        if isinstance(value, bool) and bool not in (
+            types[name],
+            *get_args(types[name]),
+        ):  # pydantic takes it for 0 or 1
+            raise _type_error(name, value, types, called=called)
+    parts = {part: _typed(kind, values[part], types, called=called, at=part) for part, kind in kinds.items()}
+    return _typed(Recipe, {**values, **parts}, types, called=called)
 
 
-def _typed(kind: Any, values: Any, kinds: Mapping[str, type], *, called: str, at: tuple[str, ...]) -> Any:
+def _typed(kind: Any, values: Any, types: Mapping[str, Any], *, called: str, at: str = "") -> Any:
     """A dataclass of nested values, which stands `at` a place in a recipe."""
     try:
         return TypeAdapter(kind).validate_python(values)
@@ -212,16 +219,23 @@ def _typed(kind: Any, values: Any, kinds: Mapping[str, type], *, called: str, at
     for problem in problems:
         if isinstance(contradiction := problem.get("ctx", {}).get("error"), RecipeError):
             raise contradiction
-    if lacking := [".".join((*at, *map(str, p["loc"]))) for p in problems if p["type"] == "missing"]:
+    if lacking := [_join(at, *p["loc"]) for p in problems if p["type"] == "missing"]:
         raise RecipeError(f"{called} is no whole recipe: it lacks {', '.join(lacking)}.")
-    types, name, value = _types(kinds), ".".join(at), values
+    name, value = at, values
     for part in problems[0]["loc"]:
-        inner = ".".join(filter(None, (name, str(part))))
-        if inner not in types:
+        if _join(name, part) not in types:  # a place in a list
             break
-        name, value = inner, value[part]
+        name, value = _join(name, part), value[part]
+    raise _type_error(name, value, types, called=called)
+
+
+def _join(*parts: str | int) -> str:
+    return ".".join(str(part) for part in parts if part != "")
+
+
+def _type_error(name: str, value: Any, types: Mapping[str, Any], *, called: str) -> RecipeError:
     shown = "null" if value is None else repr(value if is_dataclass(types[name]) else str(value))
-    raise RecipeError(f"{called}: {name} takes {_words(types[name])}, not {shown}.")
+    return RecipeError(f"{called}: {name} takes {_words(types[name])}, not {shown}.")
 
 
 def _value(text: str, hint: Any) -> Any:
