@@ -48,7 +48,7 @@ def test_version_and_help(capsys):
 def test_help_names_every_format(formats, command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    assert ", ".join(formats) in " ".join(capsys.readouterr().out.split())
+    assert ",".join(formats) in "".join(capsys.readouterr().out.split())
 
 
 UNREADABLE = {

@@ -42,7 +42,7 @@ def arguments(command: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], di
     hints, meanings = get_type_hints(command, include_extras=True), texts(command)
     for name, parameter in inspect.signature(command).parameters.items():
         hint, *shown = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
-        settings: dict[str, Any] = {"help": meanings[name].replace("%", "%%"), **_kind(hint)}
+        settings: dict[str, Any] = {"help": meanings[name], **_kind(hint)}
         if shown:
             settings["metavar"] = shown[0]
         required = parameter.default is Parameter.empty

@@ -1,6 +1,6 @@
 """`vitreg push`."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitreg_hub.console import hide_loading, show_transfers
 
@@ -35,7 +35,7 @@ def run(
 
     hide_loading()
     show_transfers()
-    options = dict(private=private, branch=branch, create_pr=create_pr, tag=tag, license=license)
+    options: dict[str, Any] = dict(private=private, branch=branch, create_pr=create_pr, tag=tag, license=license)
     if dry_run:
         _print_plan(publish.plan(folder, repo, **options))
         return

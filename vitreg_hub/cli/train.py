@@ -182,8 +182,7 @@ def _add_settings(
             _add_settings(group, value, types, prefix=f"{name}.")
         else:
             plain = asdict(value) if is_dataclass(value) else value
-            meaning = meanings[field.name].replace("%", "%%")
-            group.add_argument(f"--{name}", type=types[name], default=plain, help=meaning)
+            group.add_argument(f"--{name}", type=types[name], default=plain, help=meanings[field.name])
 
 
 def _require_consistent(recipe: Recipe, registers: int | None) -> None:
