@@ -52,7 +52,9 @@ MODULES = modules()
 
 
 def room(module: str) -> str:
-    return module.removeprefix("vitreg_hub.").partition(".")[0]
+    """The first part of its name, and for what `python -m` runs the last."""
+    name = module.removeprefix("vitreg_hub.")
+    return name.rpartition(".")[2] if name.endswith("__main__") else name.partition(".")[0]
 
 
 def layer(module: str) -> int:
