@@ -24,6 +24,7 @@ from vitreg_hub.arch import ARCHS
 from vitreg_hub.bundle import doors
 from vitreg_hub.bundle.config import read_config
 from vitreg_hub.bundle.info import describe
+from vitreg_hub.console import console
 from vitreg_hub.conversion.exporter import EXPORTS
 from vitreg_hub.conversion.formats.detect import FORMATS
 from vitreg_hub.conversion.report import ConversionReport
@@ -363,7 +364,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     if args[:1] == [TRAIN]:
-        with train_command.console():
+        with console():
             train_command.run_command(args[1:])
         return
     parser = ArgumentParser(
@@ -378,5 +379,5 @@ def main(args: Sequence[str] | None = None) -> None:
             command.add_argument(argument, **settings)
         subcommands.add_subcommand(name, command, help=function.__doc__)
     given = parser.parse_args(args)
-    with train_command.console():
+    with console():
         COMMANDS[given.command][0](**given[given.command].as_dict())
