@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from vitreg_hub import environment
 from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
 from vitreg_hub.bundle.config import Preprocess, make_config
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
 from vitreg_hub.bundle.rules import source_problems, vitreg_problems
 from vitreg_hub.errors import BundleError
 from vitreg_hub.network.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
@@ -171,7 +171,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
             model_args=self.model_args,
             num_classes=self.num_labels,
             preprocess=Preprocess.from_cfg(self.pretrained_cfg),
-            provenance=Provenance(**self.vitreg["provenance"]),
+            provenance=provenance_from_json(self.vitreg["provenance"]),
             label_names=None if labels == tuple(f"LABEL_{i}" for i in range(self.num_labels)) else labels,
             positions=self.positions,
             residual_scale=self.residual_scale,
@@ -278,17 +278,17 @@ class VitRegPreTrainedModel(PreTrainedModel):
         config = self.config
         self.config = copy.deepcopy(config)
         self.config.num_labels = self.timm_model.num_classes  # what is written has the head that this model has
-        old = config.vitreg["provenance"]
-        origin = SAVED_BY_TRANSFORMERS + old["origin"].removeprefix(SAVED_BY_TRANSFORMERS)
+        old = provenance_from_json(config.vitreg["provenance"])
+        origin = SAVED_BY_TRANSFORMERS + old.origin.removeprefix(SAVED_BY_TRANSFORMERS)
         # no figures: the weights may have changed since they were measured
         provenance = Provenance(
             origin=origin,
-            license=old.get("license"),
+            license=old.license,
             versions=environment.versions("transformers"),
             command=environment.command(),
             created=environment.now(),
         )
-        self.config.vitreg["provenance"] = dataclasses.asdict(provenance)
+        self.config.vitreg["provenance"] = provenance_to_json(provenance)
         try:
             super().save_pretrained(*args, **kwargs)
         finally:

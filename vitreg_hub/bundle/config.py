@@ -14,7 +14,7 @@ import timm
 from torch import Tensor, nn
 
 from vitreg_hub.arch import ArchSpec, require_whole_patches
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.provenance import Provenance, provenance_to_json
 from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule
@@ -59,7 +59,7 @@ def make_config(
     residual_scale: float = 1.0,
 ) -> dict[str, Any]:
     """The content of a bundle's config.json."""
-    entry: dict[str, Any] = dict(arch=spec.name, provenance=dataclasses.asdict(provenance))
+    entry: dict[str, Any] = dict(arch=spec.name, provenance=provenance_to_json(provenance))
     if positions != TIMM_RULE:
         entry["positions"] = dataclasses.asdict(positions)
     if residual_scale != 1:

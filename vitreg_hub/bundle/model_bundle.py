@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitreg_hub import environment
 from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
 from vitreg_hub.bundle.config import Preprocess, config_text, empty_model, make_config, read_config, shapes_of
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.provenance import Provenance, provenance_from_json
 from vitreg_hub.bundle.rules import rule_problems, tensor_problems, weights_problems
 from vitreg_hub.errors import BundleError, UnknownArchError, readable
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
@@ -150,7 +150,7 @@ class ModelBundle:
             num_classes=config["num_classes"],
             state_dict=state_dict,
             preprocess=Preprocess.from_cfg(config["pretrained_cfg"]),
-            provenance=Provenance(**config["vitreg"]["provenance"]),
+            provenance=provenance_from_json(config["vitreg"]["provenance"]),
             label_names=tuple(labels) if labels else None,
             positions=PositionRule.from_dict(config["vitreg"].get("positions", {})),
             residual_scale=float(config["vitreg"].get("residual_scale", 1)),

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, VisionTransformer
 
 from vitreg_hub.arch import ARCHS, ArchSpec, row
 from vitreg_hub.bundle.config import empty_model, shapes_of
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.provenance import provenance_from_json
 from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.files import WEIGHTS_FILE
 from vitreg_hub.network.positions import PositionRule
@@ -53,24 +53,10 @@ def vitreg_problems(entry: Mapping[str, Any]) -> Iterator[str]:
 
 def _provenance_problems(provenance: Mapping[str, Any]) -> Iterator[str]:
     """Yield what in a provenance has another kind than it must have."""
-    if unknown := sorted(provenance.keys() - {f.name for f in dataclasses.fields(Provenance)}):
-        yield f"vitreg.provenance holds {unknown}; a newer vitreg_hub may know them"
-    seconds, texts = provenance.get("seconds"), ("license", "dataset", "command", "commit", "created", "hardware")
-    wrong = {key: "text" for key in texts if not isinstance(provenance.get(key), str | None)}
-    if not isinstance(provenance["origin"], str):
-        wrong["origin"] = "text"
-    if seconds is not None and (type(seconds) not in (int, float) or not 0 <= seconds < math.inf):
-        wrong["seconds"] = "a positive number"
-    for key, kinds, wanted in (
-        ("metrics", (int, float), "numbers by name"),
-        ("settings", None, "an object"),
-        ("versions", (str,), "texts by name"),
-    ):
-        found = provenance.get(key, {})
-        if not isinstance(found, dict) or not all(kinds is None or type(value) in kinds for value in found.values()):
-            wrong[key] = wanted
-    for key, wanted in wrong.items():
-        yield f"vitreg.provenance.{key} must be {wanted}, not {provenance[key]!r}"
+    try:
+        provenance_from_json(provenance)
+    except BundleError as error:
+        yield str(error)
 
 
 def source_problems(config: Mapping[str, Any]) -> Iterator[str]:
