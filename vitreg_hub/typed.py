@@ -1,87 +1,109 @@
-"""JSON of others read into this package's dataclasses; what does not fit is told in one sentence."""
+"""JSON and YAML into frozen dataclasses: pydantic checks the types, strictly, and this module says what is wrong.
+
+A dataclass that checks more than types does so in its `__post_init__`, in a sentence of its own.
+"""
 
 import json
-import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from vitreg_hub.errors import BundleError, VitregError
+from vitreg_hub.errors import VitregError
 
 T = TypeVar("T")
 
-WORDS = {
-    "a valid string": "text",
-    "a valid integer": "a whole number",
-    "a valid number": "a number",
-    "a valid array": "a list",
-    "a valid boolean": "true or false",
-    "a valid tuple": "a list",
+WANTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "dataclass_type": "an object",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "too_short": "longer",
+    "too_long": "a list of {max_length}",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "of the kind {expected_tags}",
+    "union_tag_not_found": "an object with the key {discriminator}",
 }
-"""What pydantic calls a kind of value, and what we call it."""
+"""What a value must be, by pydantic's name of what is wrong with it."""
+UNKNOWN_KEY = "unexpected_keyword_argument"
 
 
 def read(
     kind: type[T],
     data: Any,
     *,
-    called: str,
-    error: type[VitregError] = BundleError,
+    called: str = "",
+    error: type[VitregError] = VitregError,
     unknown: Literal["forbid", "ignore"] = "forbid",
 ) -> T:
-    """Read JSON-safe data into a dataclass. Nothing is converted: the text "1" is no number.
+    """Read what a JSON or YAML file holds.
 
     Args:
-        kind: The dataclass, or any type that pydantic knows.
-        data: As json or yaml gave it.
-        called: Its name, with which every complaint begins.
-        error: What to raise.
-        unknown: What to do about keys that the dataclass does not have.
+        kind: A dataclass, or any other type.
+        data: As `json.loads` gives it. Nothing is converted: true is no number, and "1" neither. Lists become tuples,
+            whole numbers become floats where floats are wanted.
+        called: The key under which the data stand; empty for all of a file.
+        error: Class of what is raised.
+        unknown: Whether keys that `kind` does not have are refused or passed over.
 
     Raises:
-        VitregError: Of the kind `error`; one line that names all that does not fit.
+        error: The data are something else; the message names every key and what is wrong with it.
     """
     try:
-        return _adapter(kind).validate_json(json.dumps(data), strict=True, extra=unknown)
+        return _adapter(kind, unknown).validate_json(json.dumps({called: data}, default=str))[called]
     except ValidationError as found:
-        raise error("; ".join(_sentence(problem, data, called) for problem in found.errors())) from None
+        raise error("; ".join(_problems(found.errors(include_url=False), {called: data}))) from found
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _adapter(kind: type[T], unknown: Literal["forbid", "ignore"]) -> TypeAdapter[dict[str, T]]:
+    # inside of a dictionary, for a plain dataclass takes its settings from what holds it; JSON, for a strict reading
+    # of Python's own values takes no dictionary for a dataclass
+    return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, extra=unknown))
 
 
-def _sentence(problem: ErrorDetails, data: Any, called: str) -> str:
-    """What is wrong with one value, by its place in the data."""
-    reason = problem.get("ctx", {}).get("error")
-    if isinstance(reason, VitregError):  # raised by one of our own dataclasses
-        return str(reason)
-    if problem["type"] == "json_invalid":  # half of a surrogate pair, which Python's json lets pass
-        return f"{called} holds text that is no Unicode"
-    *parents, key = problem["loc"] or ("",)
-    place = called
-    for part in parents:
-        place, data = _inside(place, data, part)
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"{place} holds {[key]}; a newer vitreg_hub may know them"
-    if problem["type"] in ("missing", "missing_keyword_only_argument"):
-        return f"{place} lacks {key}"
-    place, data = _inside(place, data, key)
-    if problem["type"] == "union_tag_not_found":
-        return f"{place} lacks {problem['ctx']['discriminator']}"
-    wanted = problem["msg"].removeprefix("Input should be ")
-    if problem["type"] == "union_tag_invalid":
-        wanted = f"of the kind {problem['ctx']['expected_tags'].replace(',', ' or')}"
-    return f"{place} must be {WORDS.get(wanted, wanted)}, not {reprlib.repr(data)}"
+def _problems(errors: Iterable[ErrorDetails], data: Any) -> Iterator[str]:
+    unknown: dict[str, list[str]] = {}
+    for error in errors:
+        *parents, last = _place(error, data)
+        if error["type"] == UNKNOWN_KEY:
+            unknown.setdefault(_key(parents), []).append(str(last))
+        else:
+            yield _sentence(_key([*parents, last]), error)
+    for key, names in unknown.items():
+        yield f"{key} holds {sorted(names)}; a newer vitreg_hub may know them"
 
 
-def _inside(place: str, data: Any, part: str | int) -> tuple[str, Any]:
-    """The name and the value of a part, or the same again where pydantic names one kind of several."""
-    if isinstance(part, int) and isinstance(data, list | tuple) and part < len(data):
-        return f"{place}[{part}]", data[part]
-    if isinstance(data, dict) and part in data:
-        return f"{place}.{part}" if str(part).isidentifier() else f"{place}[{part!r}]", data[part]
-    return place, data
+def _sentence(key: str, error: ErrorDetails) -> str:
+    told: Mapping[str, Any] = error.get("ctx", {})
+    if isinstance(told.get("error"), VitregError):
+        return str(told["error"])
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] in WANTED:
+        return f"{key} must be {WANTED[error['type']].format_map(told)}, not {error['input']!r}"
+    return f"{key} cannot be read ({error['msg']})"
+
+
+def _place(error: ErrorDetails, data: Any) -> list[str | int]:
+    """The keys among what pydantic tells of a place, where it also names which kind of several it has tried."""
+    place: list[str | int] = []
+    inside = data
+    for part in error["loc"]:
+        if part in (inside if isinstance(inside, dict) else range(len(inside)) if isinstance(inside, list) else ()):
+            place.append(part)
+            inside = inside[part]
+    return [*place, error["loc"][-1]] if error["type"] == "missing" else place or list(data)
+
+
+def _key(location: Iterable[str | int]) -> str:
+    return ".".join(str(part) for part in location if part != "") or "the file"

@@ -137,7 +137,7 @@ STRANGE_CONFIGS = [
     (lambda config: config["vitreg"]["provenance"].update(seconds="1"), "seconds must be a number, not '1'"),
     (
         lambda config: config["vitreg"]["provenance"].update(seconds=-1),
-        "seconds must be greater than or equal to 0, not -1",
+        "seconds must be at least 0, not -1",
     ),
     (lambda config: config["vitreg"]["provenance"].update(settings=3), "settings must be an object, not 3"),
     (lambda config: config["vitreg"]["provenance"].update(versions={"a": 1}), "versions.a must be text, not 1"),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from vitreg_hub.errors import BundleError
 from vitreg_hub.typed import read
 
 CALLED = "vitreg.provenance"
@@ -168,7 +169,7 @@ class TrainingRun:
     @property
     def told(self) -> RecipeFacts:
         """The part of the recipe that cards and tables tell."""
-        return read(RecipeFacts, self.recipe, called=f"{CALLED}.made.recipe", unknown="ignore")
+        return read(RecipeFacts, self.recipe, called=f"{CALLED}.made.recipe", error=BundleError, unknown="ignore")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,7 +311,8 @@ def provenance_from_json(data: Any) -> Provenance:
     Raises:
         BundleError: Something in it is of another kind than it must be, or unknown; one line that names the keys.
     """
-    return read(Provenance, migrate(read(dict[str, Any], data, called=CALLED)), called=CALLED)
+    entry = read(dict[str, Any], data, called=CALLED, error=BundleError)
+    return read(Provenance, migrate(entry), called=CALLED, error=BundleError)
 
 
 def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,10 +324,10 @@ def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
     if "made" in data or "settings" not in data:
         return dict(data)
     rest = {key: value for key, value in data.items() if key != "settings"}
-    settings = read(dict[str, Any], data["settings"], called=f"{CALLED}.settings")
+    settings = read(dict[str, Any], data["settings"], called=f"{CALLED}.settings", error=BundleError)
     measured = {key: settings.pop(key) for key in ("best", "artifacts", "doors") if key in settings}
     if "conversion" in settings:  # which had no other settings
-        report = read(dict[str, Any], settings["conversion"], called=f"{CALLED}.settings.conversion")
+        report = read(dict[str, Any], settings["conversion"], called=f"{CALLED}.settings.conversion", error=BundleError)
         made = {"kind": "conversion"} | report
     elif settings.keys() & {"optim", "opt"}:
         made = _run(settings)
