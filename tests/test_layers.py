@@ -20,7 +20,7 @@ PACKAGES = {
 }
 LAYERS = [
     {"errors"},
-    {"arch", "console", "environment", "licenses", "plotting"},
+    {"arch", "console", "environment", "licenses", "plotting", "typed"},
     {"network", "timm_models", "files", "names"},
     {"remote", "tokens"},
     {"bundle"},

@@ -117,7 +117,7 @@ def test_unknown_keys_can_be_passed_over():
 
 
 def test_text_that_is_no_unicode_is_refused():
-    with pytest.raises(VitregError, match="^a cannot be read"):
+    with pytest.raises(VitregError, match=r"^a cannot be read"):
         typed.read(str, "\ud800", called="a")
 
 

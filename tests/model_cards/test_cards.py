@@ -108,7 +108,7 @@ def test_what_was_not_measured_is_not_claimed(bundle, card):
     assert found["Results"].startswith("Not measured.") == (not origin.metrics)
     assert found["Artifacts"].startswith("Not measured.") == (origin.artifacts is None)
     assert "vitreg_hub: not measured." in found["Results"]  # the doors
-    untrained = re.search("untrained_registers=[1-9]", str(origin.made))
+    untrained = origin.conversion and origin.conversion.untrained_registers
     assert ("they can cost accuracy until they are trained; how much was not measured" in card) == bool(untrained)
     recorded = [x for x in (origin.command, origin.commit, origin.created, origin.hardware, origin.versions) if x]
     recorded += [] if origin.seconds is None else [origin.seconds]
