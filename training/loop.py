@@ -202,6 +202,8 @@ def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainRe
     """What a run came to that was finished before; its model is published if that is asked for now."""
     logger.info("the run in %s is finished", out)
     told = provenance_from_json(read_config(out / MODEL, called=str(out / MODEL))["vitreg"].get("provenance"))
+    if told.run is None:
+        raise BundleError(f"{out / MODEL} does not tell its steps: delete it and start the run again.")
     if publisher:
         restore_folders(out)
         settle(told.license, recipe.license, called=str(out / MODEL))
