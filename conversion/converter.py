@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -136,17 +137,22 @@ def _report(
         dropped = {KEPT_TOWER if why == TEXT_TOWER else why: names for why, names in dropped.items()}
     return ConversionReport(
         source=checkpoint.source,
-        sha256=sha256,
+        sha256=_sorted(sha256),
         format=plan.fmt.name,
         arch=plan.config.arch,
         num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
-        dropped=dropped,
-        network=plan.network(),
+        dropped=_sorted(dropped),
+        network=_sorted(plan.network()),
         license=license,
         notes=(*plan.notes, *_license_notes(told, license)),
         untrained_registers=plan.assembly.num_untrained_registers,
-        measured=measure(checkpoint, plan, state_dict) if verify else {},
+        measured=_sorted(measure(checkpoint, plan, state_dict)) if verify else {},
     )
+
+
+def _sorted(found: Mapping[str, Any]) -> dict[str, Any]:
+    """In the order in which a config.json has it, so that a card is the same before and after."""
+    return dict(sorted(found.items()))
 
 
 def _license_notes(told: Sequence[str], license: str | None) -> Iterator[str]:
@@ -160,7 +166,7 @@ def _provenance(plan: Plan, report: ConversionReport, *, seconds: float) -> Prov
     return Provenance(
         origin=f"converted from {report.source} ({plan.fmt.title})",
         license=report.license,
-        settings=report.as_settings(),
+        made=report,
         versions=environment.versions("safetensors"),
         command=environment.command(),
         commit=environment.commit(),

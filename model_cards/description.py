@@ -2,9 +2,7 @@
 
 from vitreg_hub import licenses
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import CONVERSION_KEY
 from vitreg_hub.files import TOWER_SUFFIX
-from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import (
     EMBEDDINGS,
     FEATURES,
@@ -17,7 +15,6 @@ from vitreg_hub.model_cards.facts import (
     output,
     scores,
 )
-from vitreg_hub.model_cards.settings import one_line
 
 PAPER = "[Darcet et al., ICLR 2024](https://arxiv.org/abs/2309.16588)"
 
@@ -97,9 +94,9 @@ parameters, {count(args["depth"], "block")} of width {args["embed_dim"]:,} with 
 {count(args["num_heads"], "attention head")}, patches of {count(args["patch_size"], "pixel")}, images of {height} x \
 {width} pixels.{head}
 
-- **Origin:** {one_line(origin.origin)}
+- **Origin:** {origin.origin}
 - **Measured:** {measured}
-- **License:** {one_line(origin.license or licenses.UNKNOWN)}"""
+- **License:** {origin.license or licenses.UNKNOWN}"""
 
 
 def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers: bool | None = None) -> str:
@@ -127,8 +124,9 @@ def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers
         _plugin_usage(bundle, imports=_imports(plugin, _from_transformers(bundle)), name=name),
     ]
     if towers is None:
-        kept = KEPT_TOWER in settings.conversion(bundle).get("dropped", ())
-        towers = kept or settings.text(bundle, "task", "kind") == "Contrastive"
+        conversion, run = bundle.provenance.conversion, bundle.provenance.run
+        kept = conversion is not None and KEPT_TOWER in conversion.dropped
+        towers = kept or (run is not None and run.told.task.kind == "Contrastive")
     if towers:
         parts += ["### open_clip", _towers(repo + TOWER_SUFFIX, revision)]
     return "\n\n".join(parts)
@@ -228,11 +226,12 @@ def registers(bundle: ModelBundle) -> str:
     lines.append(
         f"**This model has {number}:** {where} of the output, counted from 0. The patches are `tokens[:, {prefix}:]`."
     )
-    if untrained := settings.number(bundle, CONVERSION_KEY, "untrained_registers"):
+    conversion = bundle.provenance.conversion
+    if conversion and conversion.untrained_registers:
         lines += [
             "",
-            f"**{untrained} of the registers are new and untrained: they can cost accuracy until they are trained; how "
-            "much was not measured.**",
+            f"**{conversion.untrained_registers} of the registers are new and untrained: they can cost accuracy until "
+            "they are trained; how much was not measured.**",
         ]
     return "\n".join(lines)
 
@@ -271,10 +270,10 @@ def _license_limits(license: str | None) -> str:
     if license in (None, licenses.UNKNOWN, licenses.OTHER):
         return "The license of these weights is not known: ask whoever made them before you use them."
     if licenses.is_noncommercial(license):
-        return f"The license, {one_line(license)}, does not allow every use: commercial use is excluded or restricted."
-    return f"The license is {one_line(license)}."
+        return f"The license, {license}, does not allow every use: commercial use is excluded or restricted."
+    return f"The license is {license}."
 
 
 def _few(names: tuple[str, ...], most: int = 10) -> str:
-    shown = [one_line(name) for name in names[:most]]
-    return ", ".join(shown) if len(names) <= most else f"{', '.join(shown)}, ..."
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, ..."

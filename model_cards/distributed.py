@@ -13,7 +13,7 @@ from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.files import EXTRA_FILES
-from vitreg_hub.model_cards import description, reports, settings
+from vitreg_hub.model_cards import description, reports
 from vitreg_hub.model_cards.artifacts import record, record_doors
 from vitreg_hub.model_cards.facts import in_words, scores
 from vitreg_hub.model_cards.merging import MODEL_INDEX, front_matter
@@ -118,14 +118,14 @@ def _comparison(shipped: Mapping[str, ModelBundle]) -> str:
     titles = ("model", "registers", *map(in_words, metrics), "outliers", "class token's attention on registers")
     rows = []
     for name, bundle in sorted(shipped.items(), key=lambda item: item[1].num_registers):
-        found, measured = settings.artifacts(bundle), dict(scores(bundle))
+        found, measured = bundle.provenance.artifacts, dict(scores(bundle))
         outliers = attention = NONE
         if found:
-            block = found["block"]
-            outliers = f"{100 * found['outlier_fraction'][block]:.3g} % in block {block}"
-            of_class = next(mass for mass in found["attention"] if mass["source"] == "class")
+            block = found.block
+            outliers = f"{100 * found.outlier_fraction[block]:.3g} % in block {block}"
+            of_class = next(mass for mass in found.attention if mass.source == "class")
             if bundle.num_registers:
-                attention = f"{100 * of_class['to_registers']:.3g} % in block {block}"
+                attention = f"{100 * of_class.to_registers:.3g} % in block {block}"
             else:
                 attention = "no registers"
         values = (f"{measured[metric]:.4f}" if metric in measured else NONE for metric in metrics)

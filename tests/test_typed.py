@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
 from vitreg_hub import typed
 from vitreg_hub.errors import BundleError, VitregError
@@ -29,6 +30,22 @@ class Outer:
     kind: Literal["one", "two"] = "one"
     inner: Inner = Inner()
     rest: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Box:
+    kind: Literal["box"] = "box"
+    width: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ball:
+    kind: Literal["ball"] = "ball"
+    radius: float
+
+
+Thing = Annotated[Box | Ball, Field(discriminator="kind")]
+"""One of several kinds, which tells its own."""
 
 
 def test_json_becomes_the_dataclass():
@@ -70,6 +87,38 @@ def test_anything_else_is_named_with_its_key(data, says):
         typed.read(Outer, data, called="a", error=BundleError)
     assert str(caught.value).startswith(says)
     assert "\n" not in str(caught.value)
+
+
+def test_one_of_several_kinds():
+    assert typed.read(dict[str, Thing], {"x": {"kind": "ball", "radius": 1}}) == {"x": Ball(radius=1.0)}
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"kind": "ball", "radius": "1"}, "a.x.radius must be a number, not '1'"),
+        ({"kind": "ball"}, "a.x.radius is missing"),
+        ({"kind": "ball", "radius": 1, "ball": 1}, "a.x holds ['ball']; a newer"),
+        ({"kind": "cone"}, "a.x must be of the kind 'box', 'ball', not {'kind': 'cone'}"),
+        ({"radius": 1}, "a.x must be an object with the key 'kind', not {'radius': 1}"),
+    ],
+    ids=str,
+)
+def test_the_kind_that_was_tried_is_no_key(data, says):
+    with pytest.raises(VitregError) as caught:
+        typed.read(dict[str, Thing], {"x": data}, called="a")
+    assert str(caught.value).startswith(says)
+
+
+def test_unknown_keys_can_be_passed_over():
+    assert typed.read(Box, {"width": 2, "height": 3}, unknown="ignore") == Box(width=2.0)
+    with pytest.raises(VitregError, match="height"):
+        typed.read(Box, {"width": 2, "height": 3})
+
+
+def test_text_that_is_no_unicode_is_refused():
+    with pytest.raises(VitregError, match=r"^a cannot be read"):
+        typed.read(str, "\ud800", called="a")
 
 
 def test_a_whole_file_has_no_key():

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 
 from vitreg_hub.bundle.config import read_config
+from vitreg_hub.bundle.provenance import provenance_from_json
 from vitreg_hub.errors import BundleError, HubError, RecipeError, TrainingError
 from vitreg_hub.files import CONFIG_FILE, RECIPE_FILE
 from vitreg_hub.licenses import settle
@@ -200,15 +201,17 @@ def _finish(trainer: Trainer, out: Path, publisher: Publisher | None) -> TrainRe
 def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult:
     """What a run came to that was finished before; its model is published if that is asked for now."""
     logger.info("the run in %s is finished", out)
-    told = read_config(out / MODEL, called=str(out / MODEL))["vitreg"]["provenance"]
+    told = provenance_from_json(read_config(out / MODEL, called=str(out / MODEL))["vitreg"].get("provenance"))
+    if told.run is None:
+        raise BundleError(f"{out / MODEL} does not tell its steps: delete it and start the run again.")
     if publisher:
         restore_folders(out)
-        settle(told.get("license"), recipe.license, called=str(out / MODEL))
+        settle(told.license, recipe.license, called=str(out / MODEL))
     return TrainResult(
         folder=out,
-        step=told["settings"]["step"],
-        total_steps=told["settings"]["total_steps"],
-        metrics={f"eval/{name}": value for name, value in told["metrics"].items()},
+        step=told.run.step,
+        total_steps=told.run.total_steps,
+        metrics={f"eval/{name}": value for name, value in told.metrics.items()},
         model=out / MODEL,
         best=read_best(out, recipe),
         commits=_publish(out, publisher),

@@ -6,7 +6,7 @@ A dataclass that checks more than types does so in its `__post_init__`, in a sen
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -30,41 +30,51 @@ WANTED = {
     "greater_than": "greater than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "literal_error": "{expected}",
+    "union_tag_invalid": "of the kind {expected_tags}",
+    "union_tag_not_found": "an object with the key {discriminator}",
 }
 """What a value must be, by pydantic's name of what is wrong with it."""
 UNKNOWN_KEY = "unexpected_keyword_argument"
 
 
-def read(kind: type[T], data: Any, *, called: str = "", error: type[VitregError] = VitregError) -> T:
+def read(
+    kind: type[T],
+    data: Any,
+    *,
+    called: str = "",
+    error: type[VitregError] = VitregError,
+    unknown: Literal["forbid", "ignore"] = "forbid",
+) -> T:
     """Read what a JSON or YAML file holds.
 
     Args:
         kind: A dataclass, or any other type.
-        data: As `json.loads` gives it. Keys that `kind` does not have are refused, and nothing is converted: true is no
-            number, and "1" neither. Lists become tuples, whole numbers become floats where floats are wanted.
+        data: As `json.loads` gives it. Nothing is converted: true is no number, and "1" neither. Lists become tuples,
+            whole numbers become floats where floats are wanted.
         called: The key under which the data stand; empty for all of a file.
         error: Class of what is raised.
+        unknown: Whether keys that `kind` does not have are refused or passed over.
 
     Raises:
         error: The data are something else; the message names every key and what is wrong with it.
     """
     try:
-        return _adapter(kind).validate_json(json.dumps({called: data}, default=str))[called]
+        return _adapter(kind, unknown).validate_json(json.dumps({called: data}, default=str))[called]
     except ValidationError as found:
-        raise error("; ".join(_problems(found.errors(include_url=False)))) from found
+        raise error("; ".join(_problems(found.errors(include_url=False), {called: data}))) from found
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[dict[str, T]]:
+def _adapter(kind: type[T], unknown: Literal["forbid", "ignore"]) -> TypeAdapter[dict[str, T]]:
     # inside of a dictionary, for a plain dataclass takes its settings from what holds it; JSON, for a strict reading
     # of Python's own values takes no dictionary for a dataclass
-    return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, extra="forbid"))
+    return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, extra=unknown))
 
 
-def _problems(errors: Iterable[ErrorDetails]) -> Iterator[str]:
+def _problems(errors: Iterable[ErrorDetails], data: Any) -> Iterator[str]:
     unknown: dict[str, list[str]] = {}
     for error in errors:
-        *parents, last = error["loc"] or ("",)
+        *parents, last = _place(error, data)
         if error["type"] == UNKNOWN_KEY:
             unknown.setdefault(_key(parents), []).append(str(last))
         else:
@@ -82,6 +92,17 @@ def _sentence(key: str, error: ErrorDetails) -> str:
     if error["type"] in WANTED:
         return f"{key} must be {WANTED[error['type']].format_map(told)}, not {error['input']!r}"
     return f"{key} cannot be read ({error['msg']})"
+
+
+def _place(error: ErrorDetails, data: Any) -> list[str | int]:
+    """The keys among what pydantic tells of a place, where it also names which kind of several it has tried."""
+    place: list[str | int] = []
+    inside = data
+    for part in error["loc"]:
+        if part in (inside if isinstance(inside, dict) else range(len(inside)) if isinstance(inside, list) else ()):
+            place.append(part)
+            inside = inside[part]
+    return [*place, error["loc"][-1]] if error["type"] == "missing" else place or list(data)
 
 
 def _key(location: Iterable[str | int]) -> str:

@@ -137,8 +137,14 @@ STRANGE_CONFIGS = [
     (lambda config: config["vitreg"]["provenance"].update(command=["a"]), r"command must be text, not \['a'\]"),
     (lambda config: config["vitreg"]["provenance"].update(license={}), "license must be text, not {}"),
     (lambda config: config["vitreg"]["provenance"].update(seconds="1"), "seconds must be a number, not '1'"),
-    (lambda config: config["vitreg"]["provenance"].update(seconds=-1), "seconds must be at least 0, not -1"),
-    (lambda config: config["vitreg"]["provenance"].update(settings=3), "settings must be an object, not 3"),
+    (
+        lambda config: config["vitreg"]["provenance"].update(seconds=-1),
+        "seconds must be at least 0, not -1",
+    ),
+    (
+        lambda config: config["vitreg"].update(provenance={"origin": "x", "settings": 3}),
+        "settings must be an object, not",
+    ),
     (lambda config: config["vitreg"]["provenance"].update(versions={"a": 1}), "versions.a must be text, not 1"),
     (lambda config: config["vitreg"].update(more=1), r"vitreg holds \['more'\]; a newer vitreg_hub"),
     (lambda config: config["vitreg"].update(positions=[]), r"vitreg.positions must be an object, not \[\]"),

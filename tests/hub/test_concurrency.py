@@ -65,7 +65,7 @@ def holds(files, folder):
     if not {"config.json", "model.safetensors"} <= files.keys():
         return False
     config = json.loads(files["config.json"])
-    config["vitreg"]["provenance"]["settings"].pop("doors")
+    config["vitreg"]["provenance"].pop("doors")
     return (
         config == json.loads((folder / "config.json").read_bytes())
         and files["model.safetensors"] == (folder / "model.safetensors").read_bytes()

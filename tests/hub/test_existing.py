@@ -91,10 +91,10 @@ def test_model_that_is_replaced_is_told_once(hub, api, saved, verified, caplog):
 def test_doors_of_a_push_are_told_by_card_and_config(hub, saved, verified, tmp_path):
     push(saved, REPO)
     measured = dict.fromkeys(DOORS, 0.0)
-    assert json.loads(hub.repos[REPO].files()["config.json"])["vitreg"]["provenance"]["settings"]["doors"] == measured
+    assert json.loads(hub.repos[REPO].files()["config.json"])["vitreg"]["provenance"]["doors"] == measured
     assert "vitreg_hub: not measured" not in card_on(hub)
     pulled = pull(REPO, tmp_path / "pulled")
-    assert ModelBundle.load(pulled).provenance.settings["doors"] == measured
+    assert ModelBundle.load(pulled).provenance.doors == measured
     assert push(pulled, REPO).sent == ()
 
 

@@ -26,7 +26,7 @@ def require_new(repo, folder, branch="main"):
     files = repo.files(branch)
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     told = json.loads(files["config.json"])
-    told["vitreg"]["provenance"]["settings"].pop("doors")
+    told["vitreg"]["provenance"].pop("doors")
     assert told == json.loads((folder / "config.json").read_bytes())
 
 

@@ -6,11 +6,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import BEST_KEY, Provenance
+from vitreg_hub.bundle.provenance import BestModel, Provenance, TrainingRun
 from vitreg_hub.environment import command, commit, hardware, public_text, versions
 from vitreg_hub.training.recipes.files import public_settings
 from vitreg_hub.training.recipes.settings import Recipe
-from vitreg_hub.training.run.assembly import SOURCES_KEY, Parts, vit_of
+from vitreg_hub.training.run.assembly import Parts, vit_of
 from vitreg_hub.training.run.best import Best
 from vitreg_hub.training.run.origins import START, TEACHER, license_of
 from vitreg_hub.training.tasks.contrastive.settings import Contrastive
@@ -48,24 +48,25 @@ def make_bundle(
         made: By what, when and how long, as fields of `Provenance`.
         best: By what these weights are the run's best ones, if it is as such that they are bundled.
     """
-    data, settings = public_text(parts.data.name), public_settings(recipe)
+    data = public_text(parts.data.name)
     words = {source.setting: source.words for source in parts.sources}
     how = f"trained on from {words[START]}" if START in words else "trained from scratch"
     if TEACHER in words:
         how += f", distilled from {words[TEACHER]},"
-    settings |= {"step": step, "total_steps": parts.span.total_steps}
-    if parts.sources:
-        settings[SOURCES_KEY] = {source.setting: source.record() for source in parts.sources}
-    if evaluated is not None:
-        settings["data"] = {**settings["data"], "evaluated": evaluated}
-    if best is not None:
-        settings[BEST_KEY] = {"score": best.name, "step": best.step}
+    run = TrainingRun(
+        recipe=public_settings(recipe),
+        step=step,
+        total_steps=parts.span.total_steps,
+        evaluated=evaluated,
+        sources={source.setting: source.record() for source in parts.sources},
+    )
     provenance = Provenance(
         origin=f"{how} on {data} with vitreg_hub's recipe {recipe.name}, {step} steps",
         license=license_of(recipe, parts.sources, published=False),
         dataset=data,
         metrics=metrics,
-        settings=settings,
+        made=run,
+        best=best and BestModel(score=best.name, step=best.step),
         **made,
     )
     vit = vit_of(parts.twin)

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub as hf
 import timm
 
+from vitreg_hub.bundle.provenance import SourceOfRun
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import HubError, LicenseError
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -51,13 +52,10 @@ class Source:
         """For others to read: its name and where it came from."""
         return public_text(self.name) + (f" ({self.origin})" if self.origin else "")
 
-    def record(self) -> dict[str, str | None]:
+    def record(self) -> SourceOfRun:
         """What provenance tells of it beside its name, which on another machine may mean another model."""
-        return {
-            "name": public_text(self.name),
-            "license": " and ".join(self.licenses) or None,
-            "sha256": self.sha256,
-        }
+        license = " and ".join(self.licenses) or None
+        return SourceOfRun(name=public_text(self.name), license=license, sha256=self.sha256)
 
 
 def sources_of(recipe: Recipe) -> tuple[Source, ...]:

@@ -12,6 +12,7 @@ import huggingface_hub as hf
 from vitreg_hub import licenses
 from vitreg_hub.bundle.config import config_text, read_config
 from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import provenance_to_json
 from vitreg_hub.errors import BundleError
 from vitreg_hub.files import (
     BUNDLE_FILES,
@@ -151,7 +152,7 @@ def _told(config: Mapping[str, Any], bundle: ModelBundle) -> dict[str, Any]:
     """A bundle's config that tells its license and what was measured."""
     told = copy.deepcopy(dict(config))
     license = bundle.provenance.license
-    told["vitreg"]["provenance"] |= {"license": license, "settings": dict(bundle.provenance.settings)}
+    told["vitreg"]["provenance"] = provenance_to_json(bundle.provenance)
     if license is not None:
         told["pretrained_cfg"]["license"] = license
     else:

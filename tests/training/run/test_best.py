@@ -20,6 +20,7 @@ from training_runs import STEPS, TINY, lines
 from vitreg_hub import environment
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import BestModel
 from vitreg_hub.errors import BundleError
 from vitreg_hub.training import loop
 from vitreg_hub.training.loop import train
@@ -142,10 +143,10 @@ def test_best_is_what_was_measured_best(script, tmp_path, caplog):
     ]
     told = ModelBundle.load(run / "best").provenance
     assert told.metrics == {"accuracy": 0.5, "knn_accuracy": 0.5}
-    assert (told.settings["step"], told.settings["total_steps"]) == (2, STEPS)
-    assert told.settings["best"] == {"score": "accuracy", "step": 2}
+    assert (told.run.step, told.run.total_steps) == (2, STEPS)
+    assert told.best == BestModel(score="accuracy", step=2)
     for folder in (run / "model", *checkpoints(run)):
-        assert "best" not in ModelBundle.load(folder).provenance.settings
+        assert ModelBundle.load(folder).provenance.best is None
     assert not any(verify(run / "best").values())
     assert not hidden(run)
 
@@ -270,7 +271,7 @@ def test_best_of_a_killed_run_is_that_of_one_that_was_not(moment, best, script, 
             train(RECIPE, run)
     complete = [path for path in (run / "best", run / ".best-swap" / "old") if path.exists()]
     for folder in complete:
-        assert ModelBundle.load(folder).provenance.settings["step"] in (1, 2, best)
+        assert ModelBundle.load(folder).provenance.run.step in (1, 2, best)
     assert bool(complete) == (moment != "before the first best")
     result = train(RECIPE, run)
     assert result.best == read_best(whole, RECIPE) == Best(name="accuracy", score=script[best], step=best)
@@ -310,7 +311,7 @@ def test_killed_run_that_finds_something_else_the_second_time(kills, rerun, best
     assert result.best == read_best(run, RECIPE) == Best(name="accuracy", score=best[1], step=best[0])
     assert marked(run) == marks
     told = ModelBundle.load(run / "best").provenance
-    assert (told.settings["step"], told.metrics["accuracy"]) == best
+    assert (told.run.step, told.metrics["accuracy"]) == best
     if best[0] == STEPS:
         assert same(run / "best", run / "model")
 
@@ -334,7 +335,7 @@ def test_best_is_read_without_its_weights_and_a_damaged_one_is_named(script, no_
         (run / folder / "model.safetensors").unlink()
     assert train(RECIPE, run).best == found
     config = json.loads((run / "best" / "config.json").read_text())
-    del config["vitreg"]["provenance"]["settings"]["step"]
+    del config["vitreg"]["provenance"]["made"]["step"]
     (run / "best" / "config.json").write_text(json.dumps(config))
     with pytest.raises(BundleError, match=r"best does not tell its accuracy and its step: delete it"):
         read_best(run, RECIPE)
@@ -373,7 +374,7 @@ def test_nothing_that_may_be_published_names_folders_of_the_machine(script, hub,
         assert provenance.dataset == "train"
         assert provenance.origin.startswith("trained on from start (")
         assert " on train with vitreg_hub's recipe" in provenance.origin
-        assert told == {name: value for name, value in provenance.settings.items() if name in told}
+        assert told == provenance.run.recipe
     with pytest.raises(BundleError, match="holds no run"):
         train(recipe, run / "model")
 

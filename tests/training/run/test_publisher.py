@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -403,7 +403,7 @@ class Recorder:
         self.private.add(private)
         if branch in self.fails and sum(branch == sent for sent, _, _ in self.calls) >= self.succeeds.get(branch, 0):
             raise self.fails[branch]
-        step = ModelBundle.load(folder).provenance.settings["step"]
+        step = ModelBundle.load(folder).provenance.run.step
         self.calls.append((branch, step, license))
         assert {path.name for path in folder.iterdir()} >= BESIDE
         assert "state" not in {path.name for path in folder.iterdir()}
@@ -582,7 +582,7 @@ def test_a_run_on_the_hub_is_the_run_on_the_disk(hub, falling, tmp_path):
         assert result.commits[branch].endswith(repo.branches[branch])
         assert not any("state" in name or "optimizer" in name for name in files)
         bundle = ModelBundle.load(f"hf-hub:{REPO}@{branch}")
-        assert bundle.provenance.settings["step"] == step
+        assert bundle.provenance.run.step == step
         disk = load_file(tmp_path / "run" / folder / "model.safetensors")
         assert all(torch.equal(tensor, disk[name]) for name, tensor in bundle.state_dict.items())
 
@@ -699,8 +699,8 @@ def test_license_of_a_run_with_a_teacher(teacher, start, license, told, falling,
     assert provenance.license == told
     digest = hashlib.sha256((tmp_path / "t" / "model.safetensors").read_bytes()).hexdigest()
     taught = {"name": "t", "license": None if teacher == "none" else teacher, "sha256": digest}
-    assert provenance.settings["sources"]["task.teacher"] == taught
-    assert provenance.settings["sources"].keys() == {"task.teacher", *(["model.start"] * (start is not None))}
+    assert asdict(provenance.run.sources["task.teacher"]) == taught
+    assert provenance.run.sources.keys() == {"task.teacher", *(["model.start"] * (start is not None))}
     origin = ModelBundle.load(tmp_path / "t").provenance.origin
     begun = "trained from scratch" if start is None else f"trained on from s ({origin})"
     assert provenance.origin.startswith(f"{begun}, distilled from t ({origin}), on digits with ")
@@ -729,7 +729,7 @@ def test_the_bundle_tells_on_how_many_images_it_was_measured(tmp_path):
     recipe = replace(RUN, epochs=1, watch=replace(RUN.watch, eval_images=2048, eval_every=0, save_every=1))
     train(recipe, tmp_path / "run")
     told = ModelBundle.load(tmp_path / "run" / "model").provenance
-    assert told.settings["data"]["evaluated"] == len(digits("test"))
+    assert told.run.evaluated == len(digits("test"))
     not_measured = ModelBundle.load(checkpoints(tmp_path / "run")[0]).provenance
     assert not not_measured.metrics
-    assert "evaluated" not in not_measured.settings["data"]
+    assert not_measured.run.evaluated is None
