@@ -150,11 +150,3 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(hub: HubServer, old: Path) -> str:
     """The commit that holds the old bundle, in lab/model."""
     return push(old, "lab/model").commit
-
-
-@pytest.fixture(scope="module")
-def no_curves() -> Iterator[None]:
-    """Runs draw no curves of themselves, which takes longer than a tiny run; other tests look at those."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitreg_hub.training.run.trainer.draw_curves", lambda *args, **options: None)
-        yield

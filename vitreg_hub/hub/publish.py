@@ -1,6 +1,7 @@
 """Bundles to the Hub and back. The token is huggingface_hub's: `hf auth login` or HF_TOKEN."""
 
 import dataclasses
+import shlex
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -146,6 +147,16 @@ def push(
         return dataclasses.replace(pushed, text_tower=_publish(towers, beside))
     except HubError as error:
         raise HubError(f"the bundle is pushed ({pushed.url}), but not its text tower: {error}") from error
+
+
+def push_command(folder: str | Path, repo_id: str, *, branch: str, private: bool, license: str | None) -> str:
+    """What a user types to push as `push` does, for messages."""
+    options = ["--branch", branch]
+    if private:
+        options.append("--private")
+    if license:
+        options += ["--license", license]
+    return shlex.join(["vitreg", "push", str(folder), repo_id, *options])
 
 
 def plan(

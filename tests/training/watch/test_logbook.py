@@ -21,8 +21,6 @@ from vitreg_hub.training.watch.first_batch import draw_first_batch
 from vitreg_hub.training.watch.logbook import Logbook, require_trackers
 from vitreg_hub.training.watch.throughput import Throughput, peak_flops
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 CPU = torch.device("cpu")
 
 
