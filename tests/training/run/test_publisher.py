@@ -704,8 +704,8 @@ def distilled(teacher, tmp_path, *, start=None, license=None):
     ],
 )
 def test_license_of_a_teacher_counts_like_that_of_a_start(recorded, teacher, start, license, sentence, tmp_path):
+    recipe = distilled(teacher, tmp_path, start=start, license=license)
     with pytest.raises(LicenseError, match=sentence) as error:
-        recipe = distilled(teacher, tmp_path, start=start, license=license)
         train(recipe, tmp_path / "run", push=REPO, instruments=recorded)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
