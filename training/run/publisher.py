@@ -249,7 +249,7 @@ def _copy(folder: Path) -> Path:
     copy = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     tower = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
     try:
-        for source in (part for part in (folder, tower) if part.is_dir()):
+        for source in [folder, tower] if tower.is_dir() else [folder]:
             (copy / source.name).mkdir()
             for file in source.iterdir():
                 if file.is_file():
