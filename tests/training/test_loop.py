@@ -20,7 +20,7 @@ from vitreg_hub.images.embedded import digits
 from vitreg_hub.training.loop import dry_run, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml
 from vitreg_hub.training.recipes.settings import DataSettings, OptimSettings
-from vitreg_hub.training.run.checkpoints import checkpoints
+from vitreg_hub.training.run.folders import checkpoints
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
 SUPERVISED, DINOV2 = TINY["supervised"], TINY["dinov2"]

@@ -21,7 +21,7 @@ DOORS = ("timm", "transformers", "timm+vitreg_hub", "transformers+vitreg_hub")
 
 
 @torch.inference_mode()
-def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, float]:
+def verify(folder: str | Path, *, images: Tensor | None = None, bundle: ModelBundle | None = None) -> dict[str, float]:
     """Open a bundle through all four doors; two of them in a fresh process that never imports this package.
 
     Compares all tokens after the final norm, the pooled features and, with a head, the logits, on the CPU in float32.
@@ -30,6 +30,7 @@ def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, flo
         folder: A bundle's folder, ``hf-hub:org/name[@revision]``, or the name of weights in this package
             (``vit_nano_reg4.digits``).
         images: [B, C, H, W] of the bundle's input size; two images of noise by default.
+        bundle: What the folder holds, if that is loaded already.
 
     Returns:
         Largest absolute difference to `ModelBundle.build` per door: all 0.
@@ -39,7 +40,7 @@ def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, flo
     """
     name = ModelName.parse(folder)
     folder = download(name.given) if name.repo_id else bundle_folder(name)
-    bundle = ModelBundle.load(folder)
+    bundle = bundle or ModelBundle.load(folder)
     model = bundle.build()
     if images is None:
         images = torch.randn(2, *bundle.preprocess.input_size, generator=torch.Generator().manual_seed(0))

@@ -21,8 +21,6 @@ from vitreg_hub.images.source import open_images
 from vitreg_hub.training.recipes.settings import WatchSettings
 from vitreg_hub.training.watch.evaluate import EVALUATED_IMAGES, evaluate
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 SETTINGS = WatchSettings(eval_images=30, artifact_images=4)
 CPU = torch.device("cpu")
 

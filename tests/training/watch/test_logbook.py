@@ -22,8 +22,6 @@ from vitreg_hub.training.watch.first_batch import draw_first_batch, first_batch_
 from vitreg_hub.training.watch.logbook import Logbook, require_trackers
 from vitreg_hub.training.watch.throughput import Throughput, peak_flops
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 CPU = torch.device("cpu")
 
 
