@@ -88,7 +88,7 @@ def test_recorded_ones_are_of_their_kinds():
 
 def test_an_older_bundle_is_told_and_written_in_the_new_form(tmp_path):
     bundle = random_bundle()
-    config = bundle.config()
+    config = bundle.to_json()
     config["vitreg"]["provenance"] = entry("measured")
     folder = bundle.save(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps(config))
@@ -184,7 +184,7 @@ def measured_again(folder: Path) -> None:
 @pytest.mark.parametrize("opens", [ModelBundle.load, describe, pushed, measured_again])
 def test_wherever_it_is_opened(opens, hub, tmp_path):
     bundle = random_bundle()
-    config = bundle.config()
+    config = bundle.to_json()
     config["vitreg"]["provenance"] = changed(entry("trained"), "settings/optim/lr", "x\n")
     folder = bundle.save(tmp_path / "model", card=render(bundle))
     (folder / "config.json").write_text(json.dumps(config))
