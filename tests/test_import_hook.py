@@ -151,3 +151,23 @@ def test_threads_do_not_wait_for_each_other(site, begun):
         """,
         site,
     )
+
+
+def test_a_library_that_another_thread_is_importing_is_waited_for(site):
+    (site / "big/__init__.py").write_text(
+        "import time\ntime.sleep(0.3)\nfrom big import part\ntime.sleep(0.3)\nwhole = True"
+    )
+    python(
+        """if True:
+        import threading, time
+        thread = threading.Thread(target=exec, args=("import big",))
+        thread.start()
+        time.sleep(0.15)
+        import_after("big.part", "follower")
+        assert sys.modules["big"].whole
+        assert sys.modules["big.part"].names == ["theirs", "ours"]
+        assert waiting() == others
+        thread.join()
+        """,
+        site,
+    )

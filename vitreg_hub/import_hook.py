@@ -22,6 +22,7 @@ def import_after(module: str, follower: str) -> None:
     # The package and not the module is looked for: another thread that has found the module already, without this
     # hook, may not have entered it into sys.modules yet.
     if module.rpartition(".")[0] in sys.modules:
+        import_module(module.partition(".")[0])  # waits for a thread that is in the middle of the whole library
         hook.finish()
 
 
