@@ -3,17 +3,18 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vitreg_hub import environment
-from vitreg_hub.bundle.config import config_text
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint, checksums, open_checkpoint
 from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
 from vitreg_hub.conversion.formats.clip import TEXT_TOWER
+from vitreg_hub.conversion.formats.detect import find_format
 from vitreg_hub.conversion.planning.choices import Request
 from vitreg_hub.conversion.planning.plan import Plan, make_plan
 from vitreg_hub.conversion.reference import measure
@@ -78,7 +79,8 @@ def convert(
     for folder in (target, beside):
         if folder is not None:
             require_absent(folder)
-    checkpoint = open_checkpoint(source, prefer="open_clip" if text_tower or format.startswith("openclip") else "")
+    holds_both_towers = text_tower or (format != "auto" and find_format(format).has_text_tower)
+    checkpoint = open_checkpoint(source, prefer="open_clip" if holds_both_towers else "")
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     request = Request(
         format=format, arch=arch, img_size=size, num_registers=num_registers, num_heads=num_heads, act=act
@@ -110,7 +112,7 @@ def convert(
         def fill(staging: Path) -> None:
             write_safetensors(staging / WEIGHTS_FILE, plan.assembly.wanted, plan.assembly.make)
             bundle = finished(load_file(staging / WEIGHTS_FILE))
-            (staging / CONFIG_FILE).write_text(config_text(bundle.config()), encoding="utf-8")
+            (staging / CONFIG_FILE).write_text(bundle.text(), encoding="utf-8")
             (staging / CARD_FILE).write_text(render(bundle), encoding="utf-8")
             if tower:  # last: both folders appear, or none
                 tower.write(beside)
@@ -135,17 +137,22 @@ def _report(
         dropped = {KEPT_TOWER if why == TEXT_TOWER else why: names for why, names in dropped.items()}
     return ConversionReport(
         source=checkpoint.source,
-        sha256=sha256,
+        sha256=_sorted(sha256),
         format=plan.fmt.name,
-        arch=plan.spec.name,
+        arch=plan.config.arch,
         num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
-        dropped=dropped,
-        network=plan.network(),
+        dropped=_sorted(dropped),
+        network=_sorted(plan.network()),
         license=license,
         notes=(*plan.notes, *_license_notes(told, license)),
         untrained_registers=plan.assembly.num_untrained_registers,
-        measured=measure(checkpoint, plan, state_dict) if verify else {},
+        measured=_sorted(measure(checkpoint, plan, state_dict)) if verify else {},
     )
+
+
+def _sorted(found: Mapping[str, Any]) -> dict[str, Any]:
+    """In the order in which a config.json has it, so that a card is the same before and after."""
+    return dict(sorted(found.items()))
 
 
 def _license_notes(told: Sequence[str], license: str | None) -> Iterator[str]:
@@ -159,7 +166,7 @@ def _provenance(plan: Plan, report: ConversionReport, *, seconds: float) -> Prov
     return Provenance(
         origin=f"converted from {report.source} ({plan.fmt.title})",
         license=report.license,
-        settings=report.as_settings(),
+        made=report,
         versions=environment.versions("safetensors"),
         command=environment.command(),
         commit=environment.commit(),

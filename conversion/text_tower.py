@@ -11,7 +11,7 @@ import torch
 
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
-from vitreg_hub.conversion.formats.detect import ARCHIVE_NUMBERS
+from vitreg_hub.conversion.formats.clip import ARCHIVE_NUMBERS
 from vitreg_hub.conversion.planning.plan import Plan
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, write_folder
@@ -40,11 +40,11 @@ class TextTower:
         """
         if find_spec("open_clip") is None:
             raise ConversionError("--text-tower needs open_clip: pip install 'vitreg_hub[clip]'.")
-        if plan.fmt.library != "open_clip":
+        if not plan.fmt.has_text_tower:
             raise ConversionError(f"{checkpoint.called} is {plan.fmt.title}: only OpenCLIP's text towers are kept.")
         if not any("token_embedding" in name for name in checkpoint.infos):
             raise ConversionError(f"{checkpoint.called} has no text tower.")
-        names = tuple(sorted(checkpoint.infos.keys() - ARCHIVE_NUMBERS))
+        names = tuple(sorted(checkpoint.infos.keys() - set(ARCHIVE_NUMBERS)))
         config = checkpoint.openclip_config or _config(checkpoint, plan)
         tower = cls(checkpoint=checkpoint, names=names, config=config)
         tower._require_fit()
@@ -90,7 +90,7 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     Raises:
         ConversionError: The text tower's heads have not the 64 channels that all of open_clip's have.
     """
-    infos, args = checkpoint.infos, plan.model_args
+    infos, args = checkpoint.infos, plan.config.model_args
     if "token_embedding.weight" not in infos or "text_projection" not in infos:
         raise ConversionError(
             f"{checkpoint.called} has a text tower of its own kind: put its {OPENCLIP_CONFIG} beside it."
@@ -120,11 +120,11 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     )
     model = dict(
         embed_dim=infos["text_projection"].shape[1],
-        quick_gelu=plan.spec.lineage.act == "quick_gelu",
+        quick_gelu=plan.config.activation == "quick_gelu",
         vision_cfg=vision,
         text_cfg=text,
     )
-    images = plan.preprocess
+    images = plan.config.preprocess
     return dict(
         model_cfg=model, preprocess_cfg=dict(mean=list(images.mean), std=list(images.std), interpolation="bicubic")
     )

@@ -10,14 +10,14 @@ from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import verdict
 from vitreg_hub.bundle.config import config_text, read_config
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import ARTIFACTS_KEY, DOORS_KEY
+from vitreg_hub.bundle.provenance import ArtifactSummary, provenance_to_json
 from vitreg_hub.environment import without_folders
 from vitreg_hub.files import ARTIFACTS_FIGURE, CARD_FILE, CONFIG_FILE, EXTRA_FILES, read_content, replace_files
 from vitreg_hub.model_cards.card import decoded, encoded, render, tells, update
 from vitreg_hub.plotting import png
 
-BLOCKS = {ARTIFACTS_KEY: "artifacts", DOORS_KEY: "results"}
-"""Which block of a card tells a measurement that the settings keep under a key."""
+BLOCKS = {"artifacts": "artifacts", "doors": "results"}
+"""Which block of a card tells a field of provenance."""
 
 
 def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> bool:
@@ -38,7 +38,7 @@ def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> 
         BundleError: The folder holds no bundle, or cannot be written to.
     """
     drawn = {ARTIFACTS_FIGURE: figure(report, name=read_config(Path(folder), called=str(folder))["vitreg"]["arch"])}
-    return _keep(Path(folder), {ARTIFACTS_KEY: summary(report)}, files=drawn, card=card)
+    return _keep(Path(folder), files=drawn, card=card, artifacts=summary(report))
 
 
 def record_doors(folder: str | Path, differences: Mapping[str, float], *, card: bool = True) -> bool:
@@ -55,15 +55,14 @@ def record_doors(folder: str | Path, differences: Mapping[str, float], *, card: 
     Raises:
         BundleError: The folder holds no bundle, or cannot be written to.
     """
-    return _keep(Path(folder), {DOORS_KEY: dict(differences)}, files={}, card=card)
+    return _keep(Path(folder), files={}, card=card, doors=differences)
 
 
-def _keep(folder: Path, measured: Mapping[str, Any], *, files: Mapping[str, bytes], card: bool) -> bool:
-    """Put measurements into a bundle's settings, write files beside it, and tell both in its card."""
+def _keep(folder: Path, *, files: Mapping[str, bytes], card: bool, **measured: Any) -> bool:
+    """Put fields into a bundle's provenance, write files beside it, and tell both in its card."""
     config, bundle = read_config(folder, called=str(folder)), ModelBundle.load(folder)
-    settings = {**bundle.provenance.settings, **measured}
-    bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, settings=settings))
-    config["vitreg"]["provenance"]["settings"] = settings
+    bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, **measured))
+    config["vitreg"]["provenance"] = provenance_to_json(bundle.provenance)
     files = {**files, CONFIG_FILE: config_text(config).encode()}
     told = False
     if card:
@@ -76,19 +75,19 @@ def _keep(folder: Path, measured: Mapping[str, Any], *, files: Mapping[str, byte
     return told
 
 
-def summary(report: ArtifactReport) -> dict[str, Any]:
+def summary(report: ArtifactReport) -> ArtifactSummary:
     """What a bundle keeps of a report, without the folders of a machine."""
-    return {
-        "verdict": verdict(report),
-        "images": without_folders(report.images.name),
-        "num_images": report.images.num_images,
-        "image_size": list(report.images.size),
-        "block": report.block,
-        "outlier_fraction": list(report.outlier_fraction),
-        "cutoff": report.cutoff[report.block],
-        "attention": [dataclasses.asdict(mass) for mass in report.attention],
-        "notes": list(report.notes),
-    }
+    return ArtifactSummary(
+        verdict=verdict(report),
+        images=without_folders(report.images.name),
+        num_images=report.images.num_images,
+        image_size=report.images.size,
+        block=report.block,
+        outlier_fraction=report.outlier_fraction,
+        cutoff=report.cutoff[report.block],
+        attention=report.attention,
+        notes=report.notes,
+    )
 
 
 def figure(report: ArtifactReport, *, name: str) -> bytes:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import DOORS_KEY
 from vitreg_hub.model_cards import description, reports
+from vitreg_hub.model_cards.facts import one_line
 from vitreg_hub.model_cards.marked import blocks_in, join, replace_blocks, require_whole
 from vitreg_hub.model_cards.merging import front_matter, merge, record, recorded
 from vitreg_hub.model_cards.metadata import metadata
@@ -43,6 +43,7 @@ def render(
         towers: Whether both towers of a CLIP model are published beside it; by default, whether the bundle says so.
     """
     repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
+    bundle = _on_lines(bundle)
     data = metadata(bundle, repo, revision=revision)
     blocks = _blocks(bundle, repo=repo, files=files, revision=revision, towers=towers) | {METADATA: record(data)}
     return f"{front_matter(data)}\n{join(blocks)}"
@@ -90,6 +91,7 @@ def update(
     if repo is None and published:
         repo, revision = published[1], revision or published[2]
     repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
+    bundle = _on_lines(bundle)
     data = metadata(bundle, repo, revision=revision)
     new = _blocks(bundle, repo=repo, files=files, revision=revision, towers=towers)
     merged = merge(text, old=recorded(there.get(METADATA, "")), new=data, settled_license=settled_license)
@@ -113,10 +115,9 @@ def encoded(card: str) -> bytes:
     return card.encode("utf-8", "surrogateescape")
 
 
-def with_doors(bundle: ModelBundle, differences: Mapping[str, float]) -> ModelBundle:
+def with_doors(bundle: ModelBundle, differences: Mapping[str, float] | None) -> ModelBundle:
     """A bundle whose card tells what `doors.verify` found of it."""
-    settings = {**bundle.provenance.settings, DOORS_KEY: dict(differences)}
-    return replace(bundle, provenance=replace(bundle.provenance, settings=settings))
+    return replace(bundle, provenance=replace(bundle.provenance, doors=differences))
 
 
 def _with_empty_blocks(text: str) -> str:
@@ -125,6 +126,11 @@ def _with_empty_blocks(text: str) -> str:
     line_end = "\r\n" if "\r\n" in text else "\n"
     head = text.strip()
     return (f"{head}{line_end}{line_end}" if head else "") + body.replace("\n", line_end)
+
+
+def _on_lines(bundle: ModelBundle) -> ModelBundle:
+    """A bundle whose texts cannot leave their lines."""
+    return replace(bundle, provenance=one_line(bundle.provenance), label_names=one_line(bundle.label_names))
 
 
 def _blocks(

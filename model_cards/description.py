@@ -2,9 +2,7 @@
 
 from vitreg_hub import licenses
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import CONVERSION_KEY
 from vitreg_hub.files import TOWER_SUFFIX
-from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import (
     EMBEDDINGS,
     FEATURES,
@@ -17,8 +15,6 @@ from vitreg_hub.model_cards.facts import (
     output,
     scores,
 )
-from vitreg_hub.model_cards.settings import one_line
-from vitreg_hub.network.positions import TIMM_RULE, PositionRule
 
 PAPER = "[Darcet et al., ICLR 2024](https://arxiv.org/abs/2309.16588)"
 
@@ -88,7 +84,7 @@ def summary(bundle: ModelBundle, *, title: str) -> str:
     params = sum(tensor.numel() for tensor in bundle.state_dict.values())
     size = f"{params / 1e6:.1f} M" if params >= 1e6 else f"{params / 1e3:.1f} K"
     measured = ", ".join(f"{in_words(name)} {value:.4f}" for name, value in scores(bundle)) or "not measured"
-    number = args["reg_tokens"]
+    number = bundle.num_registers
     head = f" Its head projects onto embeddings of width {bundle.num_classes:,}." * (output(bundle) == EMBEDDINGS)
     return f"""\
 # {title}
@@ -98,9 +94,9 @@ parameters, {count(args["depth"], "block")} of width {args["embed_dim"]:,} with 
 {count(args["num_heads"], "attention head")}, patches of {count(args["patch_size"], "pixel")}, images of {height} x \
 {width} pixels.{head}
 
-- **Origin:** {one_line(origin.origin)}
+- **Origin:** {origin.origin}
 - **Measured:** {measured}
-- **License:** {one_line(origin.license or licenses.UNKNOWN)}"""
+- **License:** {origin.license or licenses.UNKNOWN}"""
 
 
 def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers: bool | None = None) -> str:
@@ -128,8 +124,9 @@ def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers
         _plugin_usage(bundle, imports=_imports(plugin, _from_transformers(bundle)), name=name),
     ]
     if towers is None:
-        kept = KEPT_TOWER in settings.conversion(bundle).get("dropped", ())
-        towers = kept or settings.text(bundle, "task", "kind") == "Contrastive"
+        conversion, run = bundle.provenance.conversion, bundle.provenance.run
+        kept = conversion is not None and KEPT_TOWER in conversion.dropped
+        towers = kept or (run is not None and run.told.task.kind == "Contrastive")
     if towers:
         parts += ["### open_clip", _towers(repo + TOWER_SUFFIX, revision)]
     return "\n\n".join(parts)
@@ -215,7 +212,7 @@ def what_registers_are() -> str:
 
 def registers(bundle: ModelBundle) -> str:
     """What registers are, and those of this model."""
-    number, prefix = bundle.model_args["reg_tokens"], Tokens.of(bundle).num_prefix
+    number, prefix = bundle.num_registers, Tokens.of(bundle).num_prefix
     lines = [what_registers_are(), ""]
     if not number:
         lines.append(
@@ -229,11 +226,12 @@ def registers(bundle: ModelBundle) -> str:
     lines.append(
         f"**This model has {number}:** {where} of the output, counted from 0. The patches are `tokens[:, {prefix}:]`."
     )
-    if untrained := settings.number(bundle, CONVERSION_KEY, "untrained_registers"):
+    conversion = bundle.provenance.conversion
+    if conversion and conversion.untrained_registers:
         lines += [
             "",
-            f"**{untrained} of the registers are new and untrained: they can cost accuracy until they are trained; how "
-            "much was not measured.**",
+            f"**{conversion.untrained_registers} of the registers are new and untrained: they can cost accuracy until "
+            "they are trained; how much was not measured.**",
         ]
     return "\n".join(lines)
 
@@ -258,14 +256,7 @@ def limits(bundle: ModelBundle) -> str:
         f"deviation {std}; `img_size` and `dynamic_img_size` of timm allow other sides that are multiples of "
         f"{args['patch_size']} pixels. What it gives there was not measured."
     )
-    lines.append(f"For other sizes, positions are resampled by bicubic interpolation {_positions(bundle.positions)}")
-    if bundle.residual_scale != 1:
-        lines.append(
-            f"Its residual stream is stored {bundle.residual_scale:,g} times larger, which brings LayerNorm's "
-            "epsilon close to its source's. In plain timm and plain transformers, tokens between the blocks are larger "
-            "by that and float16 can overflow: use float32 or bfloat16 there, and fine-tune the model of "
-            "`ModelBundle.build`."
-        )
+    lines += filter(None, (part.limits(value) for part, value in bundle.untold))
     found = measured_on(bundle)
     if scores(bundle) and found:
         lines.append(f"Was measured on {found.words} alone; nothing is known of other images, or of biases.")
@@ -275,26 +266,14 @@ def limits(bundle: ModelBundle) -> str:
     return "\n".join(["## Intended use and limits", "", *(f"- {line}" for line in lines)])
 
 
-def _positions(rule: PositionRule) -> str:
-    if rule == TIMM_RULE:
-        return "with antialiasing, as timm does."
-    offset = f" and with an offset of {rule.offset:g} patches" if rule.offset else ""
-    same = "; a grid of as many patches keeps them" if rule.keep_equal_count else ""
-    how = f"{'with' if rule.antialias else 'without'} antialiasing{offset}{same}, as its lineage does"
-    return (
-        f"{how}. Plain timm and plain transformers do it in timm's way, vitreg_hub's `AutoModel` and "
-        "`ModelBundle.build` in the lineage's."
-    )
-
-
 def _license_limits(license: str | None) -> str:
     if license in (None, licenses.UNKNOWN, licenses.OTHER):
         return "The license of these weights is not known: ask whoever made them before you use them."
     if licenses.is_noncommercial(license):
-        return f"The license, {one_line(license)}, does not allow every use: commercial use is excluded or restricted."
-    return f"The license is {one_line(license)}."
+        return f"The license, {license}, does not allow every use: commercial use is excluded or restricted."
+    return f"The license is {license}."
 
 
 def _few(names: tuple[str, ...], most: int = 10) -> str:
-    shown = [one_line(name) for name in names[:most]]
-    return ", ".join(shown) if len(names) <= most else f"{', '.join(shown)}, ..."
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, ..."

@@ -13,7 +13,7 @@ from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.files import EXTRA_FILES
-from vitreg_hub.model_cards import description, reports, settings
+from vitreg_hub.model_cards import description, reports
 from vitreg_hub.model_cards.artifacts import record, record_doors
 from vitreg_hub.model_cards.facts import in_words, scores
 from vitreg_hub.model_cards.merging import MODEL_INDEX, front_matter
@@ -117,19 +117,19 @@ def _comparison(shipped: Mapping[str, ModelBundle]) -> str:
     metrics = sorted({metric for bundle in shipped.values() for metric, _ in scores(bundle)})
     titles = ("model", "registers", *map(in_words, metrics), "outliers", "class token's attention on registers")
     rows = []
-    for name, bundle in sorted(shipped.items(), key=lambda item: item[1].model_args["reg_tokens"]):
-        found, measured = settings.artifacts(bundle), dict(scores(bundle))
+    for name, bundle in sorted(shipped.items(), key=lambda item: item[1].num_registers):
+        found, measured = bundle.provenance.artifacts, dict(scores(bundle))
         outliers = attention = NONE
         if found:
-            block = found["block"]
-            outliers = f"{100 * found['outlier_fraction'][block]:.3g} % in block {block}"
-            of_class = next(mass for mass in found["attention"] if mass["source"] == "class")
-            if bundle.model_args["reg_tokens"]:
-                attention = f"{100 * of_class['to_registers']:.3g} % in block {block}"
+            block = found.block
+            outliers = f"{100 * found.outlier_fraction[block]:.3g} % in block {block}"
+            of_class = next(mass for mass in found.attention if mass.source == "class")
+            if bundle.num_registers:
+                attention = f"{100 * of_class.to_registers:.3g} % in block {block}"
             else:
                 attention = "no registers"
         values = (f"{measured[metric]:.4f}" if metric in measured else NONE for metric in metrics)
-        rows.append((f"[{name}]({name}.md)", str(bundle.model_args["reg_tokens"]), *values, outliers, attention))
+        rows.append((f"[{name}]({name}.md)", str(bundle.num_registers), *values, outliers, attention))
     lines = ["## With and without registers", "", _row(titles), "|---" * len(titles) + "|", *map(_row, rows)]
     return "\n".join([*lines, "", "One run of each: small differences may be chance."])
 

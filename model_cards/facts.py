@@ -1,16 +1,15 @@
 """What several parts of a card tell of a bundle: its tokens, its output, its scores, and the images of these."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
 from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import CONVERSION_KEY
+from vitreg_hub.bundle.provenance import DataOfRun
 from vitreg_hub.environment import without_folders
 from vitreg_hub.images.embedded import TRAINING_SETS
 from vitreg_hub.images.source import ON_HUB
-from vitreg_hub.model_cards import settings
 from vitreg_hub.names import HUB_PREFIX
 
 CLIP_FAMILIES = ("clip", "clip_quickgelu")
@@ -37,40 +36,19 @@ class Score:
         words: What people call it.
         task: The Hub's name of its task.
         metric: The Hub's name of its kind.
-        how: Gives what it depends on, from a run's settings of evaluations.
     """
 
     words: str
     task: str
     metric: str
-    how: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def _settings(**keys: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Settings under other names; those that are not there are left out."""
-    return lambda watch: {name: watch[key] for name, key in keys.items() if key in watch}
-
-
-IMAGES = {"max_images": "eval_images"}
-NEIGHBORS = {
-    **IMAGES,
-    "max_reference_images": "eval_images",
-    "max_neighbors": "knn_neighbors",
-    "temperature": "knn_temperature",
-}
 SCORES = {
-    "accuracy": Score(words="top-1 accuracy", task="image-classification", metric="accuracy", how=_settings(**IMAGES)),
-    "knn_accuracy": Score(
-        words="k-NN accuracy", task="image-classification", metric="accuracy", how=_settings(**NEIGHBORS)
-    ),
-    "zero_shot_accuracy": Score(
-        words="zero-shot accuracy", task="zero-shot-image-classification", metric="accuracy", how=_settings(**IMAGES)
-    ),
+    "accuracy": Score(words="top-1 accuracy", task="image-classification", metric="accuracy"),
+    "knn_accuracy": Score(words="k-NN accuracy", task="image-classification", metric="accuracy"),
+    "zero_shot_accuracy": Score(words="zero-shot accuracy", task="zero-shot-image-classification", metric="accuracy"),
     "patch_cosine": Score(
-        words="patch cosine to the teacher",
-        task="image-feature-extraction",
-        metric="cosine_similarity",
-        how=_settings(**IMAGES),
+        words="patch cosine to the teacher", task="image-feature-extraction", metric="cosine_similarity"
     ),
 }
 """Metrics that the tasks of training measure."""
@@ -101,10 +79,11 @@ def output(bundle: ModelBundle) -> str:
     """
     if not bundle.num_classes:
         return FEATURES
-    if bundle.label_names or settings.text(bundle, "task", "kind") == "Supervised":
+    run, conversion = bundle.provenance.run, bundle.provenance.conversion
+    if bundle.label_names or (run and run.told.task.kind == "Supervised"):
         return LOGITS
-    of_clip = get_arch(bundle.arch).family in CLIP_FAMILIES
-    return EMBEDDINGS if of_clip or settings.text(bundle, CONVERSION_KEY, "format") in CLIP_FORMATS else LOGITS
+    of_clip = get_arch(bundle.arch).family in CLIP_FAMILIES or (conversion and conversion.format in CLIP_FORMATS)
+    return EMBEDDINGS if of_clip else LOGITS
 
 
 def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
@@ -119,8 +98,8 @@ def in_words(metric: str) -> str:
 
 def measured_on(bundle: ModelBundle) -> Images | None:
     """The images of a bundle's metrics; None where nothing tells."""
-    test, train = (settings.text(bundle, "data", key) for key in ("test", "train"))
-    held_out = test or (train if train in TRAINING_SETS else None)
+    data = bundle.provenance.run.told.data if bundle.provenance.run else DataOfRun()
+    held_out = data.test or (data.train if data.train in TRAINING_SETS else None)
     if held_out in TRAINING_SETS:
         return Images(name=held_out, dataset=held_out, split="test", words=f"the held-out part of {held_out}")
     told = held_out or bundle.provenance.dataset
@@ -136,6 +115,20 @@ def on_the_hub(dataset: str) -> tuple[str, str | None] | None:
     """Identifier and split of data that are on the Hub without doubt: a folder may look like ``org/name`` alone."""
     found = ON_HUB.fullmatch(dataset.removeprefix(HUB_PREFIX))
     return found.groups() if found and (found[2] or dataset.startswith(HUB_PREFIX)) else None
+
+
+def one_line(told: Any) -> Any:
+    """A value with all its texts on one line, so that none can leave its place in a list or a table."""
+    match told:
+        case str():
+            return " ".join(told.split())
+        case Mapping():
+            return {one_line(key): one_line(value) for key, value in told.items()}
+        case list() | tuple():
+            return type(told)(map(one_line, told))
+    if is_dataclass(told):
+        return replace(told, **{field.name: one_line(getattr(told, field.name)) for field in fields(told)})
+    return told
 
 
 def count(number: int, word: str) -> str:
@@ -163,7 +156,7 @@ class Tokens:
         kinds = (
             (int("cls_token" in bundle.state_dict), "class token"),
             (int("dist_token" in bundle.state_dict), "distillation token"),
-            (bundle.model_args["reg_tokens"], "register"),
+            (bundle.num_registers, "register"),
             ((height // patch) * (width // patch), "patch"),
         )
         return cls(kinds=tuple(kind for kind in kinds if kind[0]), width=bundle.model_args["embed_dim"])

@@ -7,8 +7,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vitreg_hub import licenses
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import CONVERSION_KEY
-from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import LOGITS, SCORES, measured_on, on_the_hub, output, scores
 
 SOURCE = "vitreg_hub"
@@ -28,7 +26,7 @@ def metadata(bundle: ModelBundle, repo: str, *, revision: str | None = None) -> 
     page = f"https://huggingface.co/{repo}" + (f"/tree/{revision}" if revision else "")
     results = _results(bundle, page)
     on_hub = on_the_hub(bundle.provenance.dataset or "")
-    tags = [tag for tag in TAGS if tag != "registers" or bundle.model_args["reg_tokens"]]
+    tags = [tag for tag in TAGS if tag != "registers" or bundle.num_registers]
     data = ModelCardData(
         base_model=base_model(bundle),
         datasets=[on_hub[0]] if on_hub else None,
@@ -44,10 +42,11 @@ def metadata(bundle: ModelBundle, repo: str, *, revision: str | None = None) -> 
 
 def base_model(bundle: ModelBundle) -> str | None:
     """The repository whose weights were converted or trained on, if they came from one."""
+    told = bundle.provenance
     told = (
-        settings.text(bundle, CONVERSION_KEY, "source"),
-        settings.text(bundle, "model", "start"),
-        bundle.provenance.origin,  # also tells where a start came from
+        told.conversion and told.conversion.source,
+        told.run and told.run.told.model.start,
+        told.origin,  # also tells where a start came from
     )
     found = (BASE_MODEL.search(text) for text in told if text)
     return next((match[1] for match in found if match), None)
@@ -76,6 +75,13 @@ def _results(bundle: ModelBundle, page: str) -> list[EvalResult]:
 
 
 def _how(bundle: ModelBundle, name: str) -> dict[str, Any]:
-    """What a score depends on."""
-    how, evaluated = SCORES[name].how(settings.watch(bundle)), settings.number(bundle, "data", "evaluated")
-    return {"num_images": evaluated, **{key: how[key] for key in how if key != "max_images"}} if evaluated else how
+    """What a score depends on, as far as it is told."""
+    run = bundle.provenance.run
+    if run is None:
+        return {}
+    watch = run.told.watch
+    how = {"num_images": run.evaluated} if run.evaluated else {"max_images": watch.eval_images}
+    if name == "knn_accuracy":
+        how |= {"max_reference_images": watch.eval_images, "max_neighbors": watch.knn_neighbors}
+        how |= {"temperature": watch.knn_temperature}
+    return {key: value for key, value in how.items() if value is not None}

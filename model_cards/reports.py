@@ -1,14 +1,12 @@
 """The parts of a card that tell how a model came about and what was measured of it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import BestModel, Conversion, TaskOfRun, TrainingRun
 from vitreg_hub.environment import duration, without_folders
 from vitreg_hub.files import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
-from vitreg_hub.model_cards import settings
 from vitreg_hub.model_cards.facts import SOURCES, count, in_words, measured_on, scores
-from vitreg_hub.model_cards.settings import one_line
 
 NOT_MEASURED = "Not measured."
 
@@ -34,38 +32,36 @@ def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") 
         files: Names of the extra files beside it.
         folder: Where those are, as seen from the card; ends in a slash.
     """
-    parts = [
-        _training(settings.run(bundle), settings.best(bundle), files, folder),
-        _conversion(settings.conversion(bundle)),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    told = bundle.provenance
+    if told.run:
+        return _training(told.run, told.best, files, folder)
+    return _conversion(told.conversion) if told.conversion else ""
 
 
-def _training(run: Mapping[str, Any], best: Mapping[str, Any], files: Sequence[str], folder: str) -> str:
-    if not run:
+def _training(run: TrainingRun, best: BestModel | None, files: Sequence[str], folder: str) -> str:
+    told, step, total = run.told, run.step, run.total_steps
+    data, optim, start = told.data, told.optim, told.model.start
+    needed = (told.name, told.task.kind, data.train, told.augment.kind, optim.opt, optim.lr, optim.weight_decay)
+    if None in (*needed, told.batch_size, told.seed, step, total):  # an older bundle tells less
         return ""
-    model, data, optim, step, total = (run[key] for key in ("model", "data", "optim", "step", "total_steps"))
     if best:
-        steps = (
-            f"the best of the run's evaluations by {in_words(best['score'])}, after {best['step']:,} of {total:,} steps"
-        )
+        steps = f"the best of the run's evaluations by {in_words(best.score)}, after {best.step:,} of {total:,} steps"
     else:
         steps = f"{total:,} steps" if step == total else f"**{step:,} of {total:,} steps, not finished**,"
-    rate, decay = f"{optim['lr']:g}", f"{optim['weight_decay']:g}"
-    if optim["lr_batch"]:
-        rate += f" for {optim['lr_batch']:,} images, scaled by the square root of the batch size"
-    if optim["weight_decay_end"] is not None:
-        decay += f" to {optim['weight_decay_end']:g}"
+    rate, decay = f"{optim.lr:g}", f"{optim.weight_decay:g}"
+    if optim.lr_batch:
+        rate += f" for {optim.lr_batch:,} images, scaled by the square root of the batch size"
+    if optim.weight_decay_end is not None:
+        decay += f" to {optim.weight_decay_end:g}"
     lines = ["## Training", ""]
-    lines.append(f"- Recipe `{run['name']}`: {steps} of {count(run['batch_size'], 'image')}, seed {run['seed']}.")
-    source = f" ({SOURCES[data['train']]})" if data["train"] in SOURCES else ""
-    lines.append(f"- Data: {without_folders(data['train'])}{source}.")
-    if model["start"]:
-        trained = model["trainable"].replace("+", " and ")
-        lines.append(f"- Started from {without_folders(model['start'])}; trained: {trained}.")
-    lines.append(f"- Optimiser: {optim['opt']}, peak learning rate {rate}; weight decay {decay}.")
-    lines.append(f"- Objective: {_objective(run['task'])}.")
-    lines.append(f"- Images were augmented by {AUGMENTS.get(kind := run['augment']['kind'], kind)}.")
+    lines.append(f"- Recipe `{told.name}`: {steps} of {count(told.batch_size, 'image')}, seed {told.seed}.")
+    source = f" ({SOURCES[data.train]})" if data.train in SOURCES else ""
+    lines.append(f"- Data: {without_folders(data.train)}{source}.")
+    if start:
+        lines.append(f"- Started from {without_folders(start)}; trained: {told.model.trainable.replace('+', ' and ')}.")
+    lines.append(f"- Optimiser: {optim.opt}, peak learning rate {rate}; weight decay {decay}.")
+    lines.append(f"- Objective: {_objective(told.task)}.")
+    lines.append(f"- Images were augmented by {AUGMENTS.get(told.augment.kind, told.augment.kind)}.")
     if RECIPE_FILE in files:
         lines.append(f"- Every setting: [{RECIPE_FILE}]({folder}{RECIPE_FILE}).")
     if METRICS_FILE in files:
@@ -75,66 +71,61 @@ def _training(run: Mapping[str, Any], best: Mapping[str, Any], files: Sequence[s
     return "\n".join(lines)
 
 
-def _objective(task: Mapping[str, Any]) -> str:
+def _objective(task: TaskOfRun) -> str:
     """What was trained for, with what was on of label smoothing, mixing of images and averaging of weights."""
-    words, teacher = OBJECTIVES.get(task["kind"], task["kind"]), task.get("teacher")
-    if isinstance(teacher, str):
-        words += f", from the teacher {without_folders(one_line(teacher))}"
-    extras = {
-        "smoothing": "label smoothing {:g}",
-        "mixup": "mixup of alpha {:g}",
-        "cutmix": "cutmix of alpha {:g}",
-        "ema": "weights averaged with decay {:g} per step",
-    }
-    on = {name: task[name] for name in extras if isinstance(task.get(name), int | float) and task[name]}
-    return ", ".join([words, *(extras[name].format(value) for name, value in on.items())])
-
-
-def _conversion(report: Mapping[str, Any]) -> str:
-    if not report:
-        return ""
-    lines = ["## Conversion", ""]
-    files = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in report["sha256"].items())
-    lines.append(
-        f"- From {files}, read as format `{report['format']}`: {count(report['num_mapped'], 'tensor')} mapped."
+    words = OBJECTIVES.get(task.kind, task.kind)
+    if task.teacher:
+        words += f", from the teacher {without_folders(task.teacher)}"
+    extras = (
+        ("label smoothing {:g}", task.smoothing),
+        ("mixup of alpha {:g}", task.mixup),
+        ("cutmix of alpha {:g}", task.cutmix),
+        ("weights averaged with decay {:g} per step", task.ema),
     )
-    for why, names in report["dropped"].items():
+    return ", ".join([words, *(text.format(value) for text, value in extras if value)])
+
+
+def _conversion(report: Conversion) -> str:
+    lines = ["## Conversion", ""]
+    files = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in report.sha256.items())
+    lines.append(f"- From {files}, read as format `{report.format}`: {count(report.num_mapped, 'tensor')} mapped.")
+    for why, names in report.dropped.items():
         lines.append(f"- Dropped: {count(len(names), 'tensor')} ({why}).")
-    if report["network"]:
-        lines.append(f"- Read as: {', '.join(f'{name} {value}' for name, value in report['network'].items())}.")
-    return "\n".join([*lines, *(f"- {note[:1].upper()}{note[1:]}." for note in report["notes"])])
+    if report.network:
+        lines.append(f"- Read as: {', '.join(f'{name} {value}' for name, value in report.network.items())}.")
+    return "\n".join([*lines, *(f"- {note[:1].upper()}{note[1:]}." for note in report.notes)])
 
 
 def results(bundle: ModelBundle) -> str:
     """Scores and how they were measured, and what the same weights give elsewhere."""
-    images, best = measured_on(bundle), settings.best(bundle)
+    images, told = measured_on(bundle), bundle.provenance
     lines = ["## Results", ""]
     if found := scores(bundle):
         lines += ["| measure | value |", "|---|---|"]
         lines += [f"| {in_words(name)} | {value:.4f} |" for name, value in found]
         on = images.words if images else "images of which the bundle does not tell"
-        evaluated = settings.number(bundle, "data", "evaluated")
-        lines += ["", f"Measured on {on}{_how(found, settings.watch(bundle), evaluated=evaluated)}."]
-        if best:
-            lines += ["", _chosen(in_words(best["score"]))]
+        lines += ["", f"Measured on {on}{_how(told.run, knn='knn_accuracy' in told.metrics) if told.run else ''}."]
+        if told.best:
+            lines += ["", _chosen(in_words(told.best.score))]
     else:
         lines.append(NOT_MEASURED)
     lines += ["", "### Parity", ""]
-    if report := settings.conversion(bundle):
-        lines.append(_reference(report["measured"]))
-    return "\n".join([*lines, _doors(settings.doors(bundle))])
+    if told.conversion:
+        lines.append(_reference(told.conversion))
+    return "\n".join([*lines, _doors(told.doors or {})])
 
 
-def _how(found: Sequence[tuple[str, float]], watch: Mapping[str, Any], *, evaluated: int) -> str:
-    most = f", {count(evaluated, 'image')}" if evaluated else ""
-    if not watch:
+def _how(run: TrainingRun, *, knn: bool) -> str:
+    watch, most = run.told.watch, ""
+    if run.evaluated:
+        most = f", {count(run.evaluated, 'image')}"
+    elif watch.eval_images is not None:
+        most = f", at most {count(watch.eval_images, 'image')}"
+    if not knn or None in (watch.eval_images, watch.knn_neighbors, watch.knn_temperature):
         return most
-    most = most or f", at most {count(watch['eval_images'], 'image')}"
-    if "knn_accuracy" not in dict(found):
-        return most
-    reference = f"at most {count(watch['eval_images'], 'training image')}"
-    neighbors = f"up to {count(watch['knn_neighbors'], 'neighbor')}"
-    return f"{most}; k-NN among {reference}, with {neighbors} and temperature {watch['knn_temperature']:g}"
+    reference = f"at most {count(watch.eval_images, 'training image')}"
+    neighbors = f"up to {count(watch.knn_neighbors, 'neighbor')}"
+    return f"{most}; k-NN among {reference}, with {neighbors} and temperature {watch.knn_temperature:g}"
 
 
 def _chosen(score: str) -> str:
@@ -144,13 +135,12 @@ def _chosen(score: str) -> str:
     )
 
 
-def _reference(found: Mapping[str, Any]) -> str:
-    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-    reference = found.get("reference")
-    if not numbers:
-        why = f" ({reference})" if isinstance(reference, str) else ""
+def _reference(report: Conversion) -> str:
+    reference = report.measured.get("reference")
+    if not report.differences:
+        why = f" ({reference})" if reference else ""
         return f"- Largest absolute difference of outputs to the source's implementation: not measured{why}."
-    differences = ", ".join(f"{name} {value:.2g}" for name, value in numbers.items())
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in report.differences.items())
     return f"- Largest absolute difference of outputs: {differences}, to {reference or 'a reference'}."
 
 
@@ -163,27 +153,25 @@ def _doors(found: Mapping[str, float]) -> str:
 
 def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
     """What was measured of high-norm tokens; arguments as of `origin`."""
-    found = settings.artifacts(bundle)
+    found, run = bundle.provenance.artifacts, bundle.provenance.run
     if not found:
         told = NOT_MEASURED
-        if METRICS_FILE in files and settings.number(bundle, "watch", "artifact_images"):
+        if METRICS_FILE in files and run and run.told.watch.artifact_images:
             drawn = f", drawn in [{CURVES_FIGURE}]({folder}{CURVES_FIGURE})" if CURVES_FIGURE in files else ""
             told = (
                 "No full report was made; what each evaluation of the run found of outliers is in "
                 f"[{METRICS_FILE}]({folder}{METRICS_FILE}){drawn}."
             )
         return f"## Artifacts\n\n{told} `vitreg analyze FOLDER --card` makes a full report."
-    height, width = found["image_size"]
-    lines = ["## Artifacts", "", f"{found['verdict']}", ""]
-    lines.append(
-        f"- Measured on {count(found['num_images'], 'image')} of {height} x {width} pixels ({found['images']})."
-    )
-    shares = ", ".join(f"{100 * share:.3g} %" for share in found["outlier_fraction"])
+    height, width = found.image_size
+    lines = ["## Artifacts", "", found.verdict, ""]
+    lines.append(f"- Measured on {count(found.num_images, 'image')} of {height} x {width} pixels ({found.images}).")
+    shares = ", ".join(f"{100 * share:.3g} %" for share in found.outlier_fraction)
     lines.append(f"- Outliers among the patch tokens, block by block: {shares}.")
-    for mass in found["attention"]:
-        to = f"{100 * mass['to_registers']:.3g} % on registers, {100 * mass['to_outliers']:.3g} % on outliers"
-        lines.append(f"- Attention of {mass['source']} in block {found['block']}: {to}.")
-    lines += [f"- {note}" for note in found["notes"]]
+    for mass in found.attention:
+        to = f"{100 * mass.to_registers:.3g} % on registers, {100 * mass.to_outliers:.3g} % on outliers"
+        lines.append(f"- Attention of {mass.source} in block {found.block}: {to}.")
+    lines += [f"- {note}" for note in found.notes]
     if ARTIFACTS_FIGURE in files:
         lines += ["", f"![Norms of the tokens after every block]({folder}{ARTIFACTS_FIGURE})"]
     return "\n".join(lines)
@@ -200,6 +188,4 @@ def environment(bundle: ModelBundle) -> str:
         ("Time", None if told.seconds is None else duration(told.seconds)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(told.versions.items()))),
     ]
-    return "\n".join(
-        ["## Environment", "", *(f"- {name}: {one_line(value or 'not recorded')}." for name, value in lines)]
-    )
+    return "\n".join(["## Environment", "", *(f"- {name}: {value or 'not recorded'}." for name, value in lines)])

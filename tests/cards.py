@@ -11,7 +11,7 @@ from reports import report
 from training_runs import TINY
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.provenance import BestModel, Foreign, Provenance, TrainingRun
 from vitreg_hub.model_cards.artifacts import summary
 from vitreg_hub.training.recipes.files import with_kinds
 from vitreg_hub.training.recipes.settings import Recipe
@@ -46,29 +46,35 @@ def trained(recipe: Recipe, *, metrics=None, step: int = 9, **provenance) -> Mod
         origin="trained from scratch",
         dataset=recipe.data.train,
         metrics=metrics or {},
-        settings=with_kinds(recipe) | {"step": step, "total_steps": 9},
+        made=TrainingRun(recipe=with_kinds(recipe), step=step, total_steps=9),
         **{"license": "mit"} | provenance,
     )
     num_classes = 10 if isinstance(recipe.task, Supervised) else 0
     return replace(random_bundle("vit_nano_reg2", num_classes=num_classes), provenance=told)
 
 
-def with_settings(of: ModelBundle, **settings) -> ModelBundle:
-    return replace(of, provenance=replace(of.provenance, settings={**of.provenance.settings, **settings}))
+def telling(of: ModelBundle, **fields) -> ModelBundle:
+    """A bundle with other fields of provenance."""
+    return replace(of, provenance=replace(of.provenance, **fields))
+
+
+def made_otherwise(of: ModelBundle, **fields) -> ModelBundle:
+    """A bundle with other fields of what made it."""
+    return telling(of, made=replace(of.provenance.made, **fields))
 
 
 def best_of_its_run(of: ModelBundle, score: str = "accuracy") -> ModelBundle:
     """A bundle as a run leaves it in its folder of the best."""
-    return with_settings(of, best={"score": score, "step": of.provenance.settings["step"]})
+    return telling(of, best=BestModel(score=score, step=of.provenance.run.step))
 
 
 def analysed(of: ModelBundle, **how) -> ModelBundle:
     """A bundle that keeps an artifact report."""
-    return with_settings(of, artifacts=summary(report(registers=of.model_args["reg_tokens"], **how)))
+    return telling(of, artifacts=summary(report(registers=of.model_args["reg_tokens"], **how)))
 
 
 def licensed(of: ModelBundle, license: str | None) -> ModelBundle:
-    return replace(of, provenance=replace(of.provenance, license=license))
+    return telling(of, license=license)
 
 
 _KINDS: dict[str, Callable[[], ModelBundle]] = {
@@ -89,9 +95,10 @@ _KINDS: dict[str, Callable[[], ModelBundle]] = {
     "not commercial": lambda: licensed(random_bundle(), "cc-by-nc-4.0"),
     "a license of its own": lambda: licensed(random_bundle(), "some-license"),
     "one channel": lambda: random_bundle(in_chans=1),
-    "strange settings": lambda: with_settings(
-        random_bundle(), model="x", data=[1], watch=None, conversion="y", total_steps=3, optim={"lr": 1}
+    "strange settings": lambda: telling(
+        random_bundle(), made=Foreign(settings={"model": "x", "data": [1], "watch": None, "total_steps": 3})
     ),
+    "an older run": lambda: telling(random_bundle(), made=TrainingRun(recipe={"optim": {"lr": 1}}, total_steps=3)),
 }
 KINDS = {name: cache(make) for name, make in _KINDS.items()}
 """What makes a bundle of each kind, once."""

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ os.environ.pop("HF_TOKEN", None)
 # Workers that share the cores, each with a thread per core, would wait for each other most of the time.
 _THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+# Spawned processes look a test's functions up under its name, tests.room.test_file. Last, so that it hides nothing.
+sys.path.append(str(Path(__file__).parents[1]))
 
 import datasets
 import pytest
@@ -22,13 +25,12 @@ from hub_server import Blob, HubServer, Repository, User
 from huggingface_hub import constants
 from models import random_bundle
 from pictures import data_set
+from pushers import push
 from safetensors.torch import save_file
 from skips import pytest_runtest_makereport  # noqa: F401  (a hook)
 
 import vitreg_hub  # noqa: F401  (registers the models)
-from vitreg_hub.bundle.doors import DOORS
 from vitreg_hub.errors import ConversionError, VitregError
-from vitreg_hub.hub import push
 
 HUB_TOKENS = {"hf_good": User("alice", orgs=("lab",)), "hf_reader": User("alice", ("lab",), read_only=True)}
 
@@ -129,16 +131,6 @@ def data_set_hub(hub, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def verified(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Pushes skip the doors, which take seconds and which other tests open; the folders that they were asked for."""
-    asked: list[Path] = []
-    monkeypatch.setattr(
-        "vitreg_hub.hub.publish.verify", lambda folder: asked.append(folder) or dict.fromkeys(DOORS, 0.0)
-    )
-    return asked
-
-
-@pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Nothing waits between one try and the next; the seconds that it would have."""
     seconds: list[float] = []
@@ -159,14 +151,6 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def published(hub: HubServer, old: Path, verified: list[Path]) -> str:
+def published(hub: HubServer, old: Path) -> str:
     """The commit that holds the old bundle, in lab/model."""
     return push(old, "lab/model").commit
-
-
-@pytest.fixture(scope="module")
-def no_curves() -> Iterator[None]:
-    """Runs draw no curves of themselves, which takes longer than a tiny run; other tests look at those."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitreg_hub.training.run.trainer.draw_curves", lambda *args, **options: None)
-        yield

@@ -265,7 +265,7 @@ def test_model_that_was_never_saved_becomes_a_bundle(folder, channels):
     assert bundle.num_classes == 5
     assert bundle.label_names is None
     assert bundle.preprocess.input_size == (channels, 24, 24)
-    assert json.loads(json.dumps(bundle.config())) == json.loads((folder / "config.json").read_text())
+    assert json.loads(json.dumps(bundle.to_json())) == json.loads((folder / "config.json").read_text())
     assert torch.equal(bundle.build()(pixels), logits)
     assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(pixels), logits)
     assert torch.equal(AutoModelForImageClassification.from_pretrained(folder)(pixels).logits, logits)

@@ -19,14 +19,16 @@ PACKAGES = {
     "vitreg_hub.training": "training",
 }
 LAYERS = [
-    {"errors"},
-    {"arch", "compat", "console", "environment", "licenses", "plotting", "tested"},
-    {"network", "timm_models", "files", "names"},
+    {"errors", "import_hook"},
+    {"arch", "compat", "console", "docstrings", "environment", "licenses", "plotting", "tags", "tested", "typed"},
+    {"network"},
+    {"timm_models", "files", "names"},
     {"remote", "tokens"},
     {"bundle"},
     {"hf_models", "images"},
-    {"any_vit", "passes"},
-    {"analysis"},
+    {"any_vit", "auto_config"},
+    {"passes"},
+    {"analysis", "evaluation"},
     {"model_cards"},
     {"hub"},
     {"conversion", "training"},
@@ -50,7 +52,9 @@ MODULES = modules()
 
 
 def room(module: str) -> str:
-    return module.removeprefix("vitreg_hub.").partition(".")[0]
+    """The first part of its name, and for what `python -m` runs the last."""
+    name = module.removeprefix("vitreg_hub.")
+    return name.rpartition(".")[2] if name.endswith("__main__") else name.partition(".")[0]
 
 
 def layer(module: str) -> int:

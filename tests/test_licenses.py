@@ -207,7 +207,7 @@ def test_nobody_knows_the_license(source):
     bundle = convert(source, license=UNKNOWN, **DINOV2)
     assert bundle.provenance.license is ConversionReport.of(bundle).license is None
     assert "license      unknown\n" in str(ConversionReport.of(bundle))
-    assert "license" not in bundle.config()["pretrained_cfg"]
+    assert "license" not in bundle.to_json()["pretrained_cfg"]
 
 
 def test_the_license_of_the_card_beside_the_weights(source):

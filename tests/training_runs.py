@@ -5,9 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vitreg_hub.training import loop
+from vitreg_hub.training.loop import Instruments
 from vitreg_hub.training.recipes.settings import (
     CropAugment,
     DataSettings,
@@ -22,6 +25,10 @@ from vitreg_hub.training.tasks.contrastive.settings import Contrastive
 from vitreg_hub.training.tasks.dinov2.settings import DinoV2, Head
 from vitreg_hub.training.tasks.distill.settings import Distill
 from vitreg_hub.training.tasks.supervised.settings import Supervised
+
+NO_PICTURES = Instruments(draw_curves=lambda *_, **__: None, draw_first_batch=lambda *_, **__: None)
+"""Pictures take longer than a tiny run; other tests look at them."""
+train = partial(loop.train, instruments=NO_PICTURES)
 
 STEPS = 4
 HEAD = Head(prototypes=32, bottleneck=16, hidden=32)
@@ -107,10 +114,8 @@ def in_processes(count: int, names: Iterable[str], out: Path, **scale: Any) -> N
 if __name__ == "__main__":
     import torch
 
-    from vitreg_hub.training.loop import train
-
     torch.set_num_threads(1)
     names, out, scale = sys.argv[1:]
     for name in names.split(","):
-        train(with_scale(TINY[name], **json.loads(scale)), Path(out, name))
+        loop.train(with_scale(TINY[name], **json.loads(scale)), Path(out, name))
     torch.distributed.destroy_process_group()

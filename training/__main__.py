@@ -2,11 +2,17 @@
 
 import sys
 
-from accelerate import PartialState
-
+from vitreg_hub.cli.train import run
 from vitreg_hub.console import console
-from vitreg_hub.training.command import run_command
+
+
+def main() -> None:
+    """Run the command and let go of the other processes."""
+    run(sys.argv[1:])
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+
 
 with console():
-    run_command(sys.argv[1:])
-    PartialState().destroy_process_group()
+    main()

@@ -3,7 +3,8 @@
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,19 +15,23 @@ import torch
 from accelerate.utils import gather_object
 
 from vitreg_hub.bundle.config import read_config
-from vitreg_hub.errors import BundleError, HubError, RecipeError, TrainingError
-from vitreg_hub.files import CONFIG_FILE, RECIPE_FILE
+from vitreg_hub.bundle.provenance import provenance_from_json
+from vitreg_hub.errors import BundleError, RecipeError
 from vitreg_hub.licenses import settle
-from vitreg_hub.training.recipes.files import require_same_recipe, write_recipe
+from vitreg_hub.training.recipes.files import write_recipe
 from vitreg_hub.training.recipes.settings import Recipe, require_start, to_dict
-from vitreg_hub.training.run import checkpoints as run_state
 from vitreg_hub.training.run.assembly import make_accelerator
 from vitreg_hub.training.run.best import Best, read_best
+from vitreg_hub.training.run.checkpoints import clear_leftovers, find_checkpoint, restore_run, save_run
 from vitreg_hub.training.run.folders import BEST, MODEL, restore_folders
+from vitreg_hub.training.run.measured import Measured, measure
+from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.origins import license_of
-from vitreg_hub.training.run.publisher import MAIN, Publisher
+from vitreg_hub.training.run.publisher import Publisher
 from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.tasks.contrastive.settings import Contrastive
+from vitreg_hub.training.watch.curves import draw_curves
+from vitreg_hub.training.watch.first_batch import draw_first_batch
 from vitreg_hub.training.watch.logbook import Logbook, require_trackers
 from vitreg_hub.training.watch.throughput import Throughput
 
@@ -60,6 +65,28 @@ class TrainResult:
     commits: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instruments:
+    """What a run uses beside its own parts; tests replace some of it.
+
+    Attributes:
+        publisher: Makes what publishes, of a repository's id.
+        measure: Evaluates the twin of a trainer.
+        clock: Seconds.
+        draw_curves: Draws how a run went.
+        draw_first_batch: Draws what the network sees.
+    """
+
+    publisher: Callable[..., Publisher] = Publisher
+    measure: Callable[[Trainer], Mapping[str, float]] = measure
+    clock: Callable[[], float] = time.monotonic
+    draw_curves: Callable[..., object] = draw_curves
+    draw_first_batch: Callable[..., object] = draw_first_batch
+
+
+INSTRUMENTS = Instruments()
+
+
 def train(
     recipe: Recipe,
     out: str | Path,
@@ -68,6 +95,7 @@ def train(
     push: str | None = None,
     push_every: Literal["end", "save"] = "end",
     private: bool = False,
+    instruments: Instruments = INSTRUMENTS,
 ) -> TrainResult:
     """Train what a recipe says, or go on where an earlier process stopped.
 
@@ -84,6 +112,7 @@ def train(
             best one on the branch best.
         push_every: Whether that is done at every checkpoint, or at the end only.
         private: Whether a new repository can be seen by its owner alone.
+        instruments: What else the run uses; replaced in tests.
 
     Raises:
         RecipeError: Settings contradict each other, the data, the processes, or the run in `out`.
@@ -95,11 +124,11 @@ def train(
         HubError: The Hub says at the start that it will not take the run's models; or the last one could not be
             published, and `out` is complete.
     """
-    out = Path(out)
+    out, clock = Path(out), instruments.clock
     require_start(recipe)
     require_trackers(recipe.watch.trackers)
     accelerator = make_accelerator(recipe)
-    checkpoint = _checkpoint_to_resume(out, recipe, resume)
+    checkpoint = find_checkpoint(out, recipe, resume)
     found = gather_object([checkpoint.name if checkpoint else None])  # before one of them writes anything
     if len(set(found)) > 1:
         raise BundleError(
@@ -107,144 +136,156 @@ def train(
         )
     publisher = None
     if push and accelerator.is_main_process:
-        publisher = Publisher(push, private=private, license=recipe.license)  # fails now if there is no token
+        publisher = instruments.publisher(push, private=private, license=recipe.license)  # fails if there is no token
         publisher.ask(towers=isinstance(recipe.task, Contrastive))
     if (out / MODEL).exists():
         return _finished(recipe, out, publisher)
     with torch.random.fork_rng(), publisher or nullcontext():
+        started, measured, before = clock(), Measured(), 0.0
         trainer = Trainer(recipe, accelerator)
         license_of(recipe, trainer.parts.sources, published=push is not None)
         if checkpoint is not None:
-            trainer.restore(run_state.load_checkpoint(checkpoint), called=checkpoint)
+            measured, before = restore_run(trainer, checkpoint)
         if accelerator.is_main_process:
             write_recipe(recipe, out)
-            run_state.clear_leftovers(out)
-            trainer.reconcile_best(read_best(out, recipe))
+            clear_leftovers(out)
+            measured = measured.beside(read_best(out, recipe), recipe, step=trainer.step)
+
+        def seconds() -> float:
+            """Wall time of the run so far; what a killed process did after its last checkpoint is lost."""
+            return round(before + clock() - started, 1)
+
+        writer = ModelWriter(trainer, seconds, draw_curves=instruments.draw_curves)
         with _stop_signal() as stop:
-            _loop(trainer, out, stop, publisher if push_every == "save" else None)
-        return _finish(trainer, out, publisher)
+            measured = _go_on(
+                trainer,
+                measured,
+                writer,
+                out,
+                stop=stop,
+                publisher=publisher if push_every == "save" else None,
+                instruments=instruments,
+            )
+        if trainer.done:
+            trainer.refresh_twin()  # a run that was killed after its last step has not done so
+            if accelerator.is_main_process:
+                writer.write(out / MODEL, measured, run=out)
+        accelerator.wait_for_everyone()  # for uploads only the main process waits
+        return TrainResult(
+            folder=out,
+            step=trainer.step,
+            total_steps=trainer.parts.span.total_steps,
+            metrics=dict(measured.metrics),
+            model=out / MODEL if trainer.done else None,
+            best=read_best(out, recipe),
+            commits=_commits(publisher, out, done=trainer.done),
+        )
 
 
-def _loop(trainer: Trainer, out: Path, stop: threading.Event, publisher: Publisher | None) -> None:
-    """Go on to the last step, or until `stop` is set in one of the processes."""
-    recipe, watch, total = trainer.recipe, trainer.recipe.watch, trainer.parts.span.total_steps
+def _go_on(
+    trainer: Trainer,
+    measured: Measured,
+    writer: ModelWriter,
+    out: Path,
+    *,
+    stop: threading.Event,
+    publisher: Publisher | None,
+    instruments: Instruments,
+) -> Measured:
+    """Go on to the last step, or until `stop` is set in one of the processes; tells what was measured."""
+    recipe, watch, main = trainer.recipe, trainer.recipe.watch, trainer.accelerator.is_main_process
     logbook = Logbook(
         folder=out,
         accelerator=trainer.accelerator,
-        total_steps=total,
+        total_steps=trainer.parts.span.total_steps,
         start_step=trainer.step,
         batch_size=recipe.batch_size,
         name=recipe.name,
         trackers=watch.trackers,
         config=to_dict(recipe),
     )
+
+    def evaluate() -> Measured:
+        trainer.refresh_twin()
+        return measured.after(recipe, step=trainer.step, metrics=instruments.measure(trainer))
+
+    def note() -> None:
+        """Write down an evaluation and, if no model was better so far, this one."""
+        logbook.note(trainer.step, measured.metrics, best=measured.is_best)
+        if measured.is_best and main:
+            writer.write(out / BEST, measured, run=out, as_best=True)
+
+    def save() -> Path | None:
+        run = out if publisher else None  # what is published tells how the run went
+        return save_run(
+            out,
+            trainer,
+            measured,
+            seconds=writer.seconds(),
+            write_model=lambda staging: writer.fill(staging, writer.bundle(measured), run=run),
+        )
+
+    def due(every: int) -> bool:
+        return every > 0 and trainer.step % every == 0
+
     new_best = False
     with logbook:
         if trainer.step == 0:
-            trainer.evaluate()
-        if trainer.evaluated == trainer.step:  # a resumed run drops the lines of its first step
+            measured = evaluate()
+        if measured.step == trainer.step:  # a resumed run drops the lines of its first step
             trainer.refresh_twin()
-            _evaluated(trainer, logbook, out)
+            note()
         for step, batches in trainer.steps(logbook.throughput):
-            if step == 0 and trainer.accelerator.is_main_process:
-                trainer.draw(batches[0], out / FIRST_BATCH)
+            if step == 0 and main:
+                parts, file = trainer.parts, out / FIRST_BATCH
+                names = parts.data.label_names
+                instruments.draw_first_batch(batches[0], mean=parts.mean, std=parts.std, file=file, label_names=names)
             metrics, stopped = trainer.do_step(step, batches, logbook.throughput, stop, out)
             logbook.step_done()
-            done = trainer.step == total
-            if done or trainer.step % watch.log_every == 0:
+            if trainer.done or due(watch.log_every):
                 logbook.log(step, metrics)
             with logbook.throughput.paused():
-                if done or (watch.eval_every and trainer.step % watch.eval_every == 0):
-                    trainer.evaluate()
-                    new_best |= _evaluated(trainer, logbook, out)
-                if done or stopped or (watch.save_every and trainer.step % watch.save_every == 0):
-                    folder = trainer.save(out, published=publisher is not None)
-                    if publisher and not done:
+                if trainer.done or due(watch.eval_every):
+                    measured = evaluate()
+                    note()
+                    new_best = new_best or measured.is_best
+                if trainer.done or stopped or due(watch.save_every):
+                    folder = save()
+                    if publisher and not trainer.done:
                         publisher.submit(folder)
                         if new_best:
                             publisher.submit(out / BEST, branch=BEST)
                             new_best = False
             if stopped:
                 break
-
-
-def _evaluated(trainer: Trainer, logbook: Logbook, out: Path) -> bool:
-    """Write down an evaluation and, if no model was better so far, this one; tells which."""
-    is_best = trainer.best is not None and trainer.best.step == trainer.step
-    logbook.note(trainer.step, trainer.metrics, best=is_best)
-    if is_best and trainer.accelerator.is_main_process:
-        trainer.write_model(out / BEST, run=out, best=trainer.best)
-    return is_best
-
-
-def _finish(trainer: Trainer, out: Path, publisher: Publisher | None) -> TrainResult:
-    """Write the model, if the run is done, and wait for what is being published."""
-    total = trainer.parts.span.total_steps
-    done = trainer.step == total
-    if done:
-        trainer.refresh_twin()  # a run that was killed after its last step has not done so
-        if trainer.accelerator.is_main_process:
-            trainer.write_model(out / MODEL, run=out)
-    trainer.accelerator.wait_for_everyone()  # for uploads only the main process waits
-    return TrainResult(
-        folder=out,
-        step=trainer.step,
-        total_steps=total,
-        metrics=trainer.metrics,
-        model=out / MODEL if done else None,
-        best=read_best(out, trainer.recipe),
-        commits=_publish(out, publisher, done=done),
-    )
+    return measured
 
 
 def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult:
     """What a run came to that was finished before; its model is published if that is asked for now."""
     logger.info("the run in %s is finished", out)
-    told = read_config(out / MODEL, called=str(out / MODEL))["vitreg"]["provenance"]
+    told = provenance_from_json(read_config(out / MODEL, called=str(out / MODEL))["vitreg"].get("provenance"))
+    if told.run is None:
+        raise BundleError(f"{out / MODEL} does not tell its steps: delete it and start the run again.")
     if publisher:
         restore_folders(out)
-        settle(told.get("license"), recipe.license, called=str(out / MODEL))
+        settle(told.license, recipe.license, called=str(out / MODEL))
     return TrainResult(
         folder=out,
-        step=told["settings"]["step"],
-        total_steps=told["settings"]["total_steps"],
-        metrics={f"eval/{name}": value for name, value in told["metrics"].items()},
+        step=told.run.step,
+        total_steps=told.run.total_steps,
+        metrics={f"eval/{name}": value for name, value in told.metrics.items()},
         model=out / MODEL,
         best=read_best(out, recipe),
-        commits=_publish(out, publisher),
+        commits=_commits(publisher, out, done=True),
     )
 
 
-def _publish(out: Path, publisher: Publisher | None, *, done: bool = True) -> dict[str, str]:
-    """Publish the last and the best model of a run that is done, and wait for it, or for a stopped run's checkpoints.
-
-    Returns:
-        Address of the last commit on each branch where nothing newer failed.
-
-    Raises:
-        HubError: The last model could not be published.
-    """
+def _commits(publisher: Publisher | None, out: Path, *, done: bool) -> Mapping[str, str]:
+    """What is on the Hub at the end: the bundles of a run that is done, else those of the last checkpoint."""
     if publisher is None:
         return {}
-    folders = {MAIN: out / MODEL, BEST: out / BEST}
-    for branch, folder in folders.items():
-        if done and folder.is_dir():
-            publisher.submit(folder, branch=branch)
-    commits, errors = publisher.close(), publisher.errors
-    if not done:
-        return commits
-    commands = {branch: publisher.by_hand(folders[branch], branch=branch) for branch in errors}
-    if BEST in errors:
-        logger.error("%s is not on the Hub (%s): %s", folders[BEST], errors[BEST].rstrip("."), commands[BEST])
-    if MAIN in errors:
-        older = {MAIN: "an older checkpoint", BEST: "the best model" if BEST in commits else "an older best model"}
-        there = [f"{older[branch]} on {branch} ({commit})" for branch, commit in publisher.commits.items()]
-        what = f"{folders[MAIN]} could not be published" if there else "nothing could be published"
-        raise HubError(
-            f"{what} ({errors[MAIN].rstrip('.')}){', only ' * bool(there)}{' and '.join(there)}: "
-            f"{out} is complete, send it with `{commands[MAIN]}`."
-        )
-    return commits
+    return publisher.publish_last(out) if done else publisher.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,39 +337,6 @@ def dry_run(recipe: Recipe) -> DryRun:
         memory_gib=measured["memory_gib"],
         parameters=sum(p.numel() for p in trainer.parts.task.network.parameters() if p.requires_grad),
     )
-
-
-def _checkpoint_to_resume(out: Path, recipe: Recipe, resume: str) -> Path | None:
-    """The checkpoint that a run goes on from, after a look at whose it is.
-
-    Raises:
-        RecipeError: The folder holds a run of another recipe.
-        BundleError: The folder holds something else, or is to be new and is not.
-        TrainingError: There is no such checkpoint.
-    """
-    named = None if resume in ("auto", "never") else Path(resume)
-    if named is not None:
-        if not (named / run_state.STATE).is_dir():
-            raise TrainingError(f"--resume {resume}: that is no checkpoint; give a run's checkpoints/step_... folder.")
-        run = named.absolute().parents[1]
-        if (run / RECIPE_FILE).is_file():
-            require_same_recipe(recipe, run)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return named
-    is_run = (out / RECIPE_FILE).is_file() and not (out / CONFIG_FILE).exists()  # a bundle has a public recipe beside
-    if resume == "never" or not is_run:
-        raise BundleError(
-            f"{out} exists and "
-            + ("is not to be resumed" if resume == "never" else "holds no run")
-            + ": choose another folder."
-        )
-    require_same_recipe(recipe, out)
-    found = run_state.checkpoints(out)
-    if named is None:
-        return found[-1] if found else None
-    if (out / MODEL).exists() or any(path.name > named.name for path in found):
-        raise BundleError(f"{out} is further than {named.name}: go on from there in another folder.")
-    return named
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from timm.data import create_transform, resolve_model_data_config
 from vitreg_hub.analysis.figures.report import token_figure
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import DOORS_KEY
 from vitreg_hub.errors import BundleError, TrainingError
 from vitreg_hub.files import write_file
 from vitreg_hub.hub.publish import pull, push, require_token
@@ -88,8 +87,8 @@ def _draw(model: Path, file: Path) -> Path:
 def _compare_with_hub(folder: Path, repo_id: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         back = ModelBundle.load(pull(repo_id, Path(scratch, "model")))
-        sent = with_doors(ModelBundle.load(folder), back.provenance.settings.get(DOORS_KEY, {}))  # told by the push
-        same = sent.config() == back.config() and all(
+        sent = with_doors(ModelBundle.load(folder), back.provenance.doors)  # told by the push
+        same = sent.to_json() == back.to_json() and all(
             torch.equal(tensor, back.state_dict[name]) for name, tensor in sent.state_dict.items()
         )
         if not same:

@@ -17,11 +17,11 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
-from vitreg_hub.arch import ARCHS, require_divisible
+from vitreg_hub.arch import require_divisible
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, DataError, VitregError
 from vitreg_hub.files import CONFIG_FILE
-from vitreg_hub.names import HUB_PREFIX, _has_weights, parse_repo
+from vitreg_hub.names import ModelName
 from vitreg_hub.network.layout import unwrapped
 from vitreg_hub.remote.client import hub_errors
 
@@ -99,11 +99,12 @@ def open_vit(
         name, network, processor = type(unwrapped(model)).__name__, model, _processor_of(unwrapped(model))
     else:
         name, processor = str(model), None
-        if name.startswith(HUB_PREFIX) or Path(name).is_dir():
-            network, processor = _stored(name, size)
+        named = ModelName.parse(model)
+        if named.arch:
+            untrained = not named.asks_for_weights()
+            network = _named(named, size, untrained=untrained)
         else:
-            untrained = not _has_weights(name)
-            network = _named(name, size, untrained=untrained)
+            network, processor = _stored(named, size)
         network = network.to(device=device, dtype=dtype or torch.float32).eval()
     transform, words = _preprocessing(unwrapped(network), processor, size)
     return AnyVit(
@@ -115,12 +116,12 @@ def open_vit(
     )
 
 
-def _named(name: str, size: tuple[int, int] | None, *, untrained: bool) -> nn.Module:
-    if name.partition(".")[0] in ARCHS and not untrained:
-        return ModelBundle.load(name).build(**_timm_args(size))
-    with torch.random.fork_rng(devices=[]), hub_errors(name):
+def _named(name: ModelName, size: tuple[int, int] | None, *, untrained: bool) -> nn.Module:
+    if name.is_ours and not untrained:
+        return ModelBundle.load(name.given).build(**_timm_args(size))
+    with torch.random.fork_rng(devices=[]), hub_errors(name.given):
         torch.default_generator.manual_seed(0)  # timm draws all weights, also those that it replaces
-        return _create(name, size, pretrained=not untrained)
+        return _create(name.given, size, pretrained=not untrained)
 
 
 def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
@@ -136,23 +137,23 @@ def _timm_args(size: tuple[int, int] | None) -> dict[str, Any]:
     return {} if size is None else {"img_size": size}
 
 
-def _stored(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, BaseImageProcessor | None]:
+def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, BaseImageProcessor | None]:
     """Load a folder or a repository: the network and, if it is transformers', its image processor."""
-    repo_id, revision = parse_repo(name) if name.startswith(HUB_PREFIX) else (name, None)
-    with _load_errors(name), hub_errors(repo_id):
-        if name.startswith(HUB_PREFIX):
-            config_file = Path(hf.hf_hub_download(repo_id, CONFIG_FILE, revision=revision))
+    where, revision = name.repo_id or name.given, name.revision
+    with _load_errors(name.given), hub_errors(where):
+        if name.repo_id:
+            config_file = Path(hf.hf_hub_download(where, CONFIG_FILE, revision=revision))
         else:
-            config_file = Path(name, CONFIG_FILE)
+            config_file = Path(where, CONFIG_FILE)
         config = json.loads(config_file.read_text(encoding="utf-8"))
         if "vitreg" in config:
-            return ModelBundle.load(name).build(**_timm_args(size)), None
+            return ModelBundle.load(name.given).build(**_timm_args(size)), None
         if "model_type" not in config and "architecture" in config:
-            return _create(name if name.startswith(HUB_PREFIX) else f"local-dir:{name}", size, pretrained=True), None
-        config = AutoConfig.from_pretrained(repo_id, revision=revision)
+            return _create(name.given if name.repo_id else f"local-dir:{where}", size, pretrained=True), None
+        config = AutoConfig.from_pretrained(where, revision=revision)
         config = getattr(config, "vision_config", config)  # of CLIP and its like, the images' side only
-        model = AutoModel.from_pretrained(repo_id, revision=revision, config=config)
-        return model, _processor(repo_id, revision=revision)
+        model = AutoModel.from_pretrained(where, revision=revision, config=config)
+        return model, _processor(where, revision=revision)
 
 
 @contextmanager

@@ -37,8 +37,7 @@ class Family:
         crop_pct: Share of the resized image that the centre crop keeps.
         norm_eps: LayerNorm epsilon that the upstream bases have.
         act: timm's name of the MLP's activation, where that is not SwiGLU.
-        distilled: A distillation token with a head of its own follows the class token. Both have positions, and timm's
-            class for it has no room for registers.
+        timm_class: Name of the class of the upstream bases.
     """
 
     img_size: int
@@ -49,7 +48,15 @@ class Family:
     crop_pct: float = 1.0
     norm_eps: float = 1e-6
     act: str = "gelu"
-    distilled: bool = False
+    timm_class: str = "VisionTransformer"
+
+    @property
+    def distilled(self) -> bool:
+        """Whether a distillation token with a head of its own follows the class token.
+
+        Both have positions, and timm's class for it has no room for registers.
+        """
+        return self.timm_class == "VisionTransformerDistilled"
 
 
 FAMILIES = {
@@ -64,7 +71,7 @@ FAMILIES = {
     ),
     # ViT, DeiT, DINO; deit/main.py (`--eval-crop-ratio`: 224 / 256).
     "plain": Family(img_size=224, crop_pct=0.875),
-    "deit_distilled": Family(img_size=224, crop_pct=0.875, distilled=True),
+    "deit_distilled": Family(img_size=224, crop_pct=0.875, timm_class="VisionTransformerDistilled"),
 }
 
 

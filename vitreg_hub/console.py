@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import transformers
 from jsonargparse import DefaultHelpFormatter
 
 from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeError, UnknownArchError, VitregError
 
+USAGE = 2
+"""Exit status of a command line that cannot be read."""
 HUB_FAILED = 3
 """Exit status of a command that the Hub kept from succeeding."""
 
@@ -30,7 +31,6 @@ def console() -> Iterator[None]:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("vitreg_hub").setLevel(logging.INFO)
-    transformers.logging.disable_progress_bar()
     try:
         yield
         sys.stdout.flush()
@@ -44,3 +44,18 @@ def console() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("vitreg: interrupted")
+
+
+def hide_loading() -> None:
+    """Turn off the bars of transformers, and with them the Hub's: a command that loads models calls this first."""
+    from transformers.utils import logging as transformers_logging  # takes seconds
+
+    transformers_logging.disable_progress_bar()
+
+
+def show_transfers() -> None:
+    """Show the Hub's bars again, where someone can see them and has not turned them off."""
+    import huggingface_hub as hf
+
+    if sys.stderr.isatty() and hf.constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        hf.utils.enable_progress_bars()

@@ -20,6 +20,7 @@ EXTRA_FILES = (ARTIFACTS_FIGURE, CURVES_FIGURE, RECIPE_FILE, METRICS_FILE) = (
     "metrics.jsonl",
 )
 """What may lie beside a bundle and is published with it: its card shows the figures; of a training run, how it went."""
+PREPROCESSOR_FILE = "preprocessor_config.json"
 OPENCLIP_CONFIG, OPENCLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TOWER_SUFFIX = "-open_clip"
 """Ends the name of a folder with both towers of a CLIP model, beside its bundle, and of its repository."""

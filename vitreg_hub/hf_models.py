@@ -12,8 +12,7 @@ from typing import Any, Unpack
 import timm
 import torch
 from timm.layers import LayerScale, to_2tuple
-from timm.models import VisionTransformer, get_pretrained_cfg
-from timm.models.deit import VisionTransformerDistilled
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, initialization
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin, filter_output_hidden_states
@@ -25,13 +24,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from vitreg_hub import environment
-from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec, get_arch, require_divisible, row
-from vitreg_hub.bundle.config import Preprocess, make_config
-from vitreg_hub.bundle.provenance import Provenance
-from vitreg_hub.bundle.rules import source_problems, vitreg_problems
+from vitreg_hub.arch import ArchSpec, get_arch, require_divisible, row
+from vitreg_hub.bundle.config import BundleConfig, Preprocess, read_entry
+from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
+from vitreg_hub.bundle.rules import source_problems
 from vitreg_hub.errors import BundleError
 from vitreg_hub.network.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
-from vitreg_hub.network.positions import PositionRule, follow
+from vitreg_hub.network.kinds import kind_of
+from vitreg_hub.network.untold import UNTOLD
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
 
@@ -86,14 +86,14 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         cfg = dataclasses.asdict(get_pretrained_cfg(spec.name))
         args = spec.model_args() | (self.model_args or {})
         args["img_size"] = to_2tuple(args["img_size"])
-        defaults = make_config(
-            spec=spec,
+        defaults = BundleConfig(
+            arch=spec.name,
             model_args=args,
             num_classes=0,
             preprocess=Preprocess.from_cfg(cfg | {"input_size": [args["in_chans"], *args["img_size"]]}),
             provenance=Provenance(origin="random initialisation"),
         )
-        defaults = json.loads(json.dumps(defaults))  # lists in place of tuples, as when read from disk
+        defaults = json.loads(defaults.text())  # lists in place of tuples, as when read from disk
         self.architecture, self.model_args = spec.base, defaults["model_args"]
         self.vitreg = copy.deepcopy(self.vitreg) or defaults["vitreg"]
         self.pretrained_cfg = copy.deepcopy(self.pretrained_cfg) or defaults["pretrained_cfg"]
@@ -112,11 +112,6 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     def spec(self) -> ArchSpec:
         """The row of the table."""
         return get_arch(self.vitreg["arch"])
-
-    @property
-    def positions(self) -> PositionRule:
-        """How the position table is resampled for another image size."""
-        return PositionRule.from_dict(self.vitreg.get("positions", {}))
 
     @property
     def residual_scale(self) -> float:
@@ -141,19 +136,24 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     @property
     def num_register_tokens(self) -> int:
         """Number of registers; setting it moves to the row of the same size for so many."""
-        return self.model_args["reg_tokens"]
+        return self.model_args[kind_of(self.spec).registers_argument]
 
     @num_register_tokens.setter
     def num_register_tokens(self, number: int) -> None:
         self.vitreg["arch"] = row(self.spec.family, self.spec.size, number).name
-        self.model_args["reg_tokens"] = number
+        self.model_args[kind_of(self.spec).registers_argument] = number
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VitRegConfig | TimmWrapperConfig":
         """Read a config.json: ours, or any other timm repository's as if this package were not there."""
         if not config_dict.get("vitreg"):
             return TimmWrapperConfig.from_dict(config_dict, **kwargs)
-        if problems := [*vitreg_problems(config_dict["vitreg"]), *source_problems(config_dict)]:
+        problems = list(source_problems(config_dict))
+        try:
+            read_entry(config_dict["vitreg"])
+        except BundleError as error:
+            problems.append(str(error))
+        if problems:
             raise BundleError("config.json breaks the form of a bundle: " + "; ".join(problems))
         return super().from_dict(config_dict, **kwargs)
 
@@ -166,16 +166,14 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         if settings.get("out_indices") == [self.num_hidden_layers]:
             del settings["out_indices"], settings["out_features"]
         labels = tuple(self.id2label[i] for i in range(self.num_labels))
-        return settings | make_config(
-            spec=self.spec,
+        config = BundleConfig(
             model_args=self.model_args,
             num_classes=self.num_labels,
             preprocess=Preprocess.from_cfg(self.pretrained_cfg),
-            provenance=Provenance(**self.vitreg["provenance"]),
             label_names=None if labels == tuple(f"LABEL_{i}" for i in range(self.num_labels)) else labels,
-            positions=self.positions,
-            residual_scale=self.residual_scale,
+            **read_entry(self.vitreg),
         )
+        return settings | config.to_json()
 
 
 @dataclasses.dataclass
@@ -230,7 +228,10 @@ class VitRegPreTrainedModel(PreTrainedModel):
             pretrained_cfg=config.pretrained_cfg,
             **config.model_args,
         )
-        follow(self.timm_model, config.positions)
+        entry = read_entry(config.vitreg)
+        self.untold = [(part, entry[part.key]) for part in UNTOLD]
+        for part, value in self.untold:
+            part.apply(self.timm_model, value)
         for block in self.timm_model.blocks:
             block.attn.kernel.config = self.config
         self.post_init()
@@ -240,21 +241,26 @@ class VitRegPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LayerScale):
             initialization.constant_(module.gamma, module.init_values)
-        if isinstance(module, VisionTransformer):
-            initialization.trunc_normal_(module.pos_embed, std=self.config.initializer_range)
-            for token, std in (module.cls_token, 1e-6), (module.reg_token, REGISTER_INIT_STD):  # the first as timm
-                if token is not None:
-                    initialization.normal_(token, std=std)
-            if isinstance(module, VisionTransformerDistilled):
-                initialization.trunc_normal_(module.dist_token, std=0.02)  # as timm
+        if module is self.timm_model:
+            kind = kind_of(module)
+            initialization.trunc_normal_(getattr(module, kind.positions), std=self.config.initializer_range)
+            for name, initialiser, std in kind.drawn:
+                if (token := getattr(module, name)) is not None:
+                    getattr(initialization, initialiser)(token, std=std)
 
     def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """[B, C, H, W] -> [B, N, D] after the final norm, with hidden states of the network that is not scaled."""
         encoded = self._run(pixel_values, return_dict=True, **kwargs)
-        if self.config.residual_scale != 1 and encoded.hidden_states is not None:
-            states = (None if state is None else state / self.config.residual_scale for state in encoded.hidden_states)
-            encoded["hidden_states"] = tuple(states)
+        if encoded.hidden_states is not None:
+            encoded["hidden_states"] = tuple(map(self._own_tokens, encoded.hidden_states))
         return encoded
+
+    def _own_tokens(self, tokens: Tensor | None) -> Tensor | None:
+        """A hidden state as the model itself has it, whatever was changed for storing it."""
+        if tokens is not None:
+            for part, value in self.untold:
+                tokens = part.own_tokens(tokens, value)
+        return tokens
 
     @capture_outputs(tie_last_hidden_states=False)
     def _run(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
@@ -278,17 +284,17 @@ class VitRegPreTrainedModel(PreTrainedModel):
         config = self.config
         self.config = copy.deepcopy(config)
         self.config.num_labels = self.timm_model.num_classes  # what is written has the head that this model has
-        old = config.vitreg["provenance"]
-        origin = SAVED_BY_TRANSFORMERS + old["origin"].removeprefix(SAVED_BY_TRANSFORMERS)
+        old = provenance_from_json(config.vitreg["provenance"])
+        origin = SAVED_BY_TRANSFORMERS + old.origin.removeprefix(SAVED_BY_TRANSFORMERS)
         # no figures: the weights may have changed since they were measured
         provenance = Provenance(
             origin=origin,
-            license=old.get("license"),
+            license=old.license,
             versions=environment.versions("transformers"),
             command=environment.command(),
             created=environment.now(),
         )
-        self.config.vitreg["provenance"] = dataclasses.asdict(provenance)
+        self.config.vitreg["provenance"] = provenance_to_json(provenance)
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
@@ -302,6 +308,7 @@ class VitRegModel(VitRegPreTrainedModel):
 
     def __init__(self, config: VitRegConfig) -> None:
         super().__init__(config, num_classes=0)
+        self.num_class_tokens = kind_of(self.timm_model).num_class_tokens(self.timm_model)
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> VitRegModelOutput:
@@ -319,7 +326,7 @@ class VitRegModel(VitRegPreTrainedModel):
         return VitRegModelOutput(
             **encoded,
             pooler_output=self.timm_model.forward_head(tokens),
-            register_tokens=tokens[:, first_patch - self.timm_model.num_reg_tokens : first_patch],
+            register_tokens=tokens[:, self.num_class_tokens : first_patch],
             patch_tokens=tokens[:, first_patch:],
         )
 
@@ -369,8 +376,9 @@ class VitRegBackbone(BackboneMixin, VitRegPreTrainedModel):
 
     def _feature_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
         if self.config.apply_layernorm:
-            scale = self.config.residual_scale
-            tokens = self.timm_model.norm(tokens if scale == 1 else tokens * scale)
+            for part, value in self.untold:
+                tokens = part.stored_tokens(tokens, value)
+            tokens = self.timm_model.norm(tokens)
         if not self.config.reshape_hidden_states:
             return tokens
         patches = tokens[:, self.timm_model.num_prefix_tokens :]
@@ -386,3 +394,6 @@ def register() -> None:
     auto.AutoBackbone.register(VitRegConfig, VitRegBackbone, exist_ok=True)
     processors = dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor)  # timm's own transforms either way
     auto.AutoImageProcessor.register(VitRegConfig, image_processor_classes=processors, exist_ok=True)
+
+
+register()

@@ -1,12 +1,14 @@
-"""What a user may type for a model."""
+"""What a user may type for a model, parsed once: every command reads it here, and refuses it in the same words."""
 
 import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import timm
+from typing import Self
 
 from vitreg_hub.arch import ARCHS
-from vitreg_hub.errors import HubRefusedError, UnknownArchError
+from vitreg_hub.errors import HubRefusedError, UnknownArchError, readable
+from vitreg_hub.tags import SHIPPED_WEIGHTS, tags
 
 HUB_PREFIX = "hf-hub:"
 
@@ -15,7 +17,7 @@ def parse_repo(name: str) -> tuple[str, str | None]:
     """Split ``[hf-hub:]org/name[@revision]`` into repository and revision, as timm writes them.
 
     Raises:
-        HubError: Nothing follows the @.
+        HubRefusedError: Nothing follows the @.
     """
     repo_id, at, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if at and not revision:
@@ -23,30 +25,110 @@ def parse_repo(name: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def require_known(model: str | Path) -> None:
-    """Refuse a name that means nothing, without opening the model.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelName:
+    """A model as a user named it: something on the disk, a repository on the Hub, or else an architecture.
 
-    Raises:
-        UnknownArchError: It is no folder, no repository, no architecture, or has no such tag.
+    Attributes:
+        given: What was typed.
+        path: The file or folder of that name, if there is one.
+        repo_id: ``org/name`` on the Hub.
+        revision: Branch, tag or commit; None for the main branch.
+        arch: Name of an architecture, of ours or of timm. Nobody has looked yet whether it exists.
+        tag: Of its weights; empty without one.
     """
-    if not str(model).startswith(HUB_PREFIX) and not Path(model).is_dir():
-        _has_weights(str(model))
 
+    given: str
+    path: Path | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    arch: str = ""
+    tag: str = ""
 
-def _has_weights(name: str) -> bool:
-    """Whether a name asks for weights, or has some that ship with this package.
+    @classmethod
+    def parse(cls, given: str | Path) -> Self:
+        """Tell what a name is: ``hf-hub:org/name[@revision]``, a path, or an architecture with or without a tag.
 
-    Raises:
-        UnknownArchError: Neither we nor timm have the architecture, or it has no such tag.
-    """
-    arch, _, tag = name.partition(".")
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(name, {*timm.list_models(), *ARCHS}, n=3)
-        raise UnknownArchError(
-            f"there is no folder and no architecture {name!r}; closest: {', '.join(near) or 'none'}. `vitreg list` "
-            f"and timm.list_models() print all; a Hub repository needs the prefix '{HUB_PREFIX}'."
+        Raises:
+            BundleError: It is empty, or the system does not let us look.
+            HubRefusedError: Nothing follows the @.
+        """
+        text = str(given)
+        if text.startswith(HUB_PREFIX):
+            repo_id, revision = parse_repo(text)
+            return cls(given=text, repo_id=repo_id, revision=revision)
+        with readable(given):
+            if Path(given).exists():
+                return cls(given=text, path=Path(given))
+        arch, _, tag = text.partition(".")
+        return cls(given=text, arch=arch, tag=tag)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is an architecture of `vitreg list`."""
+        return self.arch in ARCHS
+
+    @property
+    def shipped(self) -> Path | None:
+        """The folder of the weights in this package that it names; the tag may be left out where there is one only."""
+        known = tags(self.arch)
+        tag = self.tag or (known[0] if len(known) == 1 else "")
+        folder = SHIPPED_WEIGHTS / f"{self.arch}.{tag}"
+        return folder if tag in known and folder.is_dir() else None
+
+    def require_ours(self) -> None:
+        """Refuse an architecture that `vitreg list` does not have, or weights that it does not have.
+
+        Raises:
+            UnknownArchError: There is none of that name, or it has no such tag.
+        """
+        if not self.is_ours:
+            raise self._unknown(ARCHS)
+        if self.tag:
+            self._require_tag(tags(self.arch))
+
+    def asks_for_weights(self) -> bool:
+        """Whether an architecture of ours or of timm names weights: by a tag, or because some ship with this package.
+
+        Raises:
+            UnknownArchError: Neither we nor timm have it, or it has no such tag.
+        """
+        import timm  # takes seconds, and other names do not need it
+
+        if not self.is_ours and not timm.is_model(self.arch):
+            raise self._unknown({*timm.list_models(), *ARCHS})
+        if self.tag:
+            known = [name.partition(".")[2] for name in timm.list_pretrained(f"{self.arch}.*")]
+            self._require_tag(known)
+        return bool(self.tag or self.shipped)
+
+    def require_known(self) -> None:
+        """Refuse a name that means nothing, without opening the model.
+
+        Raises:
+            UnknownArchError: It is no path, no repository and no architecture, or has no such tag.
+        """
+        if self.arch:
+            self.asks_for_weights()
+
+    def require_weights(self) -> None:
+        """Refuse an architecture that `vitreg list` does not have, or that has no weights under this name.
+
+        Raises:
+            UnknownArchError: As `require_ours`, or there are no weights at all.
+        """
+        self.require_ours()
+        if not tags(self.arch):
+            raise UnknownArchError(f"{self.arch} has no weights; `vitreg list` prints the tags of those that have.")
+
+    def _require_tag(self, known: Sequence[str]) -> None:
+        if self.tag not in known:
+            raise UnknownArchError(f"{self.arch} has no weights {self.tag!r}; it has {', '.join(known) or 'none'}.")
+
+    def _unknown(self, known: Collection[str]) -> UnknownArchError:
+        near = difflib.get_close_matches(self.given, list(known), n=3)
+        return UnknownArchError(
+            f"there is no folder and no architecture {self.given!r}; closest: {', '.join(near) or 'none'}. "
+            "`vitreg list` prints ours, and `timm.list_models()` timm's; a Hub repository needs the prefix "
+            f"'{HUB_PREFIX}'."
         )
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{arch}.*")]
-    if tag and tag not in tags:
-        raise UnknownArchError(f"{arch} has no weights {tag!r}; it has {', '.join(tags) or 'none'}.")
-    return bool(tag) or bool(arch in ARCHS and timm.get_pretrained_cfg(arch).file)

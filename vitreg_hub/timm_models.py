@@ -1,29 +1,24 @@
-"""Every row of the table as a timm model: entrypoints, pretrained cfgs and tags."""
+"""Every row of the table as a timm model: entrypoints, pretrained cfgs and tags. Importing registers, as timm's do."""
 
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
     generate_default_cfgs,
     get_pretrained_cfg,
+    is_model,
     model_entrypoint,
     register_model,
 )
 from torch import nn
 
 from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches, row
-
-SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
-"""Bundles that are part of the package: one folder each, named architecture.tag."""
-
-DINOV2_SIZES = ("small", "base", "large", "giant")
-"""Sizes of which timm distributes Meta's DINOv2 weights with four registers (dinov2/hub/backbones.py)."""
+from vitreg_hub.network.kinds import STEM, is_registers, kind_of
+from vitreg_hub.tags import DINOV2_SIZES, SHIPPED_WEIGHTS
 
 CLASSIFIERS = ("deit3", "plain", "deit_distilled")
 """Families that are trained to classify ImageNet-1k."""
@@ -39,8 +34,8 @@ def eval_cfg(spec: ArchSpec) -> PretrainedCfg:
         crop_pct=spec.lineage.crop_pct,
         mean=spec.lineage.mean,
         std=spec.lineage.std,
-        first_conv="patch_embed.proj",
-        classifier=("head", "head_dist") if spec.lineage.distilled else "head",
+        first_conv=STEM,
+        classifier=kind_of(spec).classifier,
     )
 
 
@@ -73,7 +68,9 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
             pretrained_cfg = get_pretrained_cfg(f"{spec.name}.{pretrained_cfg}" if pretrained_cfg else spec.name)
         args = spec.model_args() | kwargs
         require_whole_patches(args)
-        row(spec.family, spec.size, args["reg_tokens"])  # refuses registers where there is no room for any
+        row(
+            spec.family, spec.size, args[kind_of(spec).registers_argument]
+        )  # refuses registers where there is no room for any
         model = model_entrypoint(spec.base)(pretrained, pretrained_cfg=pretrained_cfg, **args)
         if not pretrained:
             init_registers(model)
@@ -87,13 +84,16 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
 def init_registers(model: nn.Module) -> None:
     """Draw the registers of a new model from N(0, `REGISTER_INIT_STD`^2), so that no two are alike."""
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] == "reg_token":
+        if is_registers(name):
             nn.init.normal_(parameter, std=REGISTER_INIT_STD)
 
 
 def register() -> list[str]:
     """Add every row that timm does not have. Returns the names added; a second call returns []."""
-    new = [spec for spec in ARCHS.values() if not timm.is_model(spec.name)]
+    new = [spec for spec in ARCHS.values() if not is_model(spec.name)]
     for spec in new:
         register_model(_entrypoint(spec))
     return [spec.name for spec in new]
+
+
+register()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import mmap
-import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,8 +24,8 @@ from vitreg_hub.conversion.checkpoint.readers import (
 )
 from vitreg_hub.conversion.checkpoint.torchscript import TorchScriptReader
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, WEIGHTS_FILE
-from vitreg_hub.names import HUB_PREFIX, parse_repo
+from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, PREPROCESSOR_FILE, WEIGHTS_FILE
+from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.remote.download import download_checkpoint
 
 WEIGHT_NAMES = (
@@ -137,14 +136,15 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         ConversionError: Nothing there, several checkpoints, a damaged file, or a pickle with code.
         HubError: No such repository, no permission, or no network.
     """
-    called, named = str(source), Path(source).resolve().name
-    if called.startswith(HUB_PREFIX):
+    name = ModelName.parse(source)
+    called, named = name.given, Path(source).resolve().name
+    if name.repo_id:
         folder, names = download_checkpoint(called, lambda names: _choose(names, called, prefer), _weight_map)
-        files, named = [folder / name for name in names], f"{HUB_PREFIX}{parse_repo(called)[0]}@{folder.name}"
-    elif os.path.isdir(source):
+        files, named = [folder / name for name in names], f"{HUB_PREFIX}{name.repo_id}@{folder.name}"
+    elif name.path and name.path.is_dir():
         names = [path.name for path in Path(source).iterdir() if path.is_file()]
         files = [Path(source) / _choose(names, called, prefer)]
-    elif os.path.isfile(source):
+    elif name.path and name.path.is_file():
         files = [Path(source)]
         if files[0].suffix == ".json" and not files[0].name.endswith(".index.json"):
             raise ConversionError(f"{called} holds no weights: give the folder, or the weights beside it.")
@@ -180,7 +180,7 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         metadata=metadata,
         config=_json(beside / CONFIG_FILE),
         openclip_config=_json(beside / OPENCLIP_CONFIG),
-        preprocessor=_json(beside / "preprocessor_config.json"),
+        preprocessor=_json(beside / PREPROCESSOR_FILE),
     )
 
 

@@ -1,12 +1,34 @@
 """CLIP's vision towers: OpenAI's archive, OpenCLIP's checkpoints, and transformers' CLIP models."""
 
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from vitreg_hub.arch import CLIP_MEAN, CLIP_STD
-from vitreg_hub.conversion.formats.rules import CheckpointFormat, Reshape, drop, keep, qkv
+from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat
+from vitreg_hub.conversion.formats.facts import Facts, height_and_width
+from vitreg_hub.conversion.formats.rules import Reshape, drop, keep, qkv
+from vitreg_hub.conversion.formats.timm_format import bare_facts, usual_images
+from vitreg_hub.conversion.formats.transformers_format import TransformersFormat
 from vitreg_hub.conversion.formats.vit import NO_ANTIALIAS, TOWER
-from vitreg_hub.network.positions import PositionRule
+from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.position_rule import PositionRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitreg_hub.bundle.model_bundle import ModelBundle
+    from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+    from vitreg_hub.conversion.formats.base import Outputs
 
 TEXT_TOWER = "text tower; --text-tower keeps it"
-ARCHIVE_NUMBER = "a number of OpenAI's archive, not a weight"
+ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+"""What OpenAI's archive holds beside the weights."""
+CLASS_TOKEN_ONLY = "all tokens pass the final norm in a bundle, in the source only the class token does"
 
 VISUAL = (
     keep("class_embedding", "cls_token", reshape=Reshape.TOKEN),
@@ -42,50 +64,164 @@ HEADS = {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1408: 16, 1664: 16, 1792: 1
 
 OPENCLIP_RULE = PositionRule(antialias=True, keep_equal_count=True)
 
-OPENCLIP = CheckpointFormat(
+MARKS = ("class_embedding", r"conv1\.weight", r"transformer\.resblocks\.\d+\.ln_1\.weight")
+
+
+class OpenClipFormat(CheckpointFormat):
+    """OpenCLIP's own towers."""
+
+    def read_config(self, checkpoint: Checkpoint) -> Facts:
+        """What open_clip_config.json tells."""
+        if not checkpoint.openclip_config:
+            return Facts(assumptions=(usual_images(self.title),))
+        model = checkpoint.openclip_config.get("model_cfg", {})
+        vision = model["vision_cfg"]
+        if "timm_model_name" in vision:
+            raise ConversionError(
+                f"the config beside {checkpoint.called} names timm's {vision['timm_model_name']}, but these are "
+                "tensors of OpenCLIP's own tower: put the config of these weights there."
+            )
+        if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
+            raise ConversionError(
+                "this OpenCLIP tower pools otherwise than by its class token, which no bundle can hold."
+            )
+        if vision.get("act_kwargs") or vision.get("norm_kwargs", {}).keys() - {"eps"}:
+            raise ConversionError(
+                "this OpenCLIP tower has arguments for activations or norms, which no bundle can hold."
+            )
+        width, layers = vision["width"], vision["layers"]
+        return Facts(
+            num_heads=width // vision.get("head_width", 64),
+            norm_eps=vision.get("norm_kwargs", {}).get("eps"),
+            act="quick_gelu" if model.get("quick_gelu") else "gelu",
+            img_size=height_and_width(vision.get("image_size")),
+            preprocess=_images_in(checkpoint.openclip_config),
+            shape={"embed_dim": width, "depth": layers, "patch_size": height_and_width(vision.get("patch_size"))},
+        )
+
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
+        """Run a checkpoint in OpenCLIP's own tower."""
+        if find_spec("open_clip") is None:
+            raise ConversionError("open_clip is not installed: pip install 'vitreg_hub[clip]'")
+        from open_clip.transformer import VisionTransformer
+        from timm.layers import QuickGELU
+        from torch import nn
+
+        args = bundle.model_args
+        model = VisionTransformer(
+            image_size=tuple(args["img_size"]),
+            patch_size=args["patch_size"],
+            width=args["embed_dim"],
+            layers=args["depth"],
+            heads=args["num_heads"],
+            mlp_ratio=args["mlp_ratio"],
+            ls_init_value=args.get("init_values"),
+            act_layer=QuickGELU if bundle.spec.lineage.act == "quick_gelu" else nn.GELU,
+            output_dim=bundle.num_classes or args["embed_dim"],
+        ).eval()
+        if not bundle.num_classes:
+            model.proj = None
+        model.load_state_dict(self.tower_weights(checkpoint))
+        return f"open_clip {version('open_clip_torch')}", {"output": model(images)}
+
+
+class OpenAIFormat(OpenClipFormat):
+    """OpenAI's archives, which hold the same tower."""
+
+    def is_declared(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is a TorchScript archive, or comes from OpenAI's.
+
+        Raises:
+            ConversionError: It is an archive of another network.
+        """
+        names = checkpoint.infos
+        if checkpoint.container != "torchscript" and not any(name in names for name in ARCHIVE_NUMBERS):
+            return False
+        if not self.is_marked(names):
+            raise ConversionError(
+                f"{checkpoint.called} is a TorchScript archive; only OpenAI's CLIP is read in that form."
+            )
+        return True
+
+    def read_config(self, checkpoint: Checkpoint) -> Facts:
+        """Nothing, as a rule: all archives are alike."""
+        return super().read_config(checkpoint) if checkpoint.openclip_config else Facts()
+
+
+class OpenClipTimmFormat(CheckpointFormat):
+    """OpenCLIP's models whose tower is timm's, which timm therefore can run."""
+
+    def read_config(self, checkpoint: Checkpoint) -> Facts:
+        """What open_clip_config.json tells, and the timm network that it names."""
+        if not checkpoint.openclip_config:
+            return bare_facts(self.title, checkpoint)
+        from vitreg_hub.conversion.formats.timm_network import facts_of_network
+
+        vision = checkpoint.openclip_config["model_cfg"]["vision_cfg"]
+        # open_clip/model.py, CLIPVisionCfg.timm_pool; "" is the network's own. The image size is not passed to timm
+        pooling = vision.get("timm_pool", "avg")
+        args = {"num_classes": 0} | ({"global_pool": pooling} if pooling else {})
+        built = facts_of_network(vision["timm_model_name"], args)
+        return dataclasses.replace(built, img_size=None, preprocess=_images_in(checkpoint.openclip_config))
+
+
+def _images_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an open_clip_config.json tells of images, as fields of `Preprocess`."""
+    images = config.get("preprocess_cfg", {})
+    modes = {"shortest": "center", "squash": "squash"}
+    mode = images.get("resize_mode", "shortest")
+    if mode not in modes:
+        raise ConversionError(f"its images are resized by {mode!r}, which no bundle can tell.")
+    fields = {key: tuple(images[key]) for key in ("mean", "std") if key in images} | {"crop_mode": modes[mode]}
+    return fields | ({"interpolation": images["interpolation"]} if "interpolation" in images else {})
+
+
+OPENCLIP = OpenClipFormat(
     name="openclip",
     title="OpenCLIP",
-    library="open_clip",
     rules=VISUAL,
     outside=TEXT,
     prefixes=("visual.",),
     alone_when_bare=True,
-    marks=("class_embedding", r"conv1\.weight", r"transformer\.resblocks\.\d+\.ln_1\.weight"),
+    marks=MARKS,
     norm_eps=1e-5,
     act=None,
     heads=HEADS,
     positions=OPENCLIP_RULE,
     mean=CLIP_MEAN,
     std=CLIP_STD,
-    head_bias=False,
+    head_is_projection=True,
+    has_text_tower=True,
+    needs=PRE_NORM,
+    writes_prefix=True,
 )
 
-OPENAI = CheckpointFormat(
+OPENAI = OpenAIFormat(
     name="openai",
     title="OpenAI's CLIP",
-    library="open_clip",
     rules=VISUAL,
     outside=(
         *TEXT,
-        drop("input_resolution", ARCHIVE_NUMBER),
-        drop("context_length", ARCHIVE_NUMBER),
-        drop("vocab_size", ARCHIVE_NUMBER),
+        *(drop(name, "a number of OpenAI's archive, not a weight") for name in ARCHIVE_NUMBERS),
     ),
     prefixes=("visual.",),
     alone_when_bare=True,
+    marks=MARKS,
     norm_eps=1e-5,
     act="quick_gelu",
     heads=HEADS,
     positions=OPENCLIP_RULE,
     mean=CLIP_MEAN,
     std=CLIP_STD,
-    head_bias=False,
+    head_is_projection=True,
+    has_text_tower=True,
+    notes=(CLASS_TOKEN_ONLY,),
+    is_exported=False,
 )
 
-OPENCLIP_TIMM = CheckpointFormat(
+OPENCLIP_TIMM = OpenClipTimmFormat(
     name="openclip-timm",
     title="OpenCLIP with a timm tower",
-    library="open_clip",
     rules=(*TOWER, keep("reg_token"), keep("norm_pre.{x}"), keep("fc_norm.{x}"), keep("head.{x}")),
     outside=(keep("visual.head.proj.{x}", "head.{x}"), *TEXT),
     prefixes=("visual.trunk.",),
@@ -97,13 +233,23 @@ OPENCLIP_TIMM = CheckpointFormat(
     other_rows=None,
     mean=CLIP_MEAN,
     std=CLIP_STD,
-    head_bias=False,
+    head_is_projection=True,
+    has_text_tower=True,
+    is_exported=False,
 )
 
-HF_CLIP = CheckpointFormat(
+
+class HfClipFormat(TransformersFormat):
+    """transformers' CLIP, whose last_hidden_state has not passed the final norm."""
+
+    def _outputs(self, model: Any, images: Tensor) -> dict[str, Tensor]:
+        given = model(images)
+        return {"output": given.image_embeds} if "image_embeds" in given else {"class token": given.pooler_output}
+
+
+HF_CLIP = HfClipFormat(
     name="hf-clip",
     title="transformers' CLIP",
-    library="transformers",
     rules=(
         keep("embeddings.class_embedding", "cls_token", reshape=Reshape.TOKEN),
         keep("embeddings.position_embedding.weight", "pos_embed", reshape=Reshape.TABLE),
@@ -135,6 +281,14 @@ HF_CLIP = CheckpointFormat(
     positions=NO_ANTIALIAS,
     mean=CLIP_MEAN,
     std=CLIP_STD,
-    head_bias=False,
+    head_is_projection=True,
     needs_config=True,
+    notes=(CLASS_TOKEN_ONLY,),
+    needs=PRE_NORM,
+    writes_prefix=True,
+    config_class="CLIPVisionConfig",
+    model_class="CLIPVisionModel",
+    head_class="CLIPVisionModelWithProjection",
+    image_processor="CLIPImageProcessor",
+    one_side_is_shorter=True,
 )

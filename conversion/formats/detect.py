@@ -1,21 +1,27 @@
 """All formats, how one is recognised, and look-alikes that are refused."""
 
+from __future__ import annotations
+
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.clip import HF_CLIP, OPENAI, OPENCLIP, OPENCLIP_TIMM
 from vitreg_hub.conversion.formats.dinov2 import DINO, DINOV2
 from vitreg_hub.conversion.formats.hugging_face import HF_DEIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT, PH_REG
-from vitreg_hub.conversion.formats.rules import CheckpointFormat
-from vitreg_hub.conversion.formats.vit import DEIT, DEIT3, TIMM
+from vitreg_hub.conversion.formats.timm_format import TIMM
+from vitreg_hub.conversion.formats.vit import DEIT, DEIT3, has_plain_names
 from vitreg_hub.errors import ConversionError
+
+if TYPE_CHECKING:
+    from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 
 FORMATS: dict[str, CheckpointFormat] = {
     fmt.name: fmt
     for fmt in (
-        # the marks of an earlier one may contain those of a later one
+        # the signs of an earlier one may contain those of a later one
         OPENCLIP_TIMM,
         OPENCLIP,
         OPENAI,
@@ -25,13 +31,14 @@ FORMATS: dict[str, CheckpointFormat] = {
         HF_DINOV2,
         HF_DEIT,
         HF_VIT,
+        DINO,
         DEIT3,
         DEIT,
         DINOV2,
         TIMM,
-        DINO,
     )
 }
+EXPORTS = tuple(sorted(name for name, fmt in FORMATS.items() if fmt.is_exported))
 
 DINOV3 = (
     "is DINOv3, whose rotary positions timm's VisionTransformer does not have; timm hosts it as Eva "
@@ -57,8 +64,6 @@ REFUSED = {
     r"\.(q_norm|k_norm)\.|ln_[qk]\.|\.head_scale": "has norms or scales inside attention, which no row has",
 }
 """Names that only other networks have, and what these are."""
-
-ARCHIVE_NUMBERS = {"input_resolution", "context_length", "vocab_size"}
 
 
 def find_format(name: str) -> CheckpointFormat:
@@ -97,26 +102,25 @@ def refuse_look_alikes(checkpoint: Checkpoint) -> None:
 
 
 def detect(checkpoint: Checkpoint) -> CheckpointFormat:
-    """Recognise the format of a checkpoint by its names, its container and the config beside it.
+    """Recognise the format of a checkpoint by its container and config, by its names, or by what stands around these.
 
     Raises:
         ConversionError: No format, or several that read other images or other sizes differently.
     """
     names = checkpoint.infos
-    if checkpoint.container == "torchscript" or ARCHIVE_NUMBERS & names.keys():
-        if not OPENCLIP.is_marked(names):
-            raise ConversionError(
-                f"{checkpoint.called} is a TorchScript archive; only OpenAI's CLIP is read in that form."
-            )
-        return OPENAI
-    if "architecture" in checkpoint.config and _fit(TIMM, names) == len(names):
-        return TIMM
-    for fmt in FORMATS.values():
-        if fmt.is_marked(names):
-            return fmt
-    prefix = DINO.prefix_in(names)
-    if f"{prefix}blocks.0.attn.qkv.weight" in names and f"{prefix}patch_embed.proj.weight" in names:
-        return _plain_layout(checkpoint, prefix)
+    signs: tuple[Callable[[CheckpointFormat], bool], ...] = (
+        lambda fmt: fmt.is_declared(checkpoint),
+        lambda fmt: fmt.is_marked(names),
+        lambda fmt: fmt.is_likely(checkpoint),
+    )
+    for bears_sign in signs:
+        if found := next((fmt for fmt in FORMATS.values() if bears_sign(fmt)), None):
+            return found
+    if has_plain_names(names):
+        raise ConversionError(
+            f"{checkpoint.called} has the names that several lineages share, but they resample positions and normalise "
+            f"images differently: say which with --format {_possible(names)}."
+        )
     near = nearest(names)
     hint = f"the nearest is {near.name} ({near.title})" if near else "no tensor has a name of any"
     first = min(names, default="").partition(".")[0]
@@ -129,32 +133,15 @@ def detect(checkpoint: Checkpoint) -> CheckpointFormat:
     )
 
 
-def _plain_layout(checkpoint: Checkpoint, prefix: str) -> CheckpointFormat:
-    """timm, DeiT and DINO name all tensors alike; what stands around the weights tells them apart, or nothing does."""
-    names, has_head = checkpoint.infos, "head.weight" in checkpoint.infos
-    if prefix or any(name.startswith(("head.mlp.", "head.last_layer.")) for name in names):
-        return DINO
-    has_scale = "blocks.0.ls1.gamma" in names
-    if checkpoint.container == "model" and has_head and not has_scale:
-        return DEIT
-    if has_head:
-        return TIMM
-    fitting = "timm or dinov2" if has_scale else "timm, deit or dino"
-    raise ConversionError(
-        f"{checkpoint.called} has the names that several lineages share, but they resample positions and normalise "
-        f"images differently: say which with --format {fitting}."
-    )
+def _possible(names: Mapping[str, object]) -> str:
+    """The formats that have most of the names, the most general first."""
+    complete = [fmt for fmt in reversed(FORMATS.values()) if fmt.needs.keys() <= names.keys()]
+    most = max(fmt.num_known(names) for fmt in complete)
+    *others, last = [fmt.name for fmt in complete if fmt.num_known(names) == most]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def nearest(names: Mapping[str, object]) -> CheckpointFormat | None:
     """The format whose rules fit most of the names."""
-    best = max(FORMATS.values(), key=lambda fmt: (_fit(fmt, names), fmt.is_marked(names), -len(fmt.rules)))
-    return best if _fit(best, names) else None
-
-
-def _fit(fmt: CheckpointFormat, names: Mapping[str, object]) -> int:
-    """How many of the names have a rule."""
-    prefix = fmt.prefix_in(names)
-    if fmt.needs_prefix and not prefix:
-        return 0
-    return sum(len(fmt.rules_for(name, prefix)) == 1 for name in names)
+    best = max(FORMATS.values(), key=lambda fmt: (fmt.num_known(names), fmt.is_marked(names), -len(fmt.rules)))
+    return best if best.num_known(names) else None

@@ -1,22 +1,87 @@
 """DINOv2 as Meta releases and trains it, and DINO v1 (facebookresearch/dinov2, facebookresearch/dino)."""
 
-from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
-from vitreg_hub.conversion.formats.rules import CheckpointFormat, drop, keep
-from vitreg_hub.conversion.formats.vit import ATTENTION_AND_MLP, STEM_AND_NORM, TOWER, WIDTH_64
-from vitreg_hub.network.positions import PositionRule
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from vitreg_hub import typed
+from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat
+from vitreg_hub.conversion.formats.facts import Facts
+from vitreg_hub.conversion.formats.rules import drop, keep
+from vitreg_hub.conversion.formats.vit import ATTENTION_AND_MLP, STEM_AND_NORM, TOWER, WIDTH_64, has_plain_names
+from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.position_rule import PositionRule
+
+if TYPE_CHECKING:
+    from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 
 OFFSET_RULE = PositionRule(antialias=False, offset=0.1)
 """dinov2/hub/backbones.py for models without registers, and dino/vision_transformer.py."""
 
-MASK_TOKEN = "replaces masked patches in training only"
+MASK_TOKEN_WHY = "replaces masked patches in training only"
 
-DINOV2 = CheckpointFormat(
+RUN_CONFIG = "config.yaml"
+LEVELS = 3
+"""Folders above a checkpoint in which its run's config can be: eval/training_124999/teacher_checkpoint.pth."""
+
+RELEASES = "positions follow Meta's releases with registers: the run's config.yaml beside the weights would tell"
+
+
+class DinoV2Format(CheckpointFormat):
+    """DINOv2: releases, and training runs with their config.yaml."""
+
+    def read_config(self, checkpoint: Checkpoint) -> Facts:
+        """How a run resamples positions (`student.interpolate_antialias` and `student.interpolate_offset`).
+
+        Source: dinov2/configs/ssl_default_config.yaml.
+        """
+        is_run = checkpoint.container == "teacher" or self.prefix_in(checkpoint.infos)
+        if not is_run:
+            return Facts()
+        if rule := _run_rule(checkpoint):
+            return Facts(positions=rule)
+        has_registers = any(name.endswith("register_tokens") for name in checkpoint.infos)
+        return Facts(assumptions=(RELEASES,) if has_registers else ())
+
+
+def _run_rule(checkpoint: Checkpoint) -> PositionRule | None:
+    """The rule in a run's config.yaml, None without one."""
+    folders = [checkpoint.folder, *checkpoint.folder.resolve().parents][:LEVELS]
+    path = next((folder / RUN_CONFIG for folder in folders if (folder / RUN_CONFIG).is_file()), None)
+    return None if path is None else _rule_in(path)
+
+
+def _rule_in(path: Path) -> PositionRule | None:
+    try:
+        student = yaml.safe_load(path.read_text(encoding="utf-8"))["student"]
+        rule = {"antialias": student["interpolate_antialias"], "offset": student["interpolate_offset"]}
+        return typed.read(PositionRule, rule, called="positions")
+    except (KeyError, TypeError):
+        return None  # of another program
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read as the config of a DINOv2 run ({error}).") from error
+
+
+class DinoFormat(CheckpointFormat):
+    """DINO, whose names are timm's."""
+
+    def is_likely(self, checkpoint: Checkpoint) -> bool:
+        """Whether the tower stands in a training run, or beside DINO's head."""
+        names, prefix = checkpoint.infos, self.prefix_in(checkpoint.infos)
+        has_head = any(name.startswith(("head.mlp.", "head.last_layer.")) for name in names)
+        return has_plain_names(names, prefix) and (bool(prefix) or has_head)
+
+
+DINOV2 = DinoV2Format(
     name="dinov2",
     title="Meta's DINOv2",
     rules=(
         *TOWER,
         keep("register_tokens", "reg_token"),
-        drop("mask_token", MASK_TOKEN),
+        drop("mask_token", MASK_TOKEN_WHY),
         # dinov2/layers/swiglu_ffn.py: gate and value in one matrix, or each in its own
         keep("blocks.{i}.mlp.w12.{x}", "blocks.{i}.mlp.fc1.{x}", swiglu=True),
         keep("blocks.{i}.mlp.w1.{x}", "blocks.{i}.mlp.fc1.{x}", part=(0, 2), swiglu=True),
@@ -39,11 +104,11 @@ DINOV2 = CheckpointFormat(
     heads=WIDTH_64,
     positions=OFFSET_RULE,
     registers_positions=PositionRule(antialias=True),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
+    needs=LAYER_SCALE,
+    mask_token="mask_token",
 )
 
-DINO = CheckpointFormat(
+DINO = DinoFormat(
     name="dino",
     title="Meta's DINO",
     rules=(*STEM_AND_NORM, *ATTENTION_AND_MLP),
@@ -56,7 +121,5 @@ DINO = CheckpointFormat(
     family="plain",
     heads=WIDTH_64,
     positions=OFFSET_RULE,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     crop_pct=0.875,
 )

@@ -1,19 +1,34 @@
 """transformers' DINOv2, ViT and DeiT, in the names of its files and in those of its memory, and PH-Reg on top of it."""
 
-from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
-from vitreg_hub.conversion.formats.dinov2 import MASK_TOKEN
-from vitreg_hub.conversion.formats.rules import CheckpointFormat, Rule, drop, keep, qkv
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vitreg_hub.conversion.formats.base import DISTILLATION, LAYER_SCALE, REGISTERS, CheckpointFormat
+from vitreg_hub.conversion.formats.dinov2 import MASK_TOKEN_WHY
+from vitreg_hub.conversion.formats.rules import Rule, drop, keep, qkv
+from vitreg_hub.conversion.formats.transformers_format import TransformersFormat, mlp_width
 from vitreg_hub.conversion.formats.vit import NO_ANTIALIAS, WIDTH_64
-from vitreg_hub.network.positions import PositionRule
+from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.position_rule import PositionRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitreg_hub.bundle.model_bundle import ModelBundle
+    from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+    from vitreg_hub.conversion.formats.base import Outputs
 
 HALF = (0.5, 0.5, 0.5)
 """transformers/image_utils.py, IMAGENET_STANDARD_MEAN and _STD, the defaults of ViTImageProcessor."""
+
+MASK_TOKEN = "embeddings.mask_token"
 
 STEM = (
     keep("embeddings.cls_token", "cls_token"),
     keep("embeddings.position_embeddings", "pos_embed"),
     keep("embeddings.patch_embeddings.projection.{x}", "patch_embed.proj.{x}"),
-    drop("embeddings.mask_token", MASK_TOKEN),
+    drop(MASK_TOKEN, MASK_TOKEN_WHY),
     keep("layernorm.{x}", "norm.{x}"),
 )
 
@@ -61,10 +76,26 @@ VIT_TOWER = (
 
 TWO_INPUTS = "reads class token and mean patch side by side, timm's head reads one vector"
 
-HF_DINOV2 = CheckpointFormat(
+
+class HfDinov2Format(TransformersFormat):
+    """transformers' DINOv2, whose configuration tells the MLP's width as a multiple of the channels."""
+
+    def _own_settings(self, bundle: ModelBundle) -> dict[str, Any]:
+        width, hidden = bundle.model_args["embed_dim"], mlp_width(bundle)
+        registers = bundle.state_dict.get("reg_token")
+        settings = {} if registers is None else {"num_register_tokens": registers.shape[1]}
+        if bundle.spec.swiglu:
+            if (int(width * 4 * 2 / 3) + 7) // 8 * 8 != hidden // 2:
+                raise ConversionError(f"{self.title} has no SwiGLU of width {hidden // 2} for {width} channels.")
+            return settings | {"mlp_ratio": 4, "use_swiglu_ffn": True, "hidden_act": "gelu"}
+        if hidden % width:
+            raise ConversionError(f"{self.title} has no MLP of width {hidden} for {width} channels.")
+        return settings | {"mlp_ratio": hidden // width, "use_swiglu_ffn": False}
+
+
+HF_DINOV2 = HfDinov2Format(
     name="hf-dinov2",
     title="transformers' Dinov2",
-    library="transformers",
     rules=DINOV2_TOWER,
     outside=(drop("classifier.{x}", TWO_INPUTS),),
     prefixes=("dinov2.",),
@@ -72,14 +103,15 @@ HF_DINOV2 = CheckpointFormat(
     family="dinov2",
     heads=WIDTH_64,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
+    needs=LAYER_SCALE,
+    mask_token=MASK_TOKEN,
+    config_class="Dinov2Config",
+    model_class="Dinov2Model",
 )
 
-HF_DINOV2_REGISTERS = CheckpointFormat(
+HF_DINOV2_REGISTERS = HfDinov2Format(
     name="hf-dinov2-with-registers",
     title="transformers' Dinov2WithRegisters",
-    library="transformers",
     rules=(*DINOV2_TOWER, keep("embeddings.register_tokens", "reg_token")),
     outside=(drop("classifier.{x}", TWO_INPUTS),),
     prefixes=("dinov2_with_registers.",),
@@ -87,14 +119,15 @@ HF_DINOV2_REGISTERS = CheckpointFormat(
     family="dinov2",
     heads=WIDTH_64,
     positions=PositionRule(antialias=True),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
+    needs=LAYER_SCALE | REGISTERS,
+    mask_token=MASK_TOKEN,
+    config_class="Dinov2WithRegistersConfig",
+    model_class="Dinov2WithRegistersModel",
 )
 
-HF_VIT = CheckpointFormat(
+HF_VIT = TransformersFormat(
     name="hf-vit",
     title="transformers' ViT",
-    library="transformers",
     rules=VIT_TOWER,
     outside=(keep("classifier.{x}", "head.{x}"),),
     prefixes=("vit.",),
@@ -105,12 +138,15 @@ HF_VIT = CheckpointFormat(
     mean=HALF,
     std=HALF,
     needs_config=True,
+    config_class="ViTConfig",
+    model_class="ViTModel",
+    head_class="ViTForImageClassification",
+    image_defaults={"interpolation": "bilinear", "crop_mode": "squash"},  # of ViTImageProcessor
 )
 
-HF_DEIT = CheckpointFormat(
+HF_DEIT = TransformersFormat(
     name="hf-deit",
     title="transformers' DeiT",
-    library="transformers",
     rules=(*VIT_TOWER, keep("embeddings.distillation_token", "dist_token")),
     outside=(
         keep("cls_classifier.{x}", "head.{x}"),
@@ -123,12 +159,23 @@ HF_DEIT = CheckpointFormat(
     norm_eps=None,
     other_rows=2,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     needs_config=True,
+    needs=DISTILLATION,
+    config_class="DeiTConfig",
+    model_class="DeiTModel",
+    head_class="DeiTForImageClassificationWithTeacher",
 )
 
-PH_REG = CheckpointFormat(
+
+class PhRegFormat(CheckpointFormat):
+    """PH-Reg, whose students only its own training code runs."""
+
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
+        """Refuse: there is nothing to run."""
+        raise ConversionError(f"{self.title} have no library")
+
+
+PH_REG = PhRegFormat(
     name="ph-reg",
     title="PH-Reg's students",
     rules=DINOV2_TOWER,
@@ -144,6 +191,5 @@ PH_REG = CheckpointFormat(
     family="dinov2",
     heads=WIDTH_64,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
+    is_exported=False,
 )

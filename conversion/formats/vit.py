@@ -1,8 +1,16 @@
-"""The names that timm, DeiT, DINO and DINOv2 share, and the formats that are little more: DeiT, DeiT-III, timm."""
+"""The names that timm, DeiT, DINO and DINOv2 share, and the formats that are little more: DeiT and DeiT-III."""
 
-from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
-from vitreg_hub.conversion.formats.rules import CheckpointFormat, drop, keep
-from vitreg_hub.network.positions import PositionRule
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import TYPE_CHECKING
+
+from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat
+from vitreg_hub.conversion.formats.rules import keep
+from vitreg_hub.network.position_rule import PositionRule
+
+if TYPE_CHECKING:
+    from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 
 WIDTH_64 = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
 """Heads of 64 channels, at the widths that Meta and Google released; at width 1280 lineages differ."""
@@ -26,13 +34,27 @@ STEM_AND_NORM = (
     keep("norm.{x}"),
 )
 
-LAYER_SCALE = (keep("blocks.{i}.ls1.gamma"), keep("blocks.{i}.ls2.gamma"))
-
-TOWER = (*STEM_AND_NORM, *ATTENTION_AND_MLP, *LAYER_SCALE)
+TOWER = (*STEM_AND_NORM, *ATTENTION_AND_MLP, keep("blocks.{i}.ls1.gamma"), keep("blocks.{i}.ls2.gamma"))
 
 HEADS = (keep("head.{x}"), keep("dist_token"), keep("head_dist.{x}"))
 
-DEIT = CheckpointFormat(
+
+def has_plain_names(names: Container[str], prefix: str = "") -> bool:
+    """Whether the names are those that several lineages share."""
+    return all(f"{prefix}{name}.weight" in names for name in ("blocks.0.attn.qkv", "patch_embed.proj"))
+
+
+class DeitFormat(CheckpointFormat):
+    """DeiT, whose training saves the weights in a container."""
+
+    def is_likely(self, checkpoint: Checkpoint) -> bool:
+        """Whether there is a classifier in DeiT's container, without LayerScale."""
+        names = checkpoint.infos
+        is_contained = has_plain_names(names) and checkpoint.container == self.container
+        return is_contained and "head.weight" in names and "blocks.0.ls1.gamma" not in names
+
+
+DEIT = DeitFormat(
     name="deit",
     title="Meta's DeiT",
     rules=(*STEM_AND_NORM, *ATTENTION_AND_MLP, *HEADS),
@@ -40,9 +62,8 @@ DEIT = CheckpointFormat(
     family="plain",
     heads=WIDTH_64,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     crop_pct=0.875,
+    container="model",
 )
 
 DEIT3 = CheckpointFormat(
@@ -60,28 +81,6 @@ DEIT3 = CheckpointFormat(
     heads={384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16},  # deit/models_v2.py
     other_rows=0,
     positions=NO_ANTIALIAS,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-)
-
-TIMM = CheckpointFormat(
-    name="timm",
-    title="timm",
-    library="timm",
-    rules=(
-        *TOWER,
-        *HEADS,
-        keep("reg_token"),
-        keep("norm_pre.{x}"),
-        keep("fc_norm.{x}"),
-        drop("pre_logits.{rest}", "a layer that timm no longer has"),
-    ),
-    prefixes=("timm_model.",),
-    norm_eps=None,
-    act=None,
-    marks=(r"reg_token|norm_pre\.weight|fc_norm\.weight", r"blocks\.\d+\.attn\.qkv\.weight"),
-    heads=WIDTH_64,
-    other_rows=None,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
+    needs=LAYER_SCALE,
+    container="model",
 )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.detect import nearest
-from vitreg_hub.conversion.formats.rules import CheckpointFormat, Rule
+from vitreg_hub.conversion.formats.rules import Rule
 from vitreg_hub.errors import ConversionError
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -37,20 +38,19 @@ class Assignment:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor of timm's; empty without one."""
-        shapes = [
-            rule.reshape.timm_shape(self.checkpoint.infos[source].shape) for source, rule in self.parts.get(name, ())
-        ]
+        infos = self.checkpoint.infos
+        shapes = [rule.reshape.timm_shape(infos[part].shape) for part, rule in self.parts.get(name, ())]
         return (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else (shapes or [()])[0]
 
     def read(self, name: str) -> Tensor:
         """Read a tensor of timm's, in float32."""
-        parts = [rule.reshape.to_timm(self.checkpoint.read(source)) for source, rule in self.parts[name]]
+        parts = [rule.reshape.to_timm(self.checkpoint.read(part)) for part, rule in self.parts[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def source_of(self, name: str) -> str:
+    def lineage_name(self, name: str) -> str:
         """How the checkpoint's format names a tensor of timm's."""
-        sources = [rule.source_name(name) for rule in (*self.fmt.rules, *self.fmt.outside)]
-        return next((source for source in sources if source), name)
+        found = (rule.lineage_name(name) for rule in (*self.fmt.rules, *self.fmt.outside))
+        return next(filter(None, found), name)
 
     def require_fit(self, wanted: Mapping[str, tuple[int, ...]], *, made: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a checkpoint whose tensors are not those of a network.
@@ -64,11 +64,11 @@ class Assignment:
         """
         problems = list(self.problems)
         for name in sorted(wanted.keys() - made.keys() - self.parts.keys()):
-            problems.append(f"{self.source_of(name)} is missing")
+            problems.append(f"{self.lineage_name(name)} is missing")
         for name, shape in wanted.items():
             found = made.get(name) or (self.shape(name) if name in self.parts else shape)
             if found != shape:
-                problems.append(f"{self.source_of(name)} has shape {list(found)}, wanted {list(shape)}")
+                problems.append(f"{self.lineage_name(name)} has shape {list(found)}, wanted {list(shape)}")
         for name in sorted(self.parts.keys() - wanted.keys() - made.keys()):
             problems.append(f"{self.parts[name][0][0]} has no place in the network")
         self.refuse(problems)

@@ -8,10 +8,12 @@ from timm.models import VisionTransformer
 
 from vitreg_hub.arch import ARCHS, REGISTER_COUNTS, ArchSpec, get_arch, row
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-from vitreg_hub.conversion.formats.rules import CheckpointFormat
-from vitreg_hub.conversion.planning.facts import Structure, Told, exact_square
+from vitreg_hub.conversion.formats.base import CheckpointFormat
+from vitreg_hub.conversion.formats.facts import Facts
+from vitreg_hub.conversion.planning.structure import Structure
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.network.positions import Grid
+from vitreg_hub.network.kinds import kind_of
+from vitreg_hub.network.position_rule import Grid
 from vitreg_hub.network.residual_scale import scale_for, stream_norms
 
 ACTS = ("gelu", "quick_gelu")
@@ -48,11 +50,11 @@ class Choices:
     checkpoint: Checkpoint
     fmt: CheckpointFormat
     structure: Structure
-    told: Told
+    facts: Facts
     request: Request
 
     def __post_init__(self) -> None:
-        for key, value in self.told.shape.items():
+        for key, value in self.facts.shape.items():
             if value is not None and value != getattr(self.structure, key):
                 has = getattr(self.structure, key)
                 self._refuse(
@@ -83,21 +85,21 @@ class Choices:
             return "plain" if self.num_registers() else "deit_distilled"
         if not has.layer_scale:
             return "plain"
-        if (family := self.told.family or self.fmt.family or self._asked_family()) in ("dinov2", "deit3"):
+        if (family := self.facts.family or self.fmt.family or self._asked_family()) in ("dinov2", "deit3"):
             return family
-        without_class_row = exact_square(has.position_rows) and not has.num_registers
+        without_class_row = is_square(has.position_rows) and not has.num_registers
         return "deit3" if without_class_row and not has.swiglu else "dinov2"
 
     def act(self) -> str:
         """timm's name of the activation."""
-        told, asked = self.told.act, self.request.act
-        if told is None and not self.structure.pre_norm:
-            told = "gelu"  # of timm's VisionTransformer
-        if told and asked and told != asked:
-            self._refuse(f"has the activation {told}, not {asked}: leave --act out")
+        known, asked = self.facts.act, self.request.act
+        if known is None and not self.structure.pre_norm:
+            known = "gelu"  # of timm's VisionTransformer
+        if known and asked and known != asked:
+            self._refuse(f"has the activation {known}, not {asked}: leave --act out")
         lineage = get_arch(self.request.arch).lineage if self.request.arch else None
         from_arch = lineage.act if lineage and lineage.pre_norm else None
-        found = told or asked or from_arch
+        found = known or asked or from_arch
         if found is None:
             self._refuse(
                 "was trained with GELU or with QuickGELU, which no tensor tells: give --act gelu (OpenCLIP's LAION, "
@@ -107,11 +109,11 @@ class Choices:
 
     def num_heads(self) -> int:
         """Attention heads."""
-        width, told, asked = self.structure.embed_dim, self.told.num_heads, self.request.num_heads
-        if told is not None and asked is not None and told != asked:
-            self._refuse(f"has {told} heads as the config beside it says, not {asked}: leave --num-heads out")
+        width, from_config, asked = self.structure.embed_dim, self.facts.num_heads, self.request.num_heads
+        if None not in (from_config, asked) and from_config != asked:
+            self._refuse(f"has {from_config} heads as the config beside it says, not {asked}: leave --num-heads out")
         from_arch = get_arch(self.request.arch).num_heads if self.request.arch else None
-        known = (told, asked, from_arch, self.fmt.heads.get(width))
+        known = (from_config, asked, from_arch, self.fmt.heads.get(width))
         found = next((number for number in known if number is not None), None)
         if found is None:
             often = f"often {width // 64}, 64 channels each" if width % 64 == 0 else f"a number that divides {width}"
@@ -123,7 +125,7 @@ class Choices:
             self._refuse(f"has width {width}, which does not divide into {found} heads")
         return found
 
-    def row(self) -> ArchSpec:
+    def spec(self) -> ArchSpec:
         """The row of the table: the one asked for, the one that fits, or the family's nearest."""
         family, registers, has = self.family(), self.num_registers(), self.structure
         if self.request.arch:
@@ -138,17 +140,17 @@ class Choices:
         patches = self.structure.position_rows - others
         patch_height, patch_width = self.structure.patch_size
         # a size that was asked for is that of the table only where nothing else can be: it may have as many patches
-        asked = None if exact_square(patches) else self.request.img_size
-        if size := self.told.img_size or asked:
+        asked = None if is_square(patches) else self.request.img_size
+        if size := self.facts.img_size or asked:
             grid = (size[0] // patch_height, size[1] // patch_width)
             if grid[0] * grid[1] == patches:
                 return grid, others
-            if self.told.img_size:
+            if self.facts.img_size:
                 self._refuse(
                     f"has positions for {patches} patches, but the config beside it says images of "
                     f"{size[0]}x{size[1]}: put the config of these weights there"
                 )
-        if not exact_square(patches):
+        if not is_square(patches):
             self._refuse(
                 f"has positions for {patches} patches, no square, and neither tensors nor config tell their height and "
                 "width: give --img-size HEIGHT,WIDTH of the training images"
@@ -164,10 +166,10 @@ class Choices:
 
     def _other_rows(self) -> int:
         has = self.structure
-        if self.told.other_rows is not None:
-            return 2 if has.distilled and self.told.other_rows else self.told.other_rows
+        if self.facts.other_rows is not None:
+            return 2 if has.distilled and self.facts.other_rows else self.facts.other_rows
         possible = {0, 1, 1 + has.num_registers, 2 if has.distilled else 1}
-        fitting = [number for number in sorted(possible) if exact_square(has.position_rows - number)]
+        fitting = [number for number in sorted(possible) if is_square(has.position_rows - number)]
         if len(fitting) != 1:
             self._refuse(
                 f"has {has.position_rows} positions, and no tensor tells which of them are for patches: "
@@ -186,8 +188,8 @@ class Choices:
             embed_dim=has.embed_dim,
             depth=has.depth,
             num_heads=self.num_heads(),
-            reg_tokens=self.num_registers(),
         )
+        args[kind_of(spec).registers_argument] = self.num_registers()
         if int(has.embed_dim * spec.mlp_ratio) != has.hidden:
             ratio = has.hidden / has.embed_dim
             args["mlp_ratio"] = (
@@ -199,7 +201,7 @@ class Choices:
         if act not in (None, spec.lineage.act):
             args["act_layer"] = act
         args |= {key: False for key in ("qkv_bias", "proj_bias") if not getattr(has, key)}
-        pooling = self.told.global_pool or ("avg" if has.average else "token")
+        pooling = self.facts.global_pool or ("avg" if has.average else "token")
         args["global_pool"] = pooling
         if has.average != (pooling == "avg"):  # timm moves the final norm behind the pooling of averages by itself
             args["fc_norm"] = has.average
@@ -207,9 +209,9 @@ class Choices:
 
     def residual_scale(self, network: VisionTransformer, spec: ArchSpec) -> float:
         """How many times larger the residual stream must be for the source's epsilon."""
-        if self.told.residual_scale != 1:
-            return self.told.residual_scale
-        eps = self.told.norm_eps
+        if self.facts.residual_scale != 1:
+            return self.facts.residual_scale
+        eps = self.facts.norm_eps
         if eps is None:
             eps = 1e-5 if self.structure.pre_norm else 1e-6  # of timm's CLIP and timm's others
         for norm in stream_norms(network):
@@ -242,3 +244,8 @@ class Choices:
 
     def _refuse(self, what: str) -> None:
         raise ConversionError(f"{self.checkpoint.called} {what}.")
+
+
+def is_square(number: int) -> bool:
+    """Whether a number of patches is that of a square grid."""
+    return number > 0 and math.isqrt(number) ** 2 == number

@@ -1,26 +1,24 @@
 """Everything about a conversion that can be decided without reading the weights."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from vitreg_hub.arch import REGISTER_INIT_STD, ArchSpec
-from vitreg_hub.bundle.config import Preprocess, empty_model, make_config, shapes_of
+from vitreg_hub.arch import REGISTER_INIT_STD
+from vitreg_hub.bundle.config import BundleConfig, Preprocess, empty_model, shapes_of
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.bundle.rules import rule_problems
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.detect import detect, find_format, refuse_look_alikes
-from vitreg_hub.conversion.formats.rules import CheckpointFormat
 from vitreg_hub.conversion.planning.assignment import assign
 from vitreg_hub.conversion.planning.choices import Choices, Request
-from vitreg_hub.conversion.planning.facts import Structure, told_by
-from vitreg_hub.conversion.planning.run_config import is_run, run_rule
+from vitreg_hub.conversion.planning.structure import Structure
 from vitreg_hub.conversion.planning.tensors import Assembly
 from vitreg_hub.errors import BundleError, ConversionError, DataError
-from vitreg_hub.network.positions import PositionRule
 from vitreg_hub.network.residual_scale import can_scale
 
 
@@ -29,55 +27,33 @@ class Plan:
     """A bundle to be, except for its weights.
 
     Attributes:
-        spec: The row of the table.
-        model_args: Complete arguments of the row's upstream entrypoint.
-        num_classes: Outputs of the head.
-        preprocess: The images that the weights expect.
-        positions: How positions are resampled.
-        residual_scale: How many times larger the residual stream is stored.
-        label_names: Names of the classes.
+        config: What it is to be. Its provenance tells the source alone.
         request: What the user asked for.
         assembly: Reads or makes every tensor.
         notes: What the user should know, a sentence each.
     """
 
-    spec: ArchSpec
-    model_args: Mapping[str, Any]
-    num_classes: int
-    preprocess: Preprocess
-    positions: PositionRule
-    residual_scale: float
-    label_names: tuple[str, ...] | None
+    config: BundleConfig
     request: Request
     assembly: Assembly = field(repr=False)
     notes: tuple[str, ...]
 
     def bundle(self, state_dict: Mapping[str, Tensor], provenance: Provenance) -> ModelBundle:
         """The bundle of this plan and its weights."""
-        return ModelBundle(
-            arch=self.spec.name,
-            model_args=self.model_args,
-            num_classes=self.num_classes,
-            state_dict=state_dict,
-            preprocess=self.preprocess,
-            provenance=provenance,
-            label_names=self.label_names,
-            positions=self.positions,
-            residual_scale=self.residual_scale,
-        )
+        return ModelBundle.of(replace(self.config, provenance=provenance), state_dict)
 
     def network(self) -> dict[str, Any]:
         """What no tensor tells, in words."""
-        rule, eps = self.positions, self.spec.lineage.norm_eps / self.residual_scale**2
+        config, rule = self.config, self.config.positions
         offset = f" offset {rule.offset:g}" if rule.offset else ""
         return {
-            "heads": self.model_args["num_heads"],
-            "epsilon": f"{eps:.3g}",
-            "activation": "silu" if self.spec.swiglu else self.model_args.get("act_layer", self.spec.lineage.act),
-            "pooling": self.model_args["global_pool"],
+            "heads": config.model_args["num_heads"],
+            "epsilon": f"{config.norm_eps:.3g}",
+            "activation": config.activation,
+            "pooling": config.model_args["global_pool"],
             "positions": f"bicubic {'with' if rule.antialias else 'without'} antialias{offset}",
-            "mean": "/".join(f"{value:.3g}" for value in self.preprocess.mean),
-            "std": "/".join(f"{value:.3g}" for value in self.preprocess.std),
+            "mean": "/".join(f"{value:.3g}" for value in config.preprocess.mean),
+            "std": "/".join(f"{value:.3g}" for value in config.preprocess.std),
         }
 
     @property
@@ -97,32 +73,31 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
     fmt = detect(checkpoint) if request.format == "auto" else find_format(request.format)
     tensors = assign(checkpoint, fmt)
     structure = Structure.of(tensors)
-    told = told_by(checkpoint, fmt)
+    facts = fmt.facts_of(checkpoint)
     try:
-        choice = Choices(checkpoint=checkpoint, fmt=fmt, structure=structure, told=told, request=request)
-        spec, (native, other_rows), registers = choice.row(), choice.native_grid(), choice.num_registers()
+        choice = Choices(checkpoint=checkpoint, fmt=fmt, structure=structure, facts=facts, request=request)
+        spec, (native, other_rows), registers = choice.spec(), choice.native_grid(), choice.num_registers()
         size = choice.image_size(native)
         args = choice.model_args(spec, size)
     except ConversionError:
         tensors.refuse(list(tensors.problems))  # the cause, where there are any
         raise
-    preprocess = Preprocess(input_size=(structure.in_chans, *size), **told.preprocess)
-    released = (fmt.registers_positions if structure.num_registers else None) or fmt.positions
-    rule = told.positions or run_rule(checkpoint, fmt) or released
-    config = make_config(
-        spec=spec,
+    config = BundleConfig(
+        arch=spec.name,
         model_args=args,
         num_classes=structure.num_classes,
-        preprocess=preprocess,
+        preprocess=Preprocess(input_size=(structure.in_chans, *size), **facts.preprocess),
         provenance=Provenance(origin=checkpoint.called),
+        label_names=facts.label_names if len(facts.label_names or ()) == structure.num_classes else None,
+        positions=facts.positions or fmt.position_rule(has_registers=structure.num_registers > 0),
     )
     try:
-        problems = list(rule_problems(config))
+        problems = list(rule_problems(config.to_json()))
         network = None if problems else empty_model(config, weight_init="skip")
         scale = 1.0 if problems else choice.residual_scale(network, spec)
         if scale != 1 and not can_scale(network):
             problems.append(
-                f"its LayerNorms have epsilon {told.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
+                f"its LayerNorms have epsilon {facts.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
                 "only tell without LayerScale and without a norm before the first block"
             )
     except (BundleError, DataError, TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
@@ -136,29 +111,23 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         native=native,
         grid=tuple(network.patch_embed.grid_size),
         other_rows=other_rows,
-        rule=rule,
+        rule=config.positions,
         scale=scale,
-        is_scaled=told.residual_scale != 1,
+        is_scaled=facts.residual_scale != 1,
         num_new_registers=registers - structure.num_registers,
     )
     tensors.require_fit(wanted, made=assembly.made())
     return Plan(
-        spec=spec,
-        model_args=args,
-        num_classes=structure.num_classes,
-        preprocess=preprocess,
-        positions=rule,
-        residual_scale=scale,
-        label_names=told.label_names if len(told.label_names or ()) == structure.num_classes else None,
+        config=replace(config, residual_scale=scale),
         assembly=assembly,
         request=request,
-        notes=(*_notes(checkpoint, assembly), *_assumptions(checkpoint, choice)),
+        notes=tuple(_notes(choice, assembly)),
     )
 
 
-def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
-    """What a user should know, a sentence each."""
-    fmt = assembly.tensors.fmt
+def _notes(choice: Choices, assembly: Assembly) -> Iterator[str]:
+    """What a user should know, a sentence each; last what was decided although nothing tells it."""
+    checkpoint, fmt = choice.checkpoint, choice.fmt
     if new := assembly.num_untrained_registers:
         yield (
             f"{new} register{'s' if new > 1 else ''} drawn from N(0, {REGISTER_INIT_STD}^2), untrained: they cost "
@@ -179,22 +148,11 @@ def _notes(checkpoint: Checkpoint, assembly: Assembly) -> Iterator[str]:
     kinds = sorted({info.dtype for info in checkpoint.infos.values()} & {"F16", "BF16", "F64"})
     if kinds:
         yield f"tensors of type {', '.join(kinds)} were cast to F32"
-    if fmt.name in ("openai", "hf-clip"):
-        yield "all tokens pass the final norm in a bundle, in the source only the class token does"
+    yield from fmt.notes
     if checkpoint.left_out:
         yield f"not read: {', '.join(checkpoint.left_out[:6])}{' ...' if len(checkpoint.left_out) > 6 else ''}"
-
-
-def _assumptions(checkpoint: Checkpoint, choice: Choices) -> Iterator[str]:
-    """What neither tensors nor config nor lineage tell, and how it was decided."""
-    fmt, has = choice.fmt, choice.structure
-    usual = fmt.heads.get(has.embed_dim)
-    if choice.told.num_heads is None and usual not in (None, choice.num_heads()):
-        yield f"{choice.num_heads()} heads as asked for; {fmt.title} has {usual} at width {has.embed_dim}"
-    is_bare = fmt.name in ("timm", "openclip-timm") and choice.told.global_pool is None
-    if is_bare and not has.average:
-        yield "the class token is pooled: no tensor tells otherwise, a config beside the weights would"
-    if is_bare or (fmt.name == "openclip" and not checkpoint.openclip_config):
-        yield f"mean and std of images are {fmt.title}'s usual ones: no tensor tells, a config beside the weights would"
-    if is_run(checkpoint, fmt) and has.num_registers and run_rule(checkpoint, fmt) is None:
-        yield "positions follow Meta's releases with registers: the run's config.yaml beside the weights would tell"
+    width, heads = choice.structure.embed_dim, choice.num_heads()
+    usual = fmt.heads.get(width)
+    if choice.facts.num_heads is None and usual not in (None, heads):
+        yield f"{heads} heads as asked for; {fmt.title} has {usual} at width {width}"
+    yield from choice.facts.assumptions

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitreg_hub.arch import REGISTER_INIT_STD
 from vitreg_hub.conversion.planning.assignment import Assignment
-from vitreg_hub.network.positions import Grid, PositionRule
+from vitreg_hub.network.position_rule import Grid, PositionRule
 from vitreg_hub.network.residual_scale import WRITES_TO_STREAM
 
 
@@ -62,7 +62,8 @@ class Assembly:
         made = {"cls_token": self.tensors.shape("cls_token"), "pos_embed": (batch, rows, width)}
         if self.num_new_registers:
             made["reg_token"] = (1, self.num_new_registers, width)
-        if "head.weight" in self.tensors and "head.bias" not in self.tensors and not self.tensors.fmt.head_bias:
+        is_projection = "head.weight" in self.tensors and self.tensors.fmt.head_is_projection
+        if is_projection and "head.bias" not in self.tensors:
             made["head.bias"] = self.wanted["head.bias"]
         for name in self.tensors.parts:
             if self.distillation_is_register and name.startswith(("dist_token", "head_dist.")):

@@ -205,7 +205,7 @@ import vitreg_hub
 from accelerate import PartialState
 from planted import planted
 from vitreg_hub.analysis.measures import analyze
-from vitreg_hub.analysis.report_json import to_json
+from vitreg_hub.analysis.report.as_json import to_json
 
 torch.set_num_threads(1)
 truth = planted()
@@ -222,7 +222,7 @@ PartialState().destroy_process_group()
 def test_number_of_processes_does_not_matter(truth, tmp_path, request, number):
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
-    tests = str(request.path.parent)
+    tests = str(request.path.parents[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
     done = subprocess.run([*command, tests, str(tmp_path), str(number)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,13 +17,13 @@ from vitreg_hub.hf_models import VitRegModel
 
 
 def importing(rounds: int) -> str:
-    """Fresh interpreters: the package against the two libraries that its users import anyway."""
+    """Fresh interpreters: all of the models against the two libraries that its users import anyway."""
 
     def fresh(code: str):
         return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
     contestants = {
-        "import vitreg_hub": fresh("import vitreg_hub"),
+        "import vitreg_hub.hf_models": fresh("import vitreg_hub.hf_models"),
         "import timm; from transformers import PreTrainedModel": fresh(
             "import timm; from transformers import PreTrainedModel"
         ),

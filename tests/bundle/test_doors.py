@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from models import random_bundle, randomised
+from pushers import plan
 
 from vitreg_hub.bundle import plain_doors
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.info import describe
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError
-from vitreg_hub.hub import plan, pull
+from vitreg_hub.hub import pull
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def unreadable() -> Iterator[Path]:
         (plan, "README.md", "README.md/README.md"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(opens, name, file, unreadable, verified):
+def test_what_cannot_be_read_is_one_sentence(opens, name, file, unreadable):
     arguments = ("lab/x",) if opens is plan else ()
     with pytest.raises(BundleError) as caught, nobody():
         opens(unreadable / name, *arguments)

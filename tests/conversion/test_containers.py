@@ -128,7 +128,7 @@ def test_openai_archive_without_its_code(tmp_path, monkeypatch):
     bundles = [convert(path, num_heads=4) for path in (source, nonsense)]
     for bundle in bundles:
         assert bundle.arch == "vit_base_reg0_clip_quickgelu"
-        assert bundle.provenance.settings["conversion"]["format"] == "openai"
+        assert bundle.provenance.conversion.format == "openai"
         half = {name: t for name, t in tensors.items() if t.is_floating_point()}
         save_file(half, tmp_path / "half.safetensors")
         assert_same(bundle, convert(tmp_path / "half.safetensors", format="openai", num_heads=4))
@@ -173,7 +173,7 @@ def test_hub_prefers_safetensors_and_works_offline(hub, dinov2, saved, tmp_path,
     offline = convert("hf-hub:lab/both", **DINOV2)
     assert_same(offline, wanted)
     commit = hub.repos["lab/both"].branches["main"]
-    assert offline.provenance.settings["conversion"]["source"] == f"hf-hub:lab/both@{commit}"
+    assert offline.provenance.conversion.source == f"hf-hub:lab/both@{commit}"
     assert len(hub.requests) == requests
 
 

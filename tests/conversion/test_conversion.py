@@ -333,7 +333,7 @@ def test_pixels_are_those_of_the_image_processor(name, tmp_path):
     processor.save_pretrained(tmp_path)
     converted = convert(tmp_path)
     image = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, 600, 300))  # whole pixels after every resize
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(converted.config()["pretrained_cfg"]))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(converted.to_json()["pretrained_cfg"]))
     ours, theirs = transform(image), processor(image, return_tensors="pt").pixel_values[0]
     assert theirs.std() > 0.1
     assert (ours - theirs).abs().mean() < 0.03  # resizing by pillow and by torch differs a little

@@ -157,7 +157,7 @@ def test_transformers_opens_a_folder_and_it_converts_back(case, fmt, folder):
     assert back.preprocess.crop_pct == pytest.approx(converted.preprocess.crop_pct, rel=0.01)  # whole pixels there
     assert dataclasses.replace(back.preprocess, crop_pct=converted.preprocess.crop_pct) == converted.preprocess
     image = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, 600, 300))
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(converted.config()["pretrained_cfg"]))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(converted.to_json()["pretrained_cfg"]))
     pixels = transformers.AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt").pixel_values[0]
     assert pixels.std() > 0.1
     assert (pixels - transform(image)).abs().mean() < 0.03  # resizing by pillow and by torch differs a little

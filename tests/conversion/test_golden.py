@@ -37,7 +37,7 @@ FORMATS = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_format_is_recognised(case):
     expected = next(fmt for prefix, fmt in FORMATS.items() if case.startswith(prefix))
-    assert bundle(case).provenance.settings["conversion"]["format"] == expected
+    assert bundle(case).provenance.conversion.format == expected
 
 
 @pytest.mark.parametrize(("case", "size"), SIZES)

@@ -11,10 +11,7 @@ import pytest
 from hub_server import Drop
 from hub_state import HubError
 from models import random_bundle
-from pushers import processes, push_from_here, push_one
-
-from vitreg_hub.bundle.doors import DOORS
-from vitreg_hub.hub import push
+from pushers import processes, push, push_from_here, push_one
 
 REPO = "lab/model"
 REGISTERS = (1, 2, 4, 8)
@@ -25,11 +22,6 @@ def folders(tmp_path_factory):
     """Four bundles that differ."""
     root = tmp_path_factory.mktemp("bundles")
     return [random_bundle(f"vit_nano_reg{count}").save(root / str(count)) for count in REGISTERS]
-
-
-@pytest.fixture(autouse=True)
-def _without_doors(monkeypatch):
-    monkeypatch.setattr("vitreg_hub.hub.publish.verify", lambda folder: dict.fromkeys(DOORS, 0.0))
 
 
 @pytest.fixture
@@ -65,7 +57,7 @@ def holds(files, folder):
     if not {"config.json", "model.safetensors"} <= files.keys():
         return False
     config = json.loads(files["config.json"])
-    config["vitreg"]["provenance"]["settings"].pop("doors")
+    config["vitreg"]["provenance"].pop("doors")
     return (
         config == json.loads((folder / "config.json").read_bytes())
         and files["model.safetensors"] == (folder / "model.safetensors").read_bytes()

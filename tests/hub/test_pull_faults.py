@@ -14,19 +14,20 @@ import pytest
 from hub_faults import ALWAYS, DROP, HTML, Fault, sentence
 from hub_state import Blob, User
 from huggingface_hub import constants
+from pushers import push
 
 from vitreg_hub.bundle.info import describe
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.conversion.checkpoint.opening import open_checkpoint
 from vitreg_hub.errors import BundleError, HubError, VitregError
 from vitreg_hub.files import checksum
-from vitreg_hub.hub import list_models, pull, push
+from vitreg_hub.hub import list_models, pull
 from vitreg_hub.remote.download import download
 
 REPO = "lab/model"
 SAVED = ("README.md", "config.json", "model.safetensors")
 
-pytestmark = pytest.mark.usefixtures("waited", "verified")
+pytestmark = pytest.mark.usefixtures("waited")
 
 
 # Who may read what

@@ -10,11 +10,12 @@ from hub_faults import LOSE, Fault, sentence, writes
 from hub_server import User
 from huggingface_hub import HfApi, ModelCard
 from models import random_bundle
+from pushers import plan, push
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.errors import HubError, LicenseError
-from vitreg_hub.hub import plan, pull, push
+from vitreg_hub.hub import pull
 
 REPO = "lab/vit_nano_reg4"
 
@@ -29,7 +30,7 @@ def saved(folder):
 # What a second push does
 
 
-def test_unchanged_bundle_makes_no_commit(hub, saved, verified):
+def test_unchanged_bundle_makes_no_commit(hub, saved):
     first = push(saved, REPO)
     before = len(writes(hub))
     again = push(saved, REPO)
@@ -38,7 +39,7 @@ def test_unchanged_bundle_makes_no_commit(hub, saved, verified):
     assert len(hub.repos[REPO].commits) == 2
 
 
-def test_only_changed_files_are_sent(hub, saved, verified):
+def test_only_changed_files_are_sent(hub, saved):
     push(saved, REPO)
     (saved / "recipe.yaml").write_text("epochs: 1\n")
     bodies = []
@@ -50,7 +51,7 @@ def test_only_changed_files_are_sent(hub, saved, verified):
     assert sorted(sent) == sorted(pushed.sent)
 
 
-def test_the_parent_is_the_head_that_was_compared_with(hub, saved, verified):
+def test_the_parent_is_the_head_that_was_compared_with(hub, saved):
     headers = []
 
     def fault(request):
@@ -62,7 +63,7 @@ def test_the_parent_is_the_head_that_was_compared_with(hub, saved, verified):
     assert headers[0]["parentCommit"] == hub.repos[REPO].commits[0].oid
 
 
-def test_figures_and_recipe_travel_and_nothing_else_does(hub, saved, verified, tmp_path):
+def test_figures_and_recipe_travel_and_nothing_else_does(hub, saved, tmp_path):
     extras = {name: name.encode() for name in ("artifacts.png", "curves.png", "recipe.yaml", "metrics.jsonl")}
     for name, content in {**extras, "notes.txt": b"mine", "merges.json": b"{}"}.items():
         (saved / name).write_bytes(content)
@@ -79,7 +80,7 @@ def test_figures_and_recipe_travel_and_nothing_else_does(hub, saved, verified, t
         assert (pulled / name).read_bytes() == content
 
 
-def test_authors_text_on_the_hub_is_kept_and_our_blocks_follow(hub, tmp_path, verified):
+def test_authors_text_on_the_hub_is_kept_and_our_blocks_follow(hub, tmp_path):
     push(random_bundle().save(tmp_path / "first"), REPO)
     card = hub.repos[REPO].files()["README.md"].decode()
     api = HfApi(endpoint=hub.endpoint, token="hf_good")
@@ -93,7 +94,7 @@ def test_authors_text_on_the_hub_is_kept_and_our_blocks_follow(hub, tmp_path, ve
     assert "vit_nano_reg8" in after
 
 
-def test_what_tells_of_earlier_weights_goes_with_them(hub, tmp_path, verified):
+def test_what_tells_of_earlier_weights_goes_with_them(hub, tmp_path):
     first = random_bundle().save(tmp_path / "first")
     for name in ("artifacts.png", "metrics.jsonl"):
         (first / name).write_bytes(b"of the first")
@@ -116,7 +117,7 @@ def test_what_tells_of_earlier_weights_goes_with_them(hub, tmp_path, verified):
     assert push(second, REPO).sent == ()
 
 
-def test_lost_reply_to_a_commit_that_deletes_is_found(hub, tmp_path, verified):
+def test_lost_reply_to_a_commit_that_deletes_is_found(hub, tmp_path):
     first = random_bundle().save(tmp_path / "first")
     (first / "artifacts.png").write_bytes(b"of the first")
     push(first, REPO)
@@ -130,7 +131,7 @@ def test_lost_reply_to_a_commit_that_deletes_is_found(hub, tmp_path, verified):
 # Where it goes
 
 
-def test_new_branch_starts_from_main(hub, tmp_path, verified):
+def test_new_branch_starts_from_main(hub, tmp_path):
     last = push(random_bundle().save(tmp_path / "last"), REPO)
     best = push(random_bundle("vit_nano_reg2").save(tmp_path / "best"), REPO, branch="best")
     repo = hub.repos[REPO]
@@ -140,13 +141,13 @@ def test_new_branch_starts_from_main(hub, tmp_path, verified):
     assert ModelBundle.load(f"hf-hub:{REPO}@best").arch == "vit_nano_reg2"
 
 
-def test_new_branch_of_a_new_repository(hub, saved, verified):
+def test_new_branch_of_a_new_repository(hub, saved):
     pushed = push(saved, REPO, branch="runs/best")
     repo = hub.repos[REPO]
     assert repo.branches == {"main": repo.commits[0].oid, "runs/best": pushed.commit}
 
 
-def test_pull_request_leaves_the_branch(hub, tmp_path, verified, monkeypatch):
+def test_pull_request_leaves_the_branch(hub, tmp_path, monkeypatch):
     first = push(random_bundle().save(tmp_path / "first"), REPO)
     hub.tokens["hf_bob"] = User("bob")  # may not write there
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
@@ -157,7 +158,7 @@ def test_pull_request_leaves_the_branch(hub, tmp_path, verified, monkeypatch):
     assert ModelBundle.load(f"hf-hub:{REPO}@refs/pr/1").arch == "vit_nano_reg8"
 
 
-def test_tag_is_set_at_last_and_belongs_to_one_commit(hub, saved, verified, tmp_path):
+def test_tag_is_set_at_last_and_belongs_to_one_commit(hub, saved, tmp_path):
     first = push(saved, REPO, tag="v1")
     assert hub.repos[REPO].tags == {"v1": first.commit}
     assert [path for verb, path, _ in writes(hub)][-1].endswith(f"/tag/{first.commit}")
@@ -186,7 +187,7 @@ REFUSED_TARGETS = {
 
 
 @pytest.mark.parametrize("says", REFUSED_TARGETS)
-def test_targets_that_cannot_be_are_refused_before_anything_is_written(hub, saved, verified, tmp_path, says):
+def test_targets_that_cannot_be_are_refused_before_anything_is_written(hub, saved, tmp_path, says):
     push(saved, REPO, tag="v1")
     push(saved, REPO, branch="other")
     other, before = random_bundle("vit_nano_reg8").save(tmp_path / "other"), len(writes(hub))
@@ -196,13 +197,13 @@ def test_targets_that_cannot_be_are_refused_before_anything_is_written(hub, save
     assert len(writes(hub)) == before
 
 
-def test_pull_request_needs_a_repository(hub, saved, verified):
+def test_pull_request_needs_a_repository(hub, saved):
     with pytest.raises(HubError, match="no repository lab/none that takes a pull request"):
         push(saved, "lab/none", create_pr=True)
     assert not hub.repos
 
 
-def test_private_repository(hub, saved, verified):
+def test_private_repository(hub, saved):
     push(saved, REPO, private=True)
     assert hub.repos[REPO].private
     push(saved, REPO, private=True)
@@ -210,7 +211,7 @@ def test_private_repository(hub, saved, verified):
     assert hub.repos[REPO].private
 
 
-def test_organisation_decides_who_sees_a_repository_unless_it_is_asked_for(hub, saved, verified):
+def test_organisation_decides_who_sees_a_repository_unless_it_is_asked_for(hub, saved):
     bodies = []
     hub.fault = lambda request: bodies.append(json.loads(request.body)) if "/repos/create" in request.path else None
     push(saved, "lab/a")
@@ -218,7 +219,7 @@ def test_organisation_decides_who_sees_a_repository_unless_it_is_asked_for(hub, 
     assert [body.get("visibility") for body in bodies] == [None, "private"]
 
 
-def test_repository_without_a_main_branch(hub, saved, verified):
+def test_repository_without_a_main_branch(hub, saved):
     push(saved, REPO, branch="other")
     del hub.repos[REPO].branches["main"]
     with pytest.raises(HubError, match="has no branch main to start new from") as caught:
@@ -226,7 +227,7 @@ def test_repository_without_a_main_branch(hub, saved, verified):
     sentence(caught)
 
 
-def test_file_that_cannot_be_read_is_named(hub, saved, verified, monkeypatch):
+def test_file_that_cannot_be_read_is_named(hub, saved, monkeypatch):
     (saved / "recipe.yaml").write_text("epochs: 1\n")
     opened = Path.open
 
@@ -245,7 +246,7 @@ def test_file_that_cannot_be_read_is_named(hub, saved, verified, monkeypatch):
 # Under which license
 
 
-def test_unknown_license_has_to_be_told(hub, folder, verified):
+def test_unknown_license_has_to_be_told(hub, folder):
     told = Provenance(origin="somewhere")
     saved = replace(random_bundle(), provenance=told).save(folder)
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
@@ -262,11 +263,11 @@ def test_unknown_license_has_to_be_told(hub, folder, verified):
     assert ModelBundle.load(f"hf-hub:{REPO}").provenance.license == "apache-2.0"
     push(saved, "lab/nobody-knows", license="unknown")
     told = json.loads(hub.repos["lab/nobody-knows"].files()["config.json"])
-    told["vitreg"]["provenance"]["settings"].pop("doors")
+    told["vitreg"]["provenance"].pop("doors")
     assert told == json.loads(before["config.json"])
 
 
-def test_word_that_is_no_license_does_not_stay_in_the_config(hub, folder, verified):
+def test_word_that_is_no_license_does_not_stay_in_the_config(hub, folder):
     saved = replace(random_bundle(), provenance=Provenance(origin="somewhere")).save(folder)
     config = json.loads((saved / "config.json").read_text())
     config["pretrained_cfg"]["license"] = "unknown"
@@ -279,7 +280,7 @@ def card_with(license: str, *, text: str = "# Mine\n") -> str:
     return f"---\nlicense: {license}\n---\n{text}"
 
 
-def test_folders_card_tells_the_license_too(hub, saved, verified):
+def test_folders_card_tells_the_license_too(hub, saved):
     (saved / "README.md").write_text(card_with("cc-by-nc-4.0"))
     with pytest.raises(LicenseError, match=r"several licenses, cc-by-nc-4\.0, mit: say with --license") as caught:
         push(saved, REPO)
@@ -290,7 +291,7 @@ def test_folders_card_tells_the_license_too(hub, saved, verified):
     assert json.loads(files["config.json"])["vitreg"]["provenance"]["license"] == "cc-by-nc-4.0"
 
 
-def test_card_on_the_hub_may_not_contradict_the_weights(hub, saved, verified, tmp_path):
+def test_card_on_the_hub_may_not_contradict_the_weights(hub, saved, tmp_path):
     told = ModelBundle.load(saved).provenance.license
     push(saved, REPO)
     api = HfApi(endpoint=hub.endpoint, token="hf_good")
@@ -309,7 +310,7 @@ def test_card_on_the_hub_may_not_contradict_the_weights(hub, saved, verified, tm
     assert "cc-by-nc" not in files["README.md"].decode()
 
 
-def test_authors_own_card_with_another_license_has_to_be_changed_by_its_author(hub, saved, verified):
+def test_authors_own_card_with_another_license_has_to_be_changed_by_its_author(hub, saved):
     told = ModelBundle.load(saved).provenance.license
     api = HfApi(endpoint=hub.endpoint, token="hf_good")
     api.create_repo(REPO)
@@ -324,7 +325,7 @@ def test_authors_own_card_with_another_license_has_to_be_changed_by_its_author(h
         push(unknown, REPO, license="unknown")
 
 
-def test_card_of_a_branch_loads_the_branch(hub, saved, verified):
+def test_card_of_a_branch_loads_the_branch(hub, saved):
     push(saved, REPO, branch="best")
     card = hub.repos[REPO].files("best")["README.md"].decode()
     assert f'"hf-hub:{REPO}@best"' in card

@@ -10,15 +10,15 @@ from hub_server import Drop
 from hub_state import Blob, User
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
+from pushers import push
 
 from vitreg_hub.errors import HubError
-from vitreg_hub.hub import push
 from vitreg_hub.remote.client import is_transient, pause
 from vitreg_hub.remote.commit import Tree
 
 REPO = "lab/model"
 
-pytestmark = pytest.mark.usefixtures("waited", "verified")
+pytestmark = pytest.mark.usefixtures("waited")
 
 
 def require_new(repo, folder, branch="main"):
@@ -26,7 +26,7 @@ def require_new(repo, folder, branch="main"):
     files = repo.files(branch)
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     told = json.loads(files["config.json"])
-    told["vitreg"]["provenance"]["settings"].pop("doors")
+    told["vitreg"]["provenance"].pop("doors")
     assert told == json.loads((folder / "config.json").read_bytes())
 
 

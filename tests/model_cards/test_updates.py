@@ -437,9 +437,9 @@ def test_record_changes_everything_that_tells_and_nothing_else(tmp_path):
     assert (folder / "artifacts.png").read_bytes() != drawn
     assert record_doors(folder, {"timm": 0.0}) is True
     assert "outputs to vitreg_hub's own: timm 0." in (folder / "README.md").read_text()
-    settings = json.loads((folder / "config.json").read_text())["vitreg"]["provenance"]["settings"]
-    assert settings["doors"] == {"timm": 0.0}
-    assert settings["name"] == "tiny_supervised"
+    told = json.loads((folder / "config.json").read_text())["vitreg"]["provenance"]
+    assert told["doors"] == {"timm": 0.0}
+    assert told["made"]["recipe"]["name"] == "tiny_supervised"
 
 
 def test_record_leaves_an_authors_card_and_bytes_that_are_no_text(tmp_path):

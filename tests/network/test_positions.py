@@ -225,7 +225,7 @@ def test_copies_follow_it(case, copied):
 def test_compile(case, backend):
     torch.compiler.reset()
     bundle = golden_bundle(case)
-    for model in bundle.build(dynamic_img_size=True), VitRegModel(VitRegConfig.from_dict(bundle.config())).eval():
+    for model in bundle.build(dynamic_img_size=True), VitRegModel(VitRegConfig.from_dict(bundle.to_json())).eval():
         compiled = torch.compile(model, fullgraph=True, backend=backend)
         for name, _, images in images_of(case):
             expected, found = model(images), compiled(images)
@@ -242,7 +242,7 @@ FREE = {"pixel_values": dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("case", ["dinov2_reg4", "deit_base"])
 def test_export_with_free_sizes(case, start):
-    model = VitRegModel(VitRegConfig.from_dict(golden_bundle(case).config())).eval()
+    model = VitRegModel(VitRegConfig.from_dict(golden_bundle(case).to_json())).eval()
     sizes = [images.repeat(3, 1, 1, 1) for _, _, images in images_of(case)]
     exported = torch.export.export(model, (), {"pixel_values": sizes[start]}, dynamic_shapes=FREE).module()
     for images in sizes:
@@ -259,7 +259,7 @@ def test_rule_goes_with_the_model(case, folder, tmp_path):
     rule = CASES[case][1]
     bundle = golden_bundle(case)
     assert bundle.positions == rule
-    entry = bundle.config()["vitreg"]
+    entry = bundle.to_json()["vitreg"]
     assert ("positions" in entry) == (rule != TIMM_RULE)
     loaded = ModelBundle.load(bundle.save(folder))
     assert loaded.positions == rule

@@ -202,7 +202,7 @@ def test_epsilons_with_a_scale(eps, scale):
     bundle = bundled(original(eps=eps))
     assert bundle.residual_scale == scale
     assert bundle.build().norm.eps == pytest.approx(eps, rel=0.1)
-    assert ("residual_scale" in bundle.config()["vitreg"]) == (scale != 1)
+    assert ("residual_scale" in bundle.to_json()["vitreg"]) == (scale != 1)
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1.05e-6, 5e-7, 0.0])

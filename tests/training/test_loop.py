@@ -20,7 +20,7 @@ from vitreg_hub.images.embedded import digits
 from vitreg_hub.training.loop import dry_run, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml
 from vitreg_hub.training.recipes.settings import DataSettings, OptimSettings
-from vitreg_hub.training.run.checkpoints import checkpoints
+from vitreg_hub.training.run.folders import checkpoints
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
 SUPERVISED, DINOV2 = TINY["supervised"], TINY["dinov2"]
@@ -60,8 +60,8 @@ def test_a_run_leaves_everything_behind(tmp_path, caplog):
 
     bundle = ModelBundle.load(run / "model")
     assert result.metrics["eval/accuracy"] == bundle.provenance.metrics["accuracy"] == last["eval/accuracy"]
-    assert bundle.provenance.settings["optim"]["lr"] == 1e-3
-    assert bundle.provenance.settings["step"] == STEPS
+    assert bundle.provenance.run.recipe["optim"]["lr"] == 1e-3
+    assert bundle.provenance.run.step == STEPS
     assert bundle.label_names == tuple("0123456789")
 
 
@@ -325,8 +325,7 @@ def test_metrics_are_finite(tmp_path):
 
 def test_a_bundle_tells_its_whole_recipe(tmp_path):
     result = train(DINOV2, tmp_path / "run")
-    settings = dict(ModelBundle.load(result.model).provenance.settings)
-    assert (settings.pop("step"), settings.pop("total_steps")) == (STEPS, STEPS)
-    settings["data"] = dict(settings["data"])
-    assert settings["data"].pop("evaluated") == DINOV2.watch.eval_images  # the one thing there that was measured
-    assert recipe_from_yaml(json.dumps(settings)) == DINOV2
+    run = ModelBundle.load(result.model).provenance.run
+    assert (run.step, run.total_steps) == (STEPS, STEPS)
+    assert run.evaluated == DINOV2.watch.eval_images
+    assert recipe_from_yaml(json.dumps(run.recipe)) == DINOV2

@@ -54,7 +54,7 @@ def test_quickstart_publishes_what_it_trained(hub, tmp_path):
     assert 'timm.create_model("hf-hub:lab/digits", pretrained=True)' in card
     provenance = json.loads((result.model / "config.json").read_text())["vitreg"]["provenance"]
     assert provenance["metrics"]["accuracy"] == result.accuracy
-    assert provenance["settings"]["optim"]["lr"] == SHORT.optim.lr
+    assert provenance["made"]["recipe"]["optim"]["lr"] == SHORT.optim.lr
     with Image.open(result.figure) as figure:
         assert figure.width > 1000
         assert len(figure.convert("RGB").getcolors(figure.width * figure.height)) > 300  # pictures, not blank paper

@@ -5,15 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import TINY, lines
+from training_runs import TINY, lines, train
 
-from vitreg_hub.training.loop import train
 from vitreg_hub.training.recipes.settings import OptimSettings
 from vitreg_hub.training.run.assembly import make_accelerator
-from vitreg_hub.training.run.checkpoints import checkpoints
+from vitreg_hub.training.run.folders import checkpoints
 from vitreg_hub.training.run.trainer import Trainer
-
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 FIRST_STEP = 1.9
 """Of timm's "sgd", Nesterov's with momentum .9, in units of rate times gradient."""

@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from vitreg_hub.network.kinds import KINDS
+
 DecayRule = Literal["dinov2", "timm", "openclip"]
 
-_EMBEDDINGS = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # timm's VisionTransformer.no_weight_decay
+_EMBEDDINGS = {name for kind in KINDS.values() for name in kind.embeddings}  # timm's VisionTransformer.no_weight_decay
 _CLIP_EMBEDDINGS = {"positional_embedding", "class_embedding", "cls_emb", "logit_scale", "logit_bias"}
 _BEFORE_BLOCKS = _EMBEDDINGS | {"patch_embed", "mask_token", "norm_pre"}
-_CLASSIFIERS = {"head", "head_dist"}
+_CLASSIFIERS = {name for kind in KINDS.values() for name in kind.heads}
 
 
 def param_groups(

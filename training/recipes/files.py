@@ -1,18 +1,14 @@
 """Recipes as YAML and as typed settings by dotted name. The only reader and writer of `recipe.yaml`."""
 
-import dataclasses
 import difflib
-import inspect
-import re
-from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
+from pydantic import TypeAdapter, ValidationError
 
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import RecipeError
@@ -38,25 +34,6 @@ MAY_CHANGE = (
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """One setting that a user can give.
-
-    Attributes:
-        name: Dotted, such as ``optim.lr``.
-        type: What it takes.
-        default: Its value, plain; MISSING if it must be given.
-        text: What it means.
-        inner: The names below it, for a group that may also be null.
-    """
-
-    name: str
-    type: Any
-    default: Any
-    text: str
-    inner: tuple["Setting", ...] = ()
-
-
 def recipe_to_yaml(recipe: Recipe) -> str:
     """All settings, nested, with the kinds of task and augment."""
     return yaml.safe_dump(with_kinds(recipe), sort_keys=False)
@@ -79,12 +56,9 @@ def recipe_from_yaml(text: str, *, called: str = RECIPE_FILE) -> Recipe:
         if kind not in known:
             raise RecipeError(f"{called} is no whole recipe: its {part}.{KIND} must be one of {', '.join(known)}.")
         kinds[part] = known[kind]
-    settings = tuple(_settings(Recipe, None, kinds=kinds))
     given = _without_kinds(given)
-    names = set(_dotted(given))
-    if lacking := [s.name for s in settings if s.default is MISSING and s.name not in names]:
-        raise RecipeError(f"{called} is no whole recipe: it lacks {', '.join(lacking)}.")
-    return _build(Recipe, _parsed(settings, given, text, called=called), kinds)
+    _require_known(_dotted(given), _types(kinds), called=called)
+    return _typed_recipe(given, kinds, called=called)
 
 
 def updated(recipe: Recipe, text: str, *, called: str) -> Recipe:
@@ -106,21 +80,39 @@ def updated(recipe: Recipe, text: str, *, called: str) -> Recipe:
                 f"{called} has a {part} of the kind {told}, but that of recipe {recipe.name} is {kind.__name__}: "
                 f"take a recipe of the same kind."
             )
-    return _build(Recipe, _parsed(settings_of(recipe), _without_kinds(given), text, called=called), kinds)
+    given = _without_kinds(given)
+    _require_known(_dotted(given), _types(kinds), called=called)
+    return _typed_recipe(_merged(to_dict(recipe), given), kinds, called=called)
 
 
-def settings_of(recipe: Recipe) -> tuple[Setting, ...]:
-    """Every setting of a recipe with its value as default."""
-    return tuple(_settings(Recipe, recipe, kinds=_kinds(recipe)))
+def changed(recipe: Recipe, texts: Mapping[str, str], *, called: str, besides: Iterable[str] = ()) -> Recipe:
+    """A recipe with some settings as a command line gives them.
 
-
-def build_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """A recipe of the same kinds with other values, nested.
+    Args:
+        recipe: Gives all other settings.
+        texts: Values by dotted names.
+        called: Who has the settings, for messages.
+        besides: Other names that could have been meant.
 
     Raises:
-        RecipeError: They contradict each other.
+        RecipeError: A setting is unknown, of the wrong type, or contradicts another.
     """
-    return _build(Recipe, values, _kinds(recipe))
+    if not texts:
+        return recipe
+    kinds, values = _kinds(recipe), to_dict(recipe)
+    types = _types(kinds)
+    _require_known(texts, types, called=called, besides=besides)
+    for name, text in texts.items():
+        value = _value(text, types[name])
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        values = _merged(values, value)
+    return _typed_recipe(values, kinds, called=called)
+
+
+def setting_types(recipe: Recipe) -> dict[str, Any]:
+    """The type of every setting, and of every group of settings, by its dotted name."""
+    return _types(_kinds(recipe))
 
 
 def public_settings(recipe: Recipe) -> dict[str, Any]:
@@ -178,50 +170,96 @@ def read_text(file: Path) -> str:
         raise RecipeError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no text'}.") from error
 
 
-def require_known(
-    names: Iterable[str], settings: Iterable[Setting], *, called: str, besides: Iterable[str] = ()
-) -> None:
-    """Refuse names of settings that do not exist.
-
-    Args:
-        names: Dotted.
-        settings: All there are.
-        called: Who has them, for the message.
-        besides: Other names that could have been meant.
-
-    Raises:
-        RecipeError: One is unknown; the message names the nearest.
-    """
-    known = [s.name for setting in settings for s in (setting, *setting.inner)]
-    candidates = [*known, *besides]
+def _require_known(names: Iterable[str], types: Mapping[str, Any], *, called: str, besides: Iterable[str] = ()) -> None:
+    """Refuse names of settings that do not exist; the message names the nearest, also of those `besides`."""
+    candidates = [*types, *besides]
     ends = {name.rpartition(".")[2]: name for name in reversed(candidates)}
     for name in names:
-        if name not in candidates:
+        if name not in types:
             near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
             near = near or [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1)]
             hint = f"did you mean {near[0]}?" if near else "`vitreg train RECIPE --help` shows all."
             raise RecipeError(f"{called} has no setting {name}: {hint}")
 
 
-def add_settings(parser: Any, settings: Iterable[Setting]) -> None:
-    """Add settings to a jsonargparse parser, or to a group of one."""
-    for setting in settings:
-        required = {"required": True} if setting.default is MISSING else {"default": setting.default}
-        parser.add_argument(f"--{setting.name}", type=setting.type, help=setting.text.replace("%", "%%"), **required)
+def _types(kinds: Mapping[str, type]) -> dict[str, Any]:
+    return dict(_types_in(Recipe, kinds))
 
 
-def type_error(error: ArgumentError, settings: Iterable[Setting], *, called: str) -> RecipeError:
-    """What jsonargparse says of a value, in one sentence."""
-    text = str(error)
-    path = ".".join(re.findall(r'Parser key "([^"]+)"', text))
-    known = {s.name: s for setting in settings for s in (setting, *setting.inner)}
-    got = re.search(r"(?:Got|Given) value: (.*)", text)
-    if path not in known or got is None:
-        return RecipeError(f"{called}: {' '.join(text.split())}.")
-    return RecipeError(f"{called}: {path} takes {words(known[path].type)}, not {got[1]!r}.")
+def _types_in(group: type, kinds: Mapping[str, type], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, hint in (get_type_hints(group) | kinds).items():
+        yield f"{prefix}{name}", hint
+        for inner in filter(is_dataclass, (hint, *get_args(hint))):
+            yield from _types_in(inner, {}, f"{prefix}{name}.")
 
 
-def words(kind: Any) -> str:
+def _typed_recipe(values: Mapping[str, Any], kinds: Mapping[str, type], *, called: str) -> Recipe:
+    """The recipe of nested values, whose kinds are known.
+
+    Raises:
+        RecipeError: One is missing, of the wrong type, or contradicts another.
+    """
+    types = _types(kinds)
+    for name, value in _flat(values).items():
+        if isinstance(value, bool) and bool not in (
+            types[name],
+            *get_args(types[name]),
+        ):  # pydantic takes it for 0 or 1
+            raise _type_error(name, value, types, called=called)
+    parts = {part: _typed(kind, values[part], types, called=called, at=part) for part, kind in kinds.items()}
+    return _typed(Recipe, {**values, **parts}, types, called=called)
+
+
+def _typed(kind: Any, values: Any, types: Mapping[str, Any], *, called: str, at: str = "") -> Any:
+    """A dataclass of nested values, which stands `at` a place in a recipe."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        problems = error.errors()
+    for problem in problems:
+        if isinstance(contradiction := problem.get("ctx", {}).get("error"), RecipeError):
+            raise contradiction
+    if lacking := [_join(at, *p["loc"]) for p in problems if p["type"] == "missing"]:
+        raise RecipeError(f"{called} is no whole recipe: it lacks {', '.join(lacking)}.")
+    name, value = at, values
+    for part in problems[0]["loc"]:
+        if _join(name, part) not in types:  # a place in a list
+            break
+        name, value = _join(name, part), value[part]
+    raise _type_error(name, value, types, called=called)
+
+
+def _join(*parts: str | int) -> str:
+    return ".".join(str(part) for part in parts if part != "")
+
+
+def _type_error(name: str, value: Any, types: Mapping[str, Any], *, called: str) -> RecipeError:
+    shown = "null" if value is None else repr(value if is_dataclass(types[name]) else str(value))
+    return RecipeError(f"{called}: {name} takes {_words(types[name])}, not {shown}.")
+
+
+def _value(text: str, hint: Any) -> Any:
+    """A value of a command line; texts are taken as they are written."""
+    kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if text == "null" and NoneType in kinds:
+        return None
+    if str in kinds or get_origin(hint) is Literal:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _merged(values: Any, given: Any) -> Any:
+    """Nested values, with those that are given in the place of others."""
+    if not isinstance(given, dict):
+        return given
+    old = values if isinstance(values, dict) else {}
+    return old | {key: _merged(old.get(key), value) for key, value in given.items()}
+
+
+def _words(kind: Any) -> str:
     """A type in words."""
     inner = get_args(kind)
     if is_dataclass(kind):
@@ -229,42 +267,8 @@ def words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if get_origin(kind) is tuple:
-        return f"a list [{', '.join('...' if i is Ellipsis else words(i) for i in inner)}]"
-    return PLAIN[kind] if kind in PLAIN else " or ".join(words(i) for i in inner)
-
-
-def _settings(kind: type, values: Any, *, kinds: Mapping[str, type], prefix: str = "") -> Iterator[Setting]:
-    """Yield the settings of a dataclass and of those in it; `values` is one, or None for its defaults."""
-    texts = _attribute_texts(kind)
-    for field in fields(kind):
-        hint = _hint(kind, field.name, kinds)
-        name = prefix + field.name
-        if values is not None:
-            value = getattr(values, field.name)
-        else:
-            value = field.default if field.default_factory is MISSING else field.default_factory()
-        if is_dataclass(hint):
-            yield from _settings(hint, None if value is MISSING else value, kinds={}, prefix=f"{name}.")
-        else:
-            group = _dataclass_in(hint)
-            inner = tuple(_settings(group, value, kinds={}, prefix=f"{name}.")) if group else ()
-            plain = dataclasses.asdict(value) if is_dataclass(value) else value
-            yield Setting(name=name, type=hint, default=plain, text=texts.get(field.name, ""), inner=inner)
-
-
-def _hint(kind: type, name: str, kinds: Mapping[str, type]) -> Any:
-    return kinds[name] if kind is Recipe and name in kinds else get_type_hints(kind)[name]
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    return next((member for member in (hint, *get_args(hint)) if is_dataclass(member)), None)
-
-
-def _attribute_texts(kind: type) -> dict[str, str]:
-    """What a dataclass's docstring says of its attributes."""
-    section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+        return f"a list [{', '.join('...' if i is Ellipsis else _words(i) for i in inner)}]"
+    return PLAIN[kind] if kind in PLAIN else " or ".join(_words(i) for i in inner)
 
 
 def _kinds(recipe: Recipe) -> dict[str, type]:
@@ -294,16 +298,6 @@ def _without_kinds(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _build(kind: type, values: Mapping[str, Any], kinds: Mapping[str, type]) -> Any:
-    """An instance of a dataclass from nested values of the right types."""
-    arguments = {}
-    for field in fields(kind):
-        if field.name in values:
-            value, group = values[field.name], _dataclass_in(_hint(kind, field.name, kinds))
-            arguments[field.name] = value if group is None or value is None else _build(group, value, {})
-    return kind(**arguments)
-
-
 def _mapping(text: str, called: str) -> dict[str, Any]:
     try:
         given = yaml.safe_load(text)
@@ -329,30 +323,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _groups(names: Iterable[str]) -> set[str]:
-    """What dotted names begin with."""
-    return {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
-
-
-def _parsed(settings: tuple[Setting, ...], given: Mapping[str, Any], text: str, *, called: str) -> dict[str, Any]:
-    """Values of all settings, of the right types."""
-    kinds = {s.name: s.type for s in settings}
-    groups = _groups(kinds)
-    require_known(_dotted(given), settings, called=called, besides=groups)
-    for name, value in _flat(given).items():  # jsonargparse takes null, and anything in place of a group
-        if name in groups and name not in kinds:
-            raise RecipeError(
-                f"{called}: {name} takes its own settings, not {'null' if value is None else repr(value)}."
-            )
-        if value is None and name in kinds and NoneType not in get_args(kinds[name]):
-            raise RecipeError(f"{called}: {name} takes {words(kinds[name])}, not null.")
-    parser = ArgumentParser(exit_on_error=False)
-    add_settings(parser, settings)
-    for part in KINDS:  # stands in files, and is known before they are parsed
-        parser.add_argument(f"--{part}.{KIND}", type=str)
-    try:
-        return parser.parse_string(text).as_dict()
-    except ArgumentError as error:
-        raise type_error(error, settings, called=called) from error

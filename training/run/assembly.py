@@ -28,8 +28,6 @@ from vitreg_hub.training.tasks.dinov2.settings import DinoV2
 from vitreg_hub.training.tasks.distill.settings import Distill
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
-SOURCES_KEY = "sources"
-"""Key of `Provenance.settings`: name, license and sha256 of start and teacher, by the setting that names each."""
 NEEDS = {Supervised: ("labels",), Contrastive: ("texts",)}
 """What every image must have for a task."""
 

@@ -8,10 +8,10 @@ from timm.layers import DropPath
 from timm.models import VisionTransformer
 from torch import nn
 
-from vitreg_hub import timm_models  # noqa: F401  registers the architectures
 from vitreg_hub.arch import REGISTER_INIT_STD, get_arch
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import RecipeError
+from vitreg_hub.network.kinds import is_registers, kind_of
 from vitreg_hub.training.distributed.randomness import seed_of
 from vitreg_hub.training.recipes.settings import ModelSettings, Trainable
 
@@ -81,13 +81,14 @@ def with_registers_of(arch: str, bundle: ModelBundle, *, called: str) -> ModelBu
         )
     if spec.num_registers == wanted.num_registers:
         return bundle
-    weights = {name: tensor for name, tensor in bundle.state_dict.items() if name != "reg_token"}
+    kind = bundle.kind
+    weights = {name: tensor for name, tensor in bundle.state_dict.items() if name != kind.registers}
     if wanted.num_registers:
-        shape = (1, wanted.num_registers, bundle.model_args["embed_dim"])
-        old = bundle.state_dict.get("reg_token", torch.empty(1, 0, shape[2]))[:, : shape[1]]
+        shape = (1, wanted.num_registers, bundle.embed_dim)
+        old = bundle.state_dict.get(kind.registers, torch.empty(1, 0, shape[2]))[:, : shape[1]]
         drawn = torch.randn(1, shape[1] - old.shape[1], shape[2]) * (REGISTER_INIT_STD * bundle.residual_scale)
-        weights["reg_token"] = torch.cat([old, drawn.to(old.dtype)], dim=1)
-    args = {**bundle.model_args, "reg_tokens": wanted.num_registers}
+        weights[kind.registers] = torch.cat([old, drawn.to(old.dtype)], dim=1)
+    args = {**bundle.model_args, kind.registers_argument: wanted.num_registers}
     return replace(bundle, arch=arch, model_args=args, state_dict=weights)
 
 
@@ -108,9 +109,9 @@ def set_trainable(model: VisionTransformer, which: Trainable) -> None:
     """
     if which == "all":
         return
-    if model.reg_token is None:
+    if not kind_of(model).num_registers(model):
         raise RecipeError(f"model.trainable is {which}, but the architecture has no registers: take one that has some.")
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     for name, parameter in model.named_parameters():
         of_norm = which == "registers+norms" and name.rpartition(".")[0] in norms
-        parameter.requires_grad = name == "reg_token" or of_norm
+        parameter.requires_grad = is_registers(name) or of_norm

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitreg_hub.bundle.config import read_config
+from vitreg_hub.bundle.provenance import provenance_from_json
 from vitreg_hub.errors import BundleError
 from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.folders import BEST
@@ -69,10 +70,7 @@ def read_best(run: Path, recipe: Recipe) -> Best | None:
     if not folder.is_dir():
         return None
     name = SCORES[type(recipe.task)]
-    try:
-        told = read_config(folder, called=str(folder))["vitreg"]["provenance"]
-        return Best(name=name, score=told["metrics"][name], step=told["settings"]["step"])
-    except (KeyError, TypeError) as error:
-        raise BundleError(
-            f"{folder} does not tell its {name} and its step: delete it and start the run again."
-        ) from error
+    told = provenance_from_json(read_config(folder, called=str(folder))["vitreg"].get("provenance"))
+    if name not in told.metrics or not told.run or told.run.step is None:
+        raise BundleError(f"{folder} does not tell its {name} and its step: delete it and start the run again.")
+    return Best(name=name, score=told.metrics[name], step=told.run.step)

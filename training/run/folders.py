@@ -1,5 +1,6 @@
-"""The folders of bundles in that of a run, and how a new one takes the place of an old one."""
+"""What is in the folder of a run: bundles, which new ones take the place of, and checkpoints."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,15 @@ from vitreg_hub.files import OLD, SWAP
 
 MODEL, BEST = "model", "best"
 """The last weights and the best ones; the latter also is their branch on the Hub."""
+CHECKPOINTS, STATE = "checkpoints", "state"
+"""Where checkpoints are, and what each of them holds beside its bundle."""
+STEP = re.compile(r"step_(\d+)")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = {int(match[1]): path for path in (run / CHECKPOINTS).glob("step_*") if (match := STEP.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
 
 
 def restore_folders(run: Path) -> None:

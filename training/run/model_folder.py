@@ -1,19 +1,86 @@
 """The folder of a run's model: its bundle, and what goes with it."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import BEST_KEY, Provenance
-from vitreg_hub.environment import command, commit, hardware, public_text, versions
-from vitreg_hub.training.recipes.files import public_settings
+from vitreg_hub.bundle.provenance import BestModel, Provenance, TrainingRun
+from vitreg_hub.environment import command, commit, hardware, now, public_text, versions
+from vitreg_hub.files import CURVES_FIGURE, EXTRA_FILES, METRICS_FILE, RECIPE_FILE, replace_folder, write_folder
+from vitreg_hub.model_cards.card import render
+from vitreg_hub.training.recipes.files import public_settings, write_recipe
 from vitreg_hub.training.recipes.settings import Recipe
-from vitreg_hub.training.run.assembly import SOURCES_KEY, Parts, vit_of
+from vitreg_hub.training.run.assembly import Parts, vit_of
 from vitreg_hub.training.run.best import Best
+from vitreg_hub.training.run.measured import Measured
 from vitreg_hub.training.run.origins import START, TEACHER, license_of
+from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.tasks.contrastive.settings import Contrastive
+from vitreg_hub.training.watch.curves import draw_curves
+from vitreg_hub.training.watch.evaluate import EVALUATED_IMAGES
+
+
+class ModelWriter:
+    """Writes the twin of a run as bundles, with what goes beside them; on the main process only.
+
+    Args:
+        trainer: Its twin holds the weights of its step.
+        seconds: Tells the wall time of the run so far.
+        draw_curves: Draws how the run went.
+    """
+
+    def __init__(
+        self, trainer: Trainer, seconds: Callable[[], float], *, draw_curves: Callable[..., object] = draw_curves
+    ) -> None:
+        self._trainer, self.seconds, self._draw_curves = trainer, seconds, draw_curves
+        self._surroundings = surroundings(trainer.recipe, trainer.accelerator)
+
+    def bundle(self, measured: Measured, *, as_best: bool = False) -> ModelBundle:
+        """The twin as a bundle, with what was measured of these weights, if it was; `as_best` tells that they are."""
+        trainer, found = self._trainer, measured.of(self._trainer.step)
+        return make_bundle(
+            trainer.recipe,
+            trainer.parts,
+            step=trainer.step,
+            metrics={name.removeprefix("eval/"): x for name, x in found.items() if name.startswith("eval/")},
+            evaluated=found.get(EVALUATED_IMAGES),
+            made={**self._surroundings, "created": now(), "seconds": self.seconds()},
+            best=measured.best if as_best else None,
+        )
+
+    def write(self, folder: Path, measured: Measured, *, run: Path, as_best: bool = False) -> None:
+        """Write the bundle in the place of an older one, and what belongs beside it.
+
+        Args:
+            folder: Of the bundle.
+            measured: What was measured, of this model or earlier ones.
+            run: The run's, whose recipe, metrics and curves go with the bundle.
+            as_best: Whether it is as the best one that this model is written.
+
+        Raises:
+            BundleError: It cannot be written; the older one stays.
+        """
+        bundle = self.bundle(measured, as_best=as_best)
+        self._trainer.parts.task.write_beside(self._trainer.parts.twin, bundle, folder)
+        replace_folder(folder, lambda new: write_folder(new, lambda staging: self.fill(staging, bundle, run=run)))
+
+    def fill(self, folder: Path, bundle: ModelBundle, *, run: Path | None) -> None:
+        """Write a bundle, its card and, of a run, how it went."""
+        recipe, files = self._trainer.recipe, []
+        if run is not None:
+            title = f"{recipe.name}: {bundle.arch} after {self._trainer.step:,} steps"
+            self._draw_curves(run / METRICS_FILE, run / CURVES_FIGURE, title=title)
+            files = [name for name in EXTRA_FILES if (run / name).is_file()]
+            for name in files:
+                if name == RECIPE_FILE:  # the run's own tells what others need not know
+                    write_recipe(recipe, folder, public=True)
+                else:
+                    shutil.copyfile(run / name, folder / name)
+        bundle.write_into(folder, card=render(bundle, files=files))
 
 
 def surroundings(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
@@ -48,24 +115,25 @@ def make_bundle(
         made: By what, when and how long, as fields of `Provenance`.
         best: By what these weights are the run's best ones, if it is as such that they are bundled.
     """
-    data, settings = public_text(parts.data.name), public_settings(recipe)
+    data = public_text(parts.data.name)
     words = {source.setting: source.words for source in parts.sources}
     how = f"trained on from {words[START]}" if START in words else "trained from scratch"
     if TEACHER in words:
         how += f", distilled from {words[TEACHER]},"
-    settings |= {"step": step, "total_steps": parts.span.total_steps}
-    if parts.sources:
-        settings[SOURCES_KEY] = {source.setting: source.record() for source in parts.sources}
-    if evaluated is not None:
-        settings["data"] = {**settings["data"], "evaluated": evaluated}
-    if best is not None:
-        settings[BEST_KEY] = {"score": best.name, "step": best.step}
+    run = TrainingRun(
+        recipe=public_settings(recipe),
+        step=step,
+        total_steps=parts.span.total_steps,
+        evaluated=evaluated,
+        sources={source.setting: source.record() for source in parts.sources},
+    )
     provenance = Provenance(
         origin=f"{how} on {data} with vitreg_hub's recipe {recipe.name}, {step} steps",
         license=license_of(recipe, parts.sources, published=False),
         dataset=data,
         metrics=metrics,
-        settings=settings,
+        made=run,
+        best=best and BestModel(score=best.name, step=best.step),
         **made,
     )
     vit = vit_of(parts.twin)

@@ -12,11 +12,12 @@ from typing import Any
 import huggingface_hub as hf
 import timm
 
+from vitreg_hub.bundle.provenance import SourceOfRun
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import HubError, LicenseError
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from vitreg_hub.licenses import UNKNOWN, is_noncommercial, settle, told_by
-from vitreg_hub.names import HUB_PREFIX, parse_repo
+from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.remote.client import hub_errors, patiently
 from vitreg_hub.training.recipes.named import default_license
 from vitreg_hub.training.recipes.settings import Recipe
@@ -51,13 +52,10 @@ class Source:
         """For others to read: its name and where it came from."""
         return public_text(self.name) + (f" ({self.origin})" if self.origin else "")
 
-    def record(self) -> dict[str, str | None]:
+    def record(self) -> SourceOfRun:
         """What provenance tells of it beside its name, which on another machine may mean another model."""
-        return {
-            "name": public_text(self.name),
-            "license": " and ".join(self.licenses) or None,
-            "sha256": self.sha256,
-        }
+        license = " and ".join(self.licenses) or None
+        return SourceOfRun(name=public_text(self.name), license=license, sha256=self.sha256)
 
 
 def sources_of(recipe: Recipe) -> tuple[Source, ...]:
@@ -102,13 +100,12 @@ def license_of(recipe: Recipe, sources: Sequence[Source], *, published: bool) ->
 
 
 def _source(setting: str, name: str) -> Source:
-    if name.startswith(HUB_PREFIX):
-        return _in_folder(setting, name, _cached(*parse_repo(name)))
-    if Path(name).is_dir():
-        return _in_folder(setting, name, Path(name))
+    parsed = ModelName.parse(name)
+    if parsed.repo_id:
+        return _in_folder(setting, name, _cached(parsed.repo_id, parsed.revision))
+    if folder := parsed.path or parsed.shipped:
+        return _in_folder(setting, name, folder)
     cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and cfg.file:  # ships with this package
-        return _in_folder(setting, name, Path(cfg.file).parent)
     repo_id = cfg and cfg.hf_hub_id
     weights = hf.try_to_load_from_cache(repo_id, WEIGHTS_FILE) if repo_id else None
     file = Path(weights) if isinstance(weights, str) else None

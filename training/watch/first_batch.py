@@ -29,10 +29,7 @@ def draw_first_batch(
     file: str | Path,
     label_names: Sequence[str] | None = None,
 ) -> Path:
-    """Draw up to eight images, one per row, with their views side by side.
-
-    Above each row, or beside a single view, stands the image's label or caption, or else its name; below the last row
-    the size of the views.
+    """Write `first_batch_figure` into a PNG.
 
     Args:
         batch: Augmented images.
@@ -43,6 +40,18 @@ def draw_first_batch(
 
     Raises:
         BundleError: The file cannot be written.
+    """
+    figure = first_batch_figure(batch, mean=mean, std=std, label_names=label_names)
+    return write_file(Path(file), lambda target: target.write_bytes(png(figure)), replace=True)
+
+
+def first_batch_figure(
+    batch: Batch, *, mean: Sequence[float], std: Sequence[float], label_names: Sequence[str] | None = None
+) -> Figure:
+    """Draw up to eight images, one per row, with their views side by side.
+
+    Above each row, or beside a single view, stands the image's label or caption, or else its name; below the last row
+    the size of the views. Arguments as of `draw_first_batch`.
     """
     rows, columns = min(len(batch.crops[0]), MOST_IMAGES), len(batch.crops)
     single = columns == 1
@@ -69,7 +78,7 @@ def draw_first_batch(
         axis.text(left + CELL / 2, height - FOOT, size, ha="center", va="top", fontsize=8)
     axis.set(xlim=(0, width), ylim=(height, 0))
     axis.set_axis_off()
-    return write_file(Path(file), lambda target: target.write_bytes(png(figure)), replace=True)
+    return figure
 
 
 def _pixels(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

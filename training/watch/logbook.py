@@ -27,13 +27,15 @@ logger = logging.getLogger(__name__)
 TRACKERS_FOLDER = "trackers"
 
 
-def require_trackers(names: Sequence[str]) -> None:
+def require_trackers(
+    names: Sequence[str], *, installed: Callable[[], Sequence[LoggerType]] = get_available_trackers
+) -> None:
     """Refuse trackers that accelerate does not know, or that are not installed.
 
     Raises:
         RecipeError: There is one.
     """
-    missing = {str(kind) for kind in LoggerType} - {str(kind) for kind in get_available_trackers()}
+    missing = {str(kind) for kind in LoggerType} - {str(kind) for kind in installed()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)

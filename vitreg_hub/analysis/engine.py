@@ -1,15 +1,15 @@
-"""Runs a model over images once for norms and once for what depends on them, on any number of processes."""
+"""One model and one set of images: a pass for the norms, and one for what depends on them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypedDict, Unpack
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import datasets
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,7 +20,8 @@ from vitreg_hub.any_vit import open_vit
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.source import Batch, open_images
 from vitreg_hub.network.layout import VitLayout
-from vitreg_hub.tokens import Observation, observe
+from vitreg_hub.passes import AnyMeter, Needs, run_pass
+from vitreg_hub.tokens import Observation
 
 Images = Tensor | Sequence[Image.Image] | str | Path | datasets.Dataset | datasets.IterableDataset
 """Images in any form that `open_images` takes."""
@@ -54,14 +55,13 @@ class Options(TypedDict, total=False):
     progress: bool
 
 
-class Meter(Protocol):
-    """Something that is measured in the second pass, in memory that does not grow with the number of images.
+class OutlierMeter(Protocol):
+    """Something that is measured in the second pass, in memory that does not grow with the number of images."""
 
-    Attributes:
-        needs: What it reads of an observation besides its order: "embedded", "normed", "attention".
-    """
-
-    needs: ClassVar[tuple[str, ...]]
+    @property
+    def needs(self) -> Needs:
+        """What it reads of an observation."""
+        ...
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
         """Add a batch: indices [B] of the images in the data set, labels [B], outliers [B, P] bool."""
@@ -71,6 +71,36 @@ class Meter(Protocol):
 
     def result(self) -> Any:
         """What was measured."""
+
+
+class OutlierMeters:
+    """Meters that are told, besides what they need, which patches are outliers: a meter of `run_pass` itself.
+
+    Args:
+        meters: By name.
+        block: Index from 0 of the block whose norms count.
+        cutoff: Norm above which a patch token is an outlier.
+    """
+
+    def __init__(self, meters: Mapping[str, OutlierMeter], *, block: int, cutoff: float) -> None:
+        self.meters = meters
+        self._block, self._cutoff = block, cutoff
+
+    @property
+    def needs(self) -> Needs:
+        """What its meters need, and norms."""
+        return reduce(or_, [meter.needs for meter in self.meters.values()], Needs(norms=True))
+
+    def update(self, seen: Observation, batch: Batch) -> None:
+        """Add a batch to every meter."""
+        outliers = seen.norms[self._block, :, seen.order.num_prefix :] > self._cutoff
+        for meter in self.meters.values():
+            meter.update(seen, batch.indices, batch.labels, outliers)
+
+    def merge(self, other: Self) -> None:
+        """Add what another process saw, meter by meter."""
+        for name, meter in self.meters.items():
+            meter.merge(other.meters[name])
 
 
 class Study:
@@ -112,10 +142,7 @@ class Study:
         Raises:
             DataError: There are no images, or the model gives numbers that are not finite.
         """
-        meter = NormMeter(cutoff=self.options.get("cutoff"))
-        for batch in self._batches("norms"):
-            meter.update(observe(self.opened.model, batch.images, norms=True))
-        (meter,) = _merged([meter])
+        meter = self._run("norms", NormMeter(cutoff=self.options.get("cutoff")))
         if not meter.num_images:
             raise DataError(f"{self.source.name} holds no images.")
         if not meter.is_finite:
@@ -136,31 +163,19 @@ class Study:
         value = self.blocks[self.block].cutoff.value
         return math.inf if value is None else value
 
-    def measure(self, meters: Mapping[str, Meter]) -> dict[str, Any]:
+    def measure(self, meters: Mapping[str, OutlierMeter]) -> dict[str, Any]:
         """The second pass: everything that needs to know which patches are outliers.
 
         Returns:
             The meters' results under their names; the same on every process.
         """
-        cutoff = self.cutoff
-        needs = {need for meter in meters.values() for need in meter.needs}
-        for batch in self._batches("tokens"):
-            seen = observe(
-                self.opened.model,
-                batch.images,
-                norms=True,
-                embedded="embedded" in needs,
-                normed="normed" in needs,
-                attention=(self.block,) if "attention" in needs else (),
-            )
-            outliers = seen.norms[self.block, :, seen.order.num_prefix :] > cutoff
-            for meter in meters.values():
-                meter.update(seen, batch.indices, batch.labels, outliers)
-        merged = dict(zip(meters, _merged(list(meters.values())), strict=True))
+        merged = self._run("tokens", OutlierMeters(meters, block=self.block, cutoff=self.cutoff))
         results = {}
-        for name, meter in (bar := self._bar(merged.items(), unit="measure")):
-            bar.set_description(f"{self.opened.name}: {name.replace('_', ' ')}")
-            results[name] = meter.result()
+        with tqdm(total=len(meters), unit="measure", disable=not self._shows_progress, leave=False) as bar:
+            for name, meter in merged.meters.items():
+                bar.set_description(f"{self.opened.name}: {name.replace('_', ' ')}")
+                results[name] = meter.result()
+                bar.update()
         return results
 
     def model_facts(self, *, step: int | None = None) -> ModelFacts:
@@ -187,24 +202,24 @@ class Study:
             preprocessing=self.opened.preprocessing if not isinstance(self.source.rows, Tensor) else "given as tensors",
         )
 
-    def _batches(self, what: str) -> Iterator[Batch]:
-        batch_size, processes = self.options.get("batch_size", 8), self.processes
-        batches = self.source.batches(
-            self.opened.transform,
-            batch_size=batch_size,
+    def _run(self, what: str, meter: AnyMeter) -> AnyMeter:
+        processes = self.processes
+        (merged,) = run_pass(
+            self.opened.model,
+            self.source,
+            [meter],
+            transform=self.opened.transform,
+            batch_size=self.options.get("batch_size", 8),
+            num_workers=self.options.get("num_workers", 0),
             rank=processes.process_index,
             world_size=processes.num_processes,
-            num_workers=self.options.get("num_workers", 0),
+            progress=f"{self.opened.name}: {what}" if self._shows_progress else None,
         )
-        share = self.source.num_images and math.ceil(self.source.num_images / processes.num_processes)
-        with self._bar(total=share, desc=f"{self.opened.name}: {what}", unit="image") as bar:
-            for batch in batches:
-                yield batch
-                bar.update(len(batch.images))
+        return merged
 
-    def _bar(self, *args: Any, **settings: Any) -> tqdm:
-        shown = self.options.get("progress", False) and self.processes.is_main_process
-        return tqdm(*args, disable=not shown, leave=False, **settings)
+    @property
+    def _shows_progress(self) -> bool:
+        return self.options.get("progress", False) and self.processes.is_main_process
 
 
 def _require_sensible(options: Options) -> None:
@@ -226,12 +241,3 @@ def _require_sensible(options: Options) -> None:
         torch.empty(0, device=options.get("device"))
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"device {options['device']!r} cannot be used here: give cpu, or cuda with a GPU.") from error
-
-
-def _merged(meters: list[Any]) -> list[Any]:
-    """Meters with what all processes saw, in the order of the processes."""
-    first, *others = gather_object([meters])
-    for other in others:
-        for meter, part in zip(first, other, strict=True):
-            meter.merge(part)
-    return first

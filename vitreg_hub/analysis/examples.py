@@ -1,6 +1,7 @@
 """What one image looks like inside a model: the maps behind the pictures of a report."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ class Example:
         register_attention: [R, heads, rows, columns] from each register to the patches; R = 0 without registers.
         components: [rows, columns, 3] in [0, 1], the first principal components as colours (`pca_maps`).
     """
+
+    __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True}  # they are in no JSON
 
     image: np.ndarray
     norms: np.ndarray

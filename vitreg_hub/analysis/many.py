@@ -12,7 +12,7 @@ from vitreg_hub.analysis.report.as_json import load_reports
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.errors import DataError
 from vitreg_hub.files import CONFIG_FILE
-from vitreg_hub.names import require_known
+from vitreg_hub.names import ModelName
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def analyze_all(
             planned += expand(model)
     for model, _ in planned:
         if isinstance(model, str | Path):
-            require_known(model)
+            ModelName.parse(model).require_known()
     return tuple(
         model if isinstance(model, ArtifactReport) else analyze(model, images, step=step, **options)
         for model, step in planned
@@ -62,7 +62,7 @@ def expand(model: Model) -> Iterator[tuple[Model, int | None]]:
     Raises:
         DataError: A folder holds neither a model nor checkpoints.
     """
-    run = None if not isinstance(model, str | Path) else Path(model)
+    run = ModelName.parse(model).path if isinstance(model, str | Path) else None
     if run is None or not run.is_dir() or (run / CONFIG_FILE).exists():
         yield model, None
         return

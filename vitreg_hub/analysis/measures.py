@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import numpy as np
 from torch import nn
 
-from vitreg_hub.analysis.engine import Images, Meter, Options, Study
+from vitreg_hub.analysis.engine import Images, Options, OutlierMeter, Study
 from vitreg_hub.analysis.examples import Example
 from vitreg_hub.analysis.meters.attention import AttentionMeter
 from vitreg_hub.analysis.meters.examples import ExampleMeter
@@ -136,7 +136,7 @@ def analyze(
         VitregError: The model or the images cannot be used; the message says why.
     """
     study = Study(model, images, **options)
-    meters: dict[str, Meter] = {
+    meters: dict[str, OutlierMeter] = {
         "places": PlaceMeter(),
         "redundancy": NeighborSimilarity(),
         "local_information": LocalProbes(seed=study.seed),
@@ -155,7 +155,7 @@ def analyze(
     )
 
 
-def _measured(model: Model, images: Images, options: Options, make: Callable[[Study], Meter]) -> Any:
+def _measured(model: Model, images: Images, options: Options, make: Callable[[Study], OutlierMeter]) -> Any:
     study = Study(model, images, **options)
     return study.measure({"it": make(study)})["it"]
 

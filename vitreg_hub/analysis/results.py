@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from vitreg_hub.analysis.examples import Example
+from vitreg_hub.bundle.provenance import AttentionMass
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """Shares below which norms are reported; the first and the last are the exact smallest and largest norm."""
@@ -208,25 +209,6 @@ class GlobalInformation:
     num_test: int
     chance: float | None
     why_not: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionMass:
-    """Where the attention of one token goes, mean over heads and images; the four shares sum to 1.
-
-    Attributes:
-        source: "class", "class 2", "register 1", ...
-        to_class: Share on class tokens.
-        to_registers: Share on registers.
-        to_normal: Share on normal patches.
-        to_outliers: Share on outlier patches.
-    """
-
-    source: str
-    to_class: float
-    to_registers: float
-    to_normal: float
-    to_outliers: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

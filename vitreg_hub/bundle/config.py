@@ -1,4 +1,4 @@
-"""The one form of a bundle on disk: what its config.json holds, and how folders and files are written and read.
+"""What a bundle's config.json holds, typed: one reader, one writer, and what follows from it.
 
 A bundle is a folder, which is also a Hub repository: config.json, model.safetensors, README.md.
 """
@@ -8,16 +8,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import timm
+from pydantic import NonNegativeInt, PlainValidator, PositiveInt
 from torch import Tensor, nn
 
-from vitreg_hub.arch import ArchSpec, require_whole_patches
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub import typed
+from vitreg_hub.arch import ARCHS, ArchSpec, get_arch, require_whole_patches
+from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
 from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import CONFIG_FILE
+from vitreg_hub.network.kinds import STEM, NetworkKind, kind_of
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule
+from vitreg_hub.network.residual_scale import unscaled_epsilon
+from vitreg_hub.network.untold import UNTOLD, Untold
+
+ARGUMENTS = {
+    "img_size": tuple[PositiveInt, PositiveInt],
+    "patch_size": PositiveInt,
+    "in_chans": PositiveInt,
+    "embed_dim": PositiveInt,
+    "depth": PositiveInt,
+    "num_heads": PositiveInt,
+}
+"""Types of the arguments that this package reads from `model_args`; the others are timm's to check."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,65 +57,192 @@ class Preprocess:
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Self:
-        """Read the fields that this class has from a timm cfg."""
-        values = {f.name: cfg[f.name] for f in dataclasses.fields(cls) if f.name in cfg}
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        """Read the fields that this class has from a timm cfg.
+
+        Raises:
+            BundleError: One is missing, or of another type.
+        """
+        told = {f.name: cfg[f.name] for f in dataclasses.fields(cls) if cfg.get(f.name) is not None}
+        return typed.read(cls, told, called="pretrained_cfg", error=BundleError)
 
 
-def make_config(
-    *,
-    spec: ArchSpec,
-    model_args: Mapping[str, Any],
-    num_classes: int,
-    preprocess: Preprocess,
-    provenance: Provenance,
-    label_names: tuple[str, ...] | None = None,
-    positions: PositionRule = TIMM_RULE,
-    residual_scale: float = 1.0,
-) -> dict[str, Any]:
-    """The content of a bundle's config.json."""
-    entry: dict[str, Any] = dict(arch=spec.name, provenance=dataclasses.asdict(provenance))
-    if positions != TIMM_RULE:
-        entry["positions"] = dataclasses.asdict(positions)
-    if residual_scale != 1:
-        entry["residual_scale"] = residual_scale
-    cfg = dataclasses.asdict(preprocess) | dict(
-        fixed_input_size=True,
-        num_classes=num_classes,
-        first_conv="patch_embed.proj",
-        classifier=["head", "head_dist"] if spec.lineage.distilled else "head",
-        license=provenance.license,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleConfig:
+    """All that a bundle's config.json holds.
+
+    Attributes:
+        arch: Name of a row of the table.
+        model_args: Complete arguments of the row's upstream entrypoint, without the number of classes.
+        num_classes: Width of the classification head, 0 without one.
+        preprocess: The images that the weights expect.
+        provenance: Where the weights came from.
+        label_names: Names of the classes.
+        positions: How the position table is resampled for another image size.
+        residual_scale: How many times larger the residual stream of the stored network is (`residual_scale.py`).
+    """
+
+    arch: str
+    model_args: Mapping[str, Any]
+    num_classes: int
+    preprocess: Preprocess
+    provenance: Provenance
+    label_names: tuple[str, ...] | None = None
+    positions: PositionRule = TIMM_RULE
+    residual_scale: float = 1.0
+
+    @property
+    def spec(self) -> ArchSpec:
+        """The row of the table."""
+        return get_arch(self.arch)
+
+    @property
+    def kind(self) -> NetworkKind:
+        """The timm class that the row builds on."""
+        return kind_of(self.spec)
+
+    @property
+    def num_registers(self) -> int:
+        """Register tokens, which may be more than the row's."""
+        return self.model_args[self.kind.registers_argument]
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of a token."""
+        return self.model_args["embed_dim"]
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return tuple(self.model_args["img_size"])
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.model_args["patch_size"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of an image in patches."""
+        height, width = self.img_size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def norm_eps(self) -> float:
+        """LayerNorm's epsilon, in a network whose residual stream is not scaled."""
+        return unscaled_epsilon(self.spec.lineage.norm_eps, self.residual_scale)
+
+    @property
+    def activation(self) -> str:
+        """timm's name of the MLP's activation."""
+        return "silu" if self.spec.swiglu else self.model_args.get("act_layer", self.spec.lineage.act)
+
+    @property
+    def untold(self) -> tuple[tuple[Untold, Any], ...]:
+        """What plain timm is not told, in the order in which it is applied, each with its value."""
+        return tuple((part, getattr(self, part.key)) for part in UNTOLD)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of config.json."""
+        entry: dict[str, Any] = dict(arch=self.arch, provenance=provenance_to_json(self.provenance))
+        entry |= {part.key: part.to_json(value) for part, value in self.untold if value != part.default}
+        cfg = dataclasses.asdict(self.preprocess) | dict(
+            fixed_input_size=True,
+            num_classes=self.num_classes,
+            first_conv=STEM,
+            classifier=self.kind.classifier,
+            license=self.provenance.license,
+        )
+        config = dict(
+            architecture=self.spec.base,
+            num_classes=self.num_classes,
+            num_features=self.embed_dim,
+            global_pool=self.model_args["global_pool"],
+            label_names=list(self.label_names) if self.label_names else None,
+            model_args=dict(self.model_args),
+            pretrained_cfg={key: value for key, value in cfg.items() if value is not None},
+            vitreg=entry,
+        )
+        return {key: value for key, value in config.items() if value is not None}
+
+    def text(self) -> str:
+        """The text of config.json."""
+        return config_text(self.to_json())
+
+
+def _known_arch(name: Any) -> str:
+    if not isinstance(name, str) or name not in ARCHS:
+        raise BundleError(f"no architecture {name!r}; a newer vitreg_hub may have it")
+    return name
+
+
+_Entry = dataclasses.make_dataclass(
+    "_Entry",
+    [
+        ("arch", Annotated[str, PlainValidator(_known_arch)]),
+        ("provenance", Annotated[Provenance, PlainValidator(provenance_from_json)]),
+        *((part.key, part.kind, part.default) for part in UNTOLD),
+    ],
+    frozen=True,
+    kw_only=True,
+)
+"""What of a `BundleConfig` stands under `vitreg`, for timm has no place for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """The keys of a config.json that are read; the others follow from them."""
+
+    model_args: Mapping[str, Any]
+    num_classes: int
+    pretrained_cfg: Mapping[str, Any]
+    label_names: tuple[str, ...] | None = None
+    vitreg: _Entry
+
+
+def read_entry(told: Any) -> dict[str, Any]:
+    """Read what a config.json says under `vitreg`: fields of `BundleConfig`.
+
+    Raises:
+        BundleError: It says something else; the message names every key and what is wrong with it.
+    """
+    return vars(typed.read(_Entry, told, called="vitreg", error=BundleError))
+
+
+def config_from_json(config: Mapping[str, Any]) -> BundleConfig:
+    """Read the content of a config.json. Whether it keeps the rules is not looked at (`rules.py`).
+
+    Raises:
+        BundleError: Something is missing or of another type; the message names every key and what is wrong with it.
+    """
+    told = {f.name: config[f.name] for f in dataclasses.fields(_Form) if f.name in config}
+    form = typed.read(_Form, told, error=BundleError)
+    registers = {kind_of(get_arch(form.vitreg.arch)).registers_argument: NonNegativeInt}
+    for name, wanted in (ARGUMENTS | registers).items():
+        if name in form.model_args:
+            typed.read(wanted, form.model_args[name], called=f"model_args.{name}", error=BundleError)
+    return BundleConfig(
+        model_args=form.model_args,
+        num_classes=form.num_classes,
+        preprocess=Preprocess.from_cfg(form.pretrained_cfg),
+        label_names=form.label_names or None,
+        **vars(form.vitreg),
     )
-    config = dict(
-        architecture=spec.base,
-        num_classes=num_classes,
-        num_features=model_args["embed_dim"],
-        global_pool=model_args["global_pool"],
-        label_names=list(label_names) if label_names else None,
-        model_args=dict(model_args),
-        pretrained_cfg={key: value for key, value in cfg.items() if value is not None},
-        vitreg=entry,
-    )
-    return {key: value for key, value in config.items() if value is not None}
 
 
 def config_text(config: Mapping[str, Any]) -> str:
-    """A config.json, with sorted keys, so that equal bundles have equal files."""
+    """A JSON file, with sorted keys, so that equal bundles have equal files."""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def read_config(folder: Path, *, called: str) -> dict[str, Any]:
-    """Read a bundle's config.json.
+    """Read a bundle's config.json, as it is written.
 
     Raises:
         BundleError: There is none, it cannot be read, or it is no JSON object with this package's `vitreg` key.
     """
     with readable(called):
         if not folder.is_dir():
-            raise BundleError(
-                f"{called} is neither a folder nor an architecture; `vitreg list` prints those, "
-                "and a Hub repository needs the prefix 'hf-hub:'."
-            )
+            raise BundleError(f"{called} is no folder, so no bundle.")
         if not (folder / CONFIG_FILE).is_file():
             raise BundleError(f"{called} is no bundle: it has no {CONFIG_FILE}.")
         content = (folder / CONFIG_FILE).read_bytes()
@@ -113,18 +255,18 @@ def read_config(folder: Path, *, called: str) -> dict[str, Any]:
     return config
 
 
-def empty_model(config: Mapping[str, Any], **timm_kwargs: Any) -> nn.Module:
+def empty_model(config: BundleConfig, **timm_kwargs: Any) -> nn.Module:
     """The network with shapes but no memory; timm checks and completes the arguments.
 
     Raises:
         DataError: The patch does not divide the image.
     """
-    args = {"num_classes": config["num_classes"], **config["model_args"], **timm_kwargs}
+    args = {"num_classes": config.num_classes, **config.model_args, **timm_kwargs}
     require_whole_patches(args)
     return timm.create_model(
-        config["architecture"],
-        pretrained_cfg=config["pretrained_cfg"],
-        pretrained_model_args=dict(config["model_args"]),
+        config.spec.base,
+        pretrained_cfg=config.to_json()["pretrained_cfg"],
+        pretrained_model_args=dict(config.model_args),
         device="meta",
         **args,
     )

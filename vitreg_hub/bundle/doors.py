@@ -10,24 +10,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitreg_hub.arch import ARCHS
 from vitreg_hub.bundle import plain_doors
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.errors import BundleError, readable
-from vitreg_hub.timm_models import SHIPPED_WEIGHTS
+from vitreg_hub.errors import BundleError
+from vitreg_hub.names import ModelName
+from vitreg_hub.remote.download import download
+from vitreg_hub.tags import tags
 
 DOORS = ("timm", "transformers", "timm+vitreg_hub", "transformers+vitreg_hub")
 
 
 @torch.inference_mode()
-def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, float]:
+def verify(folder: str | Path, *, images: Tensor | None = None, bundle: ModelBundle | None = None) -> dict[str, float]:
     """Open a bundle through all four doors; two of them in a fresh process that never imports this package.
 
     Compares all tokens after the final norm, the pooled features and, with a head, the logits, on the CPU in float32.
 
     Args:
-        folder: A bundle's folder, or the name of weights in this package (``vit_nano_reg4.digits``).
+        folder: A bundle's folder, ``hf-hub:org/name[@revision]``, or the name of weights in this package
+            (``vit_nano_reg4.digits``).
         images: [B, C, H, W] of the bundle's input size; two images of noise by default.
+        bundle: What the folder holds, if that is loaded already.
 
     Returns:
         Largest absolute difference to `ModelBundle.build` per door: all 0.
@@ -35,8 +38,9 @@ def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, flo
     Raises:
         BundleError: A rule is broken, a door does not open, or an output differs by more than 0.
     """
-    folder = bundle_folder(folder)
-    bundle = ModelBundle.load(folder)
+    name = ModelName.parse(folder)
+    folder = download(name.given) if name.repo_id else bundle_folder(name)
+    bundle = bundle or ModelBundle.load(folder)
     model = bundle.build()
     if images is None:
         images = torch.randn(2, *bundle.preprocess.input_size, generator=torch.Generator().manual_seed(0))
@@ -54,21 +58,20 @@ def verify(folder: str | Path, *, images: Tensor | None = None) -> dict[str, flo
     return worst
 
 
-def bundle_folder(source: str | Path) -> Path:
+def bundle_folder(source: str | Path | ModelName) -> Path:
     """The folder of a bundle: as it was given, or of weights in this package by their name.
 
     Raises:
         BundleError: There is none, or it cannot be read.
     """
-    name, shipped = str(source), {folder.name: folder for folder in SHIPPED_WEIGHTS.iterdir()}
-    with readable(source):
-        folder = Path(source) if Path(source).exists() else shipped.get(name, Path(source))
-        if not folder.is_dir():
-            remedy = "fetch a published bundle with `vitreg pull` first"
-            if name.partition(".")[0] in ARCHS and timm.is_model_pretrained(name):
-                remedy = f"ModelBundle.load({name!r}).save(folder) writes one with these weights"
-            raise BundleError(f"{source} is no folder: {remedy}.")
-    return folder
+    name = source if isinstance(source, ModelName) else ModelName.parse(source)
+    folder = name.path or name.shipped
+    if folder is not None and folder.is_dir():
+        return folder
+    remedy = "fetch a published bundle with `vitreg pull` first"
+    if name.tag in tags(name.arch):
+        remedy = f"ModelBundle.load({name.given!r}).save(folder) writes one with these weights"
+    raise BundleError(f"{name.given} is no folder: {remedy}.")
 
 
 def _open_plain_doors(folder: Path, images: Tensor) -> dict[str, dict[str, Tensor]]:

@@ -1,32 +1,26 @@
 """What a model is and where it came from, told without its weights."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 
-from vitreg_hub.arch import ARCHS, ArchSpec, get_arch
-from vitreg_hub.bundle.config import Preprocess, empty_model, make_config, read_config
-from vitreg_hub.bundle.provenance import ARTIFACTS_KEY, BEST_KEY, CONVERSION_KEY, DOORS_KEY, Provenance
+from vitreg_hub.arch import get_arch
+from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, empty_model, read_config
+from vitreg_hub.bundle.provenance import BestModel, Conversion, Foreign, Provenance, TrainingRun, Transformation
 from vitreg_hub.bundle.rules import rule_problems
 from vitreg_hub.environment import duration
-from vitreg_hub.errors import BundleError, UnknownArchError, readable
+from vitreg_hub.errors import BundleError
 from vitreg_hub.licenses import UNKNOWN
-from vitreg_hub.names import HUB_PREFIX, parse_repo
+from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.network.positions import PositionRule
 from vitreg_hub.remote.download import download_config
 from vitreg_hub.timm_models import eval_cfg
 
 NOT_RECORDED = "not recorded"
-REPORTS = (CONVERSION_KEY, ARTIFACTS_KEY, DOORS_KEY)
-"""Settings that tell what was done with weights; the others of a run are its recipe."""
-TRAINING, OTHER = "training", "other"
-OPTIMISER = {"optim", "opt"}
-"""By which settings are known as a recipe: one of them, the latter in older bundles."""
-MADE = ("command", "commit", "created", "hardware")
 SHOWN = 4
 """Names of dropped tensors that the table shows; JSON has all."""
 
@@ -43,7 +37,7 @@ class ModelInfo:
 
     name: str
     architecture: Mapping[str, Any]
-    provenance: Mapping[str, Any] | None = None
+    provenance: Provenance | None = None
 
     def __str__(self) -> str:
         """The table that the terminal shows."""
@@ -68,55 +62,44 @@ def describe(source: str | Path) -> ModelInfo:
         HubError: No such repository, no permission, or no network.
         UnknownArchError: Neither a folder nor a known name.
     """
-    called = str(source)
-    if called.startswith(HUB_PREFIX):
+    name = ModelName.parse(source)
+    called = name.given
+    if name.repo_id:
         folder = download_config(called)
-        return _of_bundle(folder, name=f"{HUB_PREFIX}{parse_repo(called)[0]}@{folder.name}", called=called)
-    with readable(source):
-        is_folder = Path(source).exists()
-    if is_folder:
-        return _of_bundle(Path(source), name=called, called=called)
-    arch, _, tag = called.partition(".")
-    spec = get_arch(called if arch not in ARCHS else arch)
-    cfg = timm.get_pretrained_cfg(called) if tag and timm.is_model_pretrained(called) else None
-    if tag and cfg is None:
-        tags = ", ".join(timm.list_pretrained(f"{arch}.*")) or "none"
-        raise UnknownArchError(f"{called} has no published weights; of {arch} there are: {tags}.")
-    if cfg is not None and cfg.file:
-        return _of_bundle(Path(cfg.file).parent, name=called, called=called)
+        return _of_bundle(folder, name=f"{HUB_PREFIX}{name.repo_id}@{folder.name}", called=called)
+    if folder := name.path or (name.shipped if name.tag else None):
+        return _of_bundle(folder, name=called, called=called)
+    name.require_ours()
+    spec, cfg = get_arch(name.arch), timm.get_pretrained_cfg(called) if name.tag else None
     images = dataclasses.asdict(cfg or eval_cfg(spec))
     origin = f"weights of {HUB_PREFIX}{cfg.hf_hub_id}" if cfg else "no weights"
     provenance = Provenance(origin=origin, license=cfg.license if cfg else None)
-    config = make_config(
-        spec=spec,
+    config = BundleConfig(
+        arch=spec.name,
         model_args=spec.model_args(),
         num_classes=cfg.num_classes if cfg else 0,
         preprocess=Preprocess.from_cfg(images),
         provenance=provenance,
     )
-    told = _provenance(dataclasses.asdict(provenance)) if cfg else None
-    return ModelInfo(name=called, architecture=_architecture(config), provenance=told)
+    return ModelInfo(name=called, architecture=_architecture(config), provenance=provenance if cfg else None)
 
 
 def _of_bundle(folder: Path, *, name: str, called: str) -> ModelInfo:
-    config = read_config(folder, called=called)
-    if problems := list(rule_problems(config)):
+    content = read_config(folder, called=called)
+    if problems := list(rule_problems(content)):
         raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
+    config = config_from_json(content)
     try:
         architecture = _architecture(config)
     except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise BundleError(f"timm cannot build the model of {called} ({type(error).__name__}: {reason}).") from error
-    return ModelInfo(name=name, architecture=architecture, provenance=_provenance(config["vitreg"]["provenance"]))
+    return ModelInfo(name=name, architecture=architecture, provenance=config.provenance)
 
 
-def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+def _architecture(config: BundleConfig) -> dict[str, Any]:
     """Facts of the network that a config.json describes, most of them counted in it."""
-    spec, args = get_arch(config["vitreg"]["arch"]), config["model_args"]
-    model = empty_model(config, weight_init="skip")
-    scale = config["vitreg"].get("residual_scale", 1)
-    class_tokens = model.num_prefix_tokens - model.num_reg_tokens
-    preprocess = Preprocess.from_cfg(config["pretrained_cfg"])
+    spec, args, model = config.spec, config.model_args, empty_model(config, weight_init="skip")
     return {
         "architecture": spec.name,
         "family": spec.family,
@@ -129,25 +112,21 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
         "mlp": "SwiGLU" if spec.swiglu else "MLP",
         "mlp_hidden": model.blocks[0].mlp.fc1.out_features,
         "mlp_ratio": args["mlp_ratio"],
-        "activation": _activation(spec, args),
+        "activation": config.activation,
         "layer_scale": args.get("init_values"),
-        "norm_epsilon": model.blocks[0].norm1.eps / scale**2,
-        "patch_size": args["patch_size"],
+        "norm_epsilon": config.norm_eps,
+        "patch_size": config.patch_size,
         "image_size": list(model.patch_embed.img_size),
         "tokens": model.num_prefix_tokens + model.patch_embed.num_patches,
-        "class_tokens": class_tokens,
-        "registers": model.num_reg_tokens,
+        "class_tokens": model.num_prefix_tokens - config.num_registers,
+        "registers": config.num_registers,
         "patches": model.patch_embed.num_patches,
-        "positions": _positions(PositionRule.from_dict(config["vitreg"].get("positions", {}))),
+        "positions": _positions(config.positions),
         "pooling": model.global_pool,
-        "num_classes": config["num_classes"],
-        "preprocess": dataclasses.asdict(preprocess),
+        "num_classes": config.num_classes,
+        "preprocess": dataclasses.asdict(config.preprocess),
         "weights": timm.list_pretrained(f"{spec.name}.*"),
     }
-
-
-def _activation(spec: ArchSpec, args: Mapping[str, Any]) -> str:
-    return "silu" if spec.swiglu else args.get("act_layer", spec.lineage.act)
 
 
 def _positions(rule: PositionRule) -> str:
@@ -184,82 +163,57 @@ def _numbers(values: list[float]) -> str:
     return "/".join(f"{value:.3g}" for value in values)
 
 
-def _provenance(told: Mapping[str, Any]) -> dict[str, Any]:
-    """A provenance with all its fields, and what its settings tell of how the weights came about."""
-    defaults = dataclasses.asdict(Provenance(origin=""))
-    settings = told.get("settings", {})
-    rest = {key: value for key, value in settings.items() if key not in REPORTS}
-    is_recipe = bool(rest.keys() & OPTIMISER)
-    parts = {key: _mapping(settings.get(key)) for key in REPORTS}
-    parts |= {TRAINING: rest if is_recipe else {}, OTHER: {} if is_recipe else rest}
-    return defaults | dict(told) | {"settings": parts}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """A part of the settings, whose form nothing guarantees."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else ()
-
-
-def _provenance_rows(told: Mapping[str, Any], *, registers: int) -> Iterator[tuple[str, str]]:
-    parts = told["settings"]
-    conversion, training = parts[CONVERSION_KEY], parts[TRAINING]
-    yield "origin", told["origin"]
-    yield "license", told["license"] or UNKNOWN
-    yield "data set", told["dataset"] or NOT_RECORDED
-    measured = ", ".join(f"{name} {value:.4g}" for name, value in sorted(told["metrics"].items()))
-    yield "measured", measured or "not measured"
-    if untrained := conversion.get("untrained_registers"):
-        yield "registers", f"{untrained} of {registers} drawn at random, untrained"
-    yield from _conversion_rows(conversion)
-    if training:
-        yield "training", _training(training)
-    if parts[OTHER]:
-        yield "settings", ", ".join(parts[OTHER])
-    yield "artifacts", str(parts[ARTIFACTS_KEY].get("verdict", "not measured"))
-    doors = ", ".join(f"{value:g} in {door}" for door, value in parts[DOORS_KEY].items() if _is_number(value))
+def _provenance_rows(told: Provenance, *, registers: int) -> Iterator[tuple[str, str]]:
+    yield "origin", told.origin
+    yield "license", told.license or UNKNOWN
+    yield "data set", told.dataset or NOT_RECORDED
+    yield "measured", ", ".join(f"{name} {value:.4g}" for name, value in sorted(told.metrics.items())) or "not measured"
+    match told.made:
+        case Conversion() as report:
+            if report.untrained_registers:
+                yield "registers", f"{report.untrained_registers} of {registers} drawn at random, untrained"
+            yield from _conversion_rows(report)
+        case TrainingRun() as run:
+            yield "training", _training(run, told.best)
+        case Transformation() as step:
+            yield "made", f"{step.what} of {step.source}"
+        case Foreign(settings=settings) if settings:
+            yield "settings", ", ".join(settings)
+    yield "artifacts", told.artifacts.verdict if told.artifacts else "not measured"
+    doors = ", ".join(f"{value:g} in {door}" for door, value in (told.doors or {}).items())
     yield "doors", f"largest absolute difference {doors}" if doors else "not measured"
-    yield "versions", ", ".join(f"{name} {number}" for name, number in told["versions"].items()) or NOT_RECORDED
-    yield from ((key, told[key] or NOT_RECORDED) for key in MADE)
-    yield "time", NOT_RECORDED if told["seconds"] is None else duration(told["seconds"])
+    yield "versions", ", ".join(f"{name} {number}" for name, number in told.versions.items()) or NOT_RECORDED
+    yield "command", told.command or NOT_RECORDED
+    yield "commit", told.commit or NOT_RECORDED
+    yield "created", told.created or NOT_RECORDED
+    yield "hardware", told.hardware or NOT_RECORDED
+    yield "time", NOT_RECORDED if told.seconds is None else duration(told.seconds)
 
 
-def _conversion_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if not report:
-        return
-    yield "source", f"{report.get('source', NOT_RECORDED)}, read as {report.get('format', NOT_RECORDED)}"
-    for name, digest in _mapping(report.get("sha256")).items():
+def _conversion_rows(report: Conversion) -> Iterator[tuple[str, str]]:
+    yield "source", f"{report.source}, read as {report.format}"
+    for name, digest in report.sha256.items():
         yield "sha256", f"{digest}  {name}"
-    yield "mapped", f"{report.get('num_mapped', NOT_RECORDED)} tensors"
-    for why, names in _mapping(report.get("dropped")).items():
-        names = _listed(names)
+    yield "mapped", f"{report.num_mapped} tensors"
+    for why, names in report.dropped.items():
         more = f", ... {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        yield "dropped", f"{len(names)} ({', '.join(map(str, names[:SHOWN]))}{more}): {why}"
-    yield from (("note", str(note)) for note in _listed(report.get("notes")))
-    measured = _mapping(report.get("measured"))
-    differences = ", ".join(f"{value:.2g} in {name}" for name, value in measured.items() if _is_number(value))
-    yield "difference", f"{differences}, to {measured.get('reference')}" if differences else "not measured"
+        yield "dropped", f"{len(names)} ({', '.join(names[:SHOWN])}{more}): {why}"
+    yield from (("note", note) for note in report.notes)
+    differences = ", ".join(f"{value:.2g} in {name}" for name, value in report.differences.items())
+    yield "difference", f"{differences}, to {report.measured.get('reference')}" if differences else "not measured"
 
 
-def _training(recipe: Mapping[str, Any]) -> str:
-    """The recipe of a run in a line, as far as it is told."""
-    optim, best = _mapping(recipe.get("optim")), _mapping(recipe.get(BEST_KEY))
-    steps, total = recipe.get("step"), recipe.get("total_steps")
+def _training(run: TrainingRun, best: BestModel | None) -> str:
+    """A run in a line, as far as it is told."""
+    recipe, total = run.told, run.total_steps
     told = {
-        "recipe": recipe.get("name"),
-        "steps": steps if steps == total else f"{steps} of {total}",
-        "batch size": recipe.get("batch_size"),
-        "optimiser": optim.get("opt") or recipe.get("opt"),
-        "learning rate": optim.get("lr") or recipe.get("lr"),
-        "seed": recipe.get("seed"),
-        "best of its run by": best.get("score"),
+        "recipe": recipe.name,
+        "steps": run.step if run.step == total else f"{run.step} of {total}",
+        "batch size": recipe.batch_size,
+        "optimiser": recipe.optim.opt,
+        "learning rate": recipe.optim.lr,
+        "seed": recipe.seed,
+        "best of its run by": best and best.score,
     }
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) or NOT_RECORDED
 

@@ -1,11 +1,255 @@
-"""Where weights came from."""
+"""Where weights came from: common facts, what made the weights, and what was measured of them."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-CONVERSION_KEY, ARTIFACTS_KEY, DOORS_KEY, BEST_KEY = "conversion", "artifacts", "doors", "best"
-"""Keys of `Provenance.settings`: two reports, what `doors.verify` found, and by what a run's best model was chosen."""
+from pydantic import Field
+
+from vitreg_hub.errors import BundleError
+from vitreg_hub.typed import read
+
+CALLED = "vitreg.provenance"
+"""Where a config.json holds it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """A checkpoint became a bundle.
+
+    Attributes:
+        source: File or folder, without the path to it, or repository with its commit.
+        sha256: Checksum of every weights file.
+        format: Name of the format.
+        arch: Name of the row of the table.
+        license: Under which the weights went on; None if nobody knows.
+        num_mapped: Tensors of the source that the bundle holds.
+        dropped: Tensors that it does not, by reason.
+        network: What no tensor tells, as the bundle has it now.
+        notes: What a user should know.
+        untrained_registers: Registers that were drawn at random.
+        measured: Largest absolute difference to a reference implementation by output, with its name under "reference";
+            empty where it was not measured.
+    """
+
+    kind: Literal["conversion"] = "conversion"
+    source: str
+    sha256: Mapping[str, str]
+    format: str
+    arch: str
+    num_mapped: int
+    dropped: Mapping[str, tuple[str, ...]]
+    network: Mapping[str, Any] = field(default_factory=dict)
+    license: str | None = None
+    notes: tuple[str, ...] = ()
+    untrained_registers: int = 0
+    measured: Mapping[str, float | str] = field(default_factory=dict)
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """The numbers of `measured`."""
+        return {name: value for name, value in self.measured.items() if not isinstance(value, str)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOfRun:
+    """The network of a run: the weights that it started from, and which of them changed."""
+
+    start: str | None = None
+    trainable: str = "all"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskOfRun:
+    """The objective of a run, by the name of its settings' class, and what some objectives have."""
+
+    kind: str | None = None
+    teacher: str | None = None
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataOfRun:
+    """What was trained on, and what was held out."""
+
+    train: str | None = None
+    test: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentOfRun:
+    """What was done to the images, by the name of its settings' class."""
+
+    kind: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimOfRun:
+    """The optimiser, its peak learning rate for so many images, and its weight decay."""
+
+    opt: str | None = None
+    lr: float | None = None
+    lr_batch: int | None = None
+    weight_decay: float | None = None
+    weight_decay_end: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchOfRun:
+    """How the scores of a run were measured."""
+
+    eval_images: int | None = None
+    knn_neighbors: int | None = None
+    knn_temperature: float | None = None
+    artifact_images: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeFacts:
+    """What cards and tables tell of a recipe. Names as in `recipe.yaml`; None where an older bundle does not tell."""
+
+    name: str | None = None
+    model: ModelOfRun = ModelOfRun()
+    task: TaskOfRun = TaskOfRun()
+    data: DataOfRun = DataOfRun()
+    augment: AugmentOfRun = AugmentOfRun()
+    optim: OptimOfRun = OptimOfRun()
+    watch: WatchOfRun = WatchOfRun()
+    batch_size: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOfRun:
+    """A model that a run went on from or learned from.
+
+    Attributes:
+        name: Without the machine's folders.
+        license: That its files tell.
+        sha256: Of its weights; None where they are not in one file.
+    """
+
+    name: str
+    license: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRun:
+    """A run of a recipe.
+
+    Attributes:
+        recipe: All settings, nested as in `recipe.yaml`: what a second run would need.
+        step: Steps that were done.
+        total_steps: Steps of the whole run.
+        evaluated: On how many images the metrics were measured.
+        sources: Start and teacher, by the setting that names each.
+    """
+
+    kind: Literal["training"] = "training"
+    recipe: Mapping[str, Any]
+    step: int | None = None
+    total_steps: int | None = None
+    evaluated: int | None = None
+    sources: Mapping[str, SourceOfRun] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a recipe of which `told` cannot be read.
+
+        Raises:
+            BundleError: With the setting.
+        """
+        _ = self.told
+
+    @property
+    def told(self) -> RecipeFacts:
+        """The part of the recipe that cards and tables tell."""
+        return read(RecipeFacts, self.recipe, called=f"{CALLED}.made.recipe", error=BundleError, unknown="ignore")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transformation:
+    """A bundle became another one without training, such as one that got registers.
+
+    Attributes:
+        source: The bundle.
+        what: What was done to it, in a sentence.
+    """
+
+    kind: Literal["transformation"] = "transformation"
+    source: str
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Foreign:
+    """Someone's weights, of which this package knows what they told.
+
+    Attributes:
+        settings: That, in a form of their own.
+    """
+
+    kind: Literal["foreign"] = "foreign"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionMass:
+    """Where the attention of one token goes, mean over heads and images; the four shares sum to 1.
+
+    Attributes:
+        source: "class", "class 2", "register 1", ...
+        to_class: Share on class tokens.
+        to_registers: Share on registers.
+        to_normal: Share on normal patches.
+        to_outliers: Share on outlier patches.
+    """
+
+    source: str
+    to_class: float
+    to_registers: float
+    to_normal: float
+    to_outliers: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArtifactSummary:
+    """What a bundle keeps of an artifact report.
+
+    Attributes:
+        verdict: What the norms say, in a sentence or two.
+        images: Name of the images, without the machine's folders.
+        num_images: How many.
+        image_size: Height and width in pixels.
+        block: Block (from 0) whose attention was looked at.
+        outlier_fraction: Share of patch tokens that are outliers, per block.
+        cutoff: Norm above which a patch token of `block` is one; None if there are none.
+        attention: Attention mass in `block`, per class token and register.
+        notes: What a reader should know.
+    """
+
+    verdict: str
+    images: str
+    num_images: int
+    image_size: tuple[int, int]
+    block: int
+    outlier_fraction: tuple[float, ...]
+    cutoff: float | None = None
+    attention: tuple[AttentionMass, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestModel:
+    """By which score, and after how many steps, weights are the best of their run."""
+
+    score: str
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +261,10 @@ class Provenance:
         license: SPDX identifier, in the Hub's lower-case spelling.
         dataset: What they were trained or measured on.
         metrics: Measured figures by name, shares in [0, 1].
-        settings: What a second run would need.
+        made: What made them.
+        best: By what they are the best of their run, if it is as such that they were bundled.
+        artifacts: What was measured of high-norm tokens.
+        doors: Largest absolute difference of outputs, by door, as `doors.verify` found it.
         versions: Versions of the libraries that were used.
         command: Command line that made them, without the machine's folders.
         commit: Commit of this package's source that did.
@@ -30,10 +277,72 @@ class Provenance:
     license: str | None = None
     dataset: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    made: Annotated[Conversion | TrainingRun | Transformation | Foreign, Field(discriminator="kind")] = Foreign()
+    best: BestModel | None = None
+    artifacts: ArtifactSummary | None = None
+    doors: Mapping[str, float] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
     commit: str | None = None
     created: str | None = None
     hardware: str | None = None
-    seconds: float | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @property
+    def conversion(self) -> Conversion | None:
+        """What made the weights, if that was a conversion."""
+        return self.made if isinstance(self.made, Conversion) else None
+
+    @property
+    def run(self) -> TrainingRun | None:
+        """What made the weights, if that was a training run."""
+        return self.made if isinstance(self.made, TrainingRun) else None
+
+
+def provenance_to_json(provenance: Provenance) -> dict[str, Any]:
+    """The entry of a config.json, as json would give it back; what nobody recorded is not there."""
+    told = json.loads(json.dumps(dataclasses.asdict(provenance)))
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def provenance_from_json(data: Any) -> Provenance:
+    """Read the entry of a config.json, of any age.
+
+    Raises:
+        BundleError: Something in it is of another kind than it must be, or unknown; one line that names the keys.
+    """
+    entry = read(dict[str, Any], data, called=CALLED, error=BundleError)
+    return read(Provenance, migrate(entry), called=CALLED, error=BundleError)
+
+
+def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry in today's form, of one in the form that had all in `settings`, without a word on what they are.
+
+    Raises:
+        BundleError: The settings are no object.
+    """
+    if "made" in data or "settings" not in data:
+        return dict(data)
+    rest = {key: value for key, value in data.items() if key != "settings"}
+    settings = read(dict[str, Any], data["settings"], called=f"{CALLED}.settings", error=BundleError)
+    measured = {key: settings.pop(key) for key in ("best", "artifacts", "doors") if key in settings}
+    if "conversion" in settings:  # which had no other settings
+        report = read(dict[str, Any], settings["conversion"], called=f"{CALLED}.settings.conversion", error=BundleError)
+        made = {"kind": "conversion"} | report
+    elif settings.keys() & {"optim", "opt"}:
+        made = _run(settings)
+    else:
+        made = {"kind": "foreign", "settings": settings}
+    return rest | measured | {"made": made}
+
+
+def _run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A training run, of a recipe with the run's own figures among its settings."""
+    own = {key: settings[key] for key in ("step", "total_steps", "sources") if key in settings}
+    recipe = {key: value for key, value in settings.items() if key not in own}
+    if "optim" not in recipe:  # the first recipes were flat
+        recipe["optim"] = {key: recipe.pop(key) for key in ("opt", "lr", "weight_decay") if key in recipe}
+    if isinstance(data := recipe.get("data"), Mapping) and "evaluated" in data:
+        recipe["data"] = {key: value for key, value in data.items() if key != "evaluated"}
+        own["evaluated"] = data["evaluated"]
+    return {"kind": "training", "recipe": recipe} | own

@@ -5,72 +5,26 @@ open nothing but itself.
 """
 
 import dataclasses
-import inspect
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from timm.models import PretrainedCfg, VisionTransformer
+from timm.models import PretrainedCfg
 
-from vitreg_hub.arch import ARCHS, ArchSpec, row
-from vitreg_hub.bundle.config import empty_model, shapes_of
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.arch import row
+from vitreg_hub.bundle.config import BundleConfig, config_from_json, empty_model, shapes_of
 from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.files import WEIGHTS_FILE
-from vitreg_hub.network.positions import PositionRule
-from vitreg_hub.network.residual_scale import can_scale
+from vitreg_hub.network.kinds import KINDS
 
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 """What transformers' Trainer writes beside a model: no weights, never read here and never published."""
-NETWORK_ARGS = inspect.signature(VisionTransformer).parameters.keys() - {"device", "dtype"}
+NETWORK_ARGS = frozenset().union(*(kind.arguments for kind in KINDS.values()))
 """What `model_args` may hold: `timm.create_model` takes more from them, such as files and addresses of weights."""
 OTHER_WEIGHTS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 """Fields of timm's `PretrainedCfg` that lead away from a bundle's own weights."""
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def vitreg_problems(entry: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with our own entry in a config.json."""
-    arch, provenance = entry.get("arch"), entry.get("provenance")
-    if not isinstance(arch, str) or arch not in ARCHS:
-        yield f"no architecture {arch!r}; a newer vitreg_hub may have it"
-    if not isinstance(provenance, dict) or "origin" not in provenance:
-        yield "vitreg.provenance does not say the origin of the weights"
-    else:
-        yield from _provenance_problems(provenance)
-    if unknown := sorted(entry.keys() - {"arch", "provenance", "positions", "residual_scale"}):
-        yield f"vitreg holds {unknown}; a newer vitreg_hub may know them"
-    scale = entry.get("residual_scale", 1.0)
-    if type(scale) not in (int, float) or not 0 < scale < 2**64 or math.frexp(scale)[0] != 0.5:
-        yield f"vitreg.residual_scale must be a positive power of two, not {scale!r}"
-    try:
-        PositionRule.from_dict(entry.get("positions", {}))
-    except BundleError as error:
-        yield f"vitreg.{error}"
-
-
-def _provenance_problems(provenance: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what in a provenance has another kind than it must have."""
-    if unknown := sorted(provenance.keys() - {f.name for f in dataclasses.fields(Provenance)}):
-        yield f"vitreg.provenance holds {unknown}; a newer vitreg_hub may know them"
-    seconds, texts = provenance.get("seconds"), ("license", "dataset", "command", "commit", "created", "hardware")
-    wrong = {key: "text" for key in texts if not isinstance(provenance.get(key), str | None)}
-    if not isinstance(provenance["origin"], str):
-        wrong["origin"] = "text"
-    if seconds is not None and (type(seconds) not in (int, float) or not 0 <= seconds < math.inf):
-        wrong["seconds"] = "a positive number"
-    for key, kinds, wanted in (
-        ("metrics", (int, float), "numbers by name"),
-        ("settings", None, "an object"),
-        ("versions", (str,), "texts by name"),
-    ):
-        found = provenance.get(key, {})
-        if not isinstance(found, dict) or not all(kinds is None or type(value) in kinds for value in found.values()):
-            wrong[key] = wanted
-    for key, wanted in wrong.items():
-        yield f"vitreg.provenance.{key} must be {wanted}, not {provenance[key]!r}"
 
 
 def source_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -82,46 +36,34 @@ def source_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"pretrained_cfg holds {named}, but a bundle has no other weights than its {WEIGHTS_FILE}"
 
 
-def _kind_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what has another kind than it must have, so that the rules can be read."""
-    for key, kind in (("model_args", dict), ("pretrained_cfg", dict), ("num_classes", int)):
-        if type(config.get(key)) is not kind:
-            yield f"{key} must be {kind.__name__}, not {config.get(key)!r}"
-    args = config["model_args"] if isinstance(config.get("model_args"), dict) else {}
-    for key in ("patch_size", "embed_dim", "depth", "num_heads", "in_chans"):
-        value = args.get(key, 1)
-        if type(value) is not int or value < 1:
-            yield f"model_args.{key} must be a positive whole number, not {value!r}"
-    size = args.get("img_size", [1, 1])
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        yield f"model_args.img_size must be height and width, not {size!r}"
-    if type(registers := args.get("reg_tokens", 0)) is not int or registers < 0:
-        yield f"model_args.reg_tokens must be a whole number, not {registers!r}"
-
-
-def _register_problems(spec: ArchSpec, args: Mapping[str, Any]) -> Iterator[str]:
+def _register_problems(config: BundleConfig) -> Iterator[str]:
     """Yield why a row is not the one under which a number of registers is filed."""
-    registers = args.get("reg_tokens", spec.num_registers)
-    said = f"{spec.name} has {spec.num_registers} registers, but model_args.reg_tokens is {registers}"
+    spec, registers, argument = config.spec, config.num_registers, config.kind.registers_argument
+    said = f"{spec.name} has {spec.num_registers} registers, but model_args.{argument} is {registers}"
     try:
         if (fitting := row(spec.family, spec.size, registers)) != spec:
             yield f"{said}: that is {fitting.name}"
     except UnknownArchError:
         yield f"{said}: there is no room for registers"
-    if spec.lineage.distilled and args.get("no_embed_class"):
+    if spec.lineage.distilled and config.model_args.get("no_embed_class"):
         yield f"model_args.no_embed_class must be false, for in {spec.name} both tokens have positions"
 
 
-def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def rule_problems(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield what in a config.json would close a door, with the number of the rule and the door."""
-    first = [*vitreg_problems(config["vitreg"]), *source_problems(config), *_kind_problems(config)]
-    yield from first
-    if first:
+    others = list(source_problems(content))
+    yield from others
+    try:
+        config = config_from_json(content)
+    except BundleError as error:
+        yield str(error)
         return
-    spec, args, cfg = ARCHS[config["vitreg"]["arch"]], config["model_args"], config["pretrained_cfg"]
-    if config.get("architecture") != spec.base:
+    if others:
+        return
+    spec, args, cfg = config.spec, config.model_args, content["pretrained_cfg"]
+    if content.get("architecture") != spec.base:
         yield (
-            f"R1: architecture is {config.get('architecture')!r}, but for {spec.name} it must be the upstream name "
+            f"R1: architecture is {content.get('architecture')!r}, but for {spec.name} it must be the upstream name "
             f"{spec.base!r}, the only one that plain timm knows"
         )
     missing = sorted(spec.model_args().keys() - args.keys())
@@ -131,21 +73,23 @@ def rule_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield "R3: model_args holds num_classes, which transformers then passes twice"
     if unknown := sorted(cfg.keys() - {f.name for f in dataclasses.fields(PretrainedCfg)}):
         yield f"R4: pretrained_cfg holds {unknown}, which timm refuses; our own fields belong under 'vitreg'"
-    if "model_type" in config:
-        yield f"R5: model_type is {config['model_type']!r}; leave it out, plain transformers must see timm's form"
-    yield from _register_problems(spec, args)
-    for key in ("input_size", "mean", "std"):
-        if not isinstance(cfg.get(key), list | tuple) or not all(isinstance(v, int | float) for v in cfg[key]):
-            yield f"pretrained_cfg.{key} must be a list of numbers, not {cfg.get(key)!r}"
-        elif key == "input_size" and not missing and list(cfg[key]) != (built := [args["in_chans"], *args["img_size"]]):
-            yield f"pretrained_cfg.{key} is {list(cfg[key])}, but model_args say {built}"
-    labels = config.get("label_names")
-    if labels is not None and (not isinstance(labels, list | tuple) or len(labels) != config["num_classes"]):
-        yield f"label_names must be a list of {config['num_classes']} names, not {labels!r}"
+    if "model_type" in content:
+        yield f"R5: model_type is {content['model_type']!r}; leave it out, plain transformers must see timm's form"
+    if not missing:
+        yield from _register_problems(config)
+        if (said := config.preprocess.input_size) != (built := (args["in_chans"], *config.img_size)):
+            yield f"pretrained_cfg.input_size is {list(said)}, but model_args say {list(built)}"
+    if config.label_names and len(config.label_names) != config.num_classes:
+        yield f"label_names must be a list of {config.num_classes} names, not {list(config.label_names)}"
 
 
-def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what in a bundle's weights would close a door (rule R6), from the header alone."""
+def weights_problems(folder: Path, config: BundleConfig | None) -> Iterator[str]:
+    """Yield what in a bundle's weights would close a door (rule R6), from the header alone.
+
+    Args:
+        folder: The bundle's.
+        config: What its tensors must fit; None if it breaks the rules itself.
+    """
     found = {path.name for pattern in WEIGHTS_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     for name in sorted(found - {WEIGHTS_FILE} - TRAINER_FILES):
         yield f"R6: {name} is a second weights file; only {WEIGHTS_FILE} may be there, and pickles are never read"
@@ -166,11 +110,11 @@ def weights_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"R6: {len(integers)} tensors of {WEIGHTS_FILE} are no floating-point numbers, first {integers[0]}"
     if metadata.get("format") != "pt":
         yield f"R6: the header of {WEIGHTS_FILE} has format {metadata.get('format')!r}; transformers wants 'pt'"
-    if not any(rule_problems(config)):
+    if config is not None:
         yield from tensor_problems(config, shapes)
 
 
-def tensor_problems(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def tensor_problems(config: BundleConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Yield which tensors are not those of the network that a config.json describes."""
     try:
         model = empty_model(config, weight_init="skip")
@@ -179,8 +123,7 @@ def tensor_problems(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         yield f"timm cannot build the model from model_args ({type(error).__name__}: {reason})"
         return
     wanted = shapes_of(model.state_dict())
-    if config["vitreg"].get("residual_scale", 1) != 1 and not can_scale(model):
-        yield "vitreg.residual_scale needs a network without norm_pre and LayerScale, and with a final norm"
+    yield from filter(None, (part.problem(model, value) for part, value in config.untold))
     if missing := sorted(wanted.keys() - shapes.keys()):
         yield f"R6: {len(missing)} tensors are missing under timm's names, first {missing[0]}"
     if unknown := sorted(shapes.keys() - wanted.keys()):

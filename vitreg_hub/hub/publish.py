@@ -1,6 +1,7 @@
 """Bundles to the Hub and back. The token is huggingface_hub's: `hf auth login` or HF_TOKEN."""
 
 import dataclasses
+import shlex
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -9,14 +10,12 @@ from pathlib import Path
 
 import huggingface_hub as hf
 
-from vitreg_hub.bundle.doors import bundle_folder, verify
+from vitreg_hub.bundle import doors
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.errors import HubError, HubRefusedError, readable
+from vitreg_hub.errors import HubError, HubRefusedError
 from vitreg_hub.files import BUNDLE_FILES, EXTRA_FILES, require_absent, require_space, write_folder
-from vitreg_hub.hub.shipment import Shipment, bundle_shipment, refuse_pickles, settle_license, tower_shipment
+from vitreg_hub.hub.shipment import Shipment, Verify, make_shipments
 from vitreg_hub.hub.target import Target, compare, look
-from vitreg_hub.hub.towers import find_tower
-from vitreg_hub.model_cards.card import with_doors
 from vitreg_hub.remote.client import hub_errors, patiently
 from vitreg_hub.remote.commit import commit_files, open_pull_request, set_tag
 from vitreg_hub.remote.download import download
@@ -111,6 +110,7 @@ def push(
     create_pr: bool = False,
     tag: str | None = None,
     license: str | None = None,
+    verify: Verify = doors.verify,
 ) -> Pushed:
     """Verify a bundle and publish it in one commit; what is missing of repository and branch is made.
 
@@ -126,6 +126,7 @@ def push(
         create_pr: Open a pull request instead, another one each time.
         tag: Name for the commit.
         license: Of the weights, where the bundle does not tell, or tells a non-commercial one.
+        verify: Opens the bundle; replaced in tests.
 
     Raises:
         BundleError: The folder fails a door or holds pickles; nothing was sent.
@@ -135,7 +136,7 @@ def push(
     """
     require_token(repo_id)
     target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
-    shipment, towers = _shipments(folder, repo_id, branch=branch, license=license)
+    shipment, towers = make_shipments(folder, repo_id, branch=branch, license=license, verify=verify)
     if towers is not None:
         _plan(towers, _as_private(target, repo_id))  # what it cannot be is found before the bundle is sent
     pushed = _publish(shipment, target)
@@ -148,6 +149,16 @@ def push(
         raise HubError(f"the bundle is pushed ({pushed.url}), but not its text tower: {error}") from error
 
 
+def push_command(folder: str | Path, repo_id: str, *, branch: str, private: bool, license: str | None) -> str:
+    """What a user types to push as `push` does, for messages."""
+    options = ["--branch", branch]
+    if private:
+        options.append("--private")
+    if license:
+        options += ["--license", license]
+    return shlex.join(["vitreg", "push", str(folder), repo_id, *options])
+
+
 def plan(
     folder: str | Path,
     repo_id: str,
@@ -157,6 +168,7 @@ def plan(
     create_pr: bool = False,
     tag: str | None = None,
     license: str | None = None,
+    verify: Verify = doors.verify,
 ) -> PushPlan:
     """Everything that `push` does before it writes anything: checks, doors, and what it would send.
 
@@ -164,7 +176,7 @@ def plan(
     """
     _require_repo_id(repo_id)
     target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
-    shipment, towers = _shipments(folder, repo_id, branch=branch, license=license)
+    shipment, towers = make_shipments(folder, repo_id, branch=branch, license=license, verify=verify)
     planned = _plan(shipment, target)
     if towers is None:
         return planned
@@ -196,21 +208,6 @@ def pull(name: str, folder: str | Path) -> Path:
             shutil.copyfile(file, staging / file.name)
 
     return write_folder(target, fill)
-
-
-def _shipments(
-    source: str | Path, repo_id: str, *, branch: str, license: str | None
-) -> tuple[Shipment, Shipment | None]:
-    """What the repositories of a bundle, and of its text tower, are to hold, after all checks but those of the Hub."""
-    folder = bundle_folder(source)
-    with readable(folder):
-        towers = find_tower(folder)
-        for checked in filter(None, (folder, towers)):
-            refuse_pickles(checked)
-        settle_license(folder, ModelBundle.load(folder), license)  # before `verify`, which takes seconds
-        bundle = with_doors(ModelBundle.load(folder), verify(folder))
-        shipment = bundle_shipment(folder, bundle, repo_id, branch=branch, given_license=license)
-        return shipment, towers and tower_shipment(towers, repo_id, branch=branch, license=shipment.license)
 
 
 def _as_private(target: Target, repo_id: str) -> Target:

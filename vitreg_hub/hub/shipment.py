@@ -11,8 +11,10 @@ import huggingface_hub as hf
 
 from vitreg_hub import licenses
 from vitreg_hub.bundle.config import config_text, read_config
+from vitreg_hub.bundle.doors import bundle_folder
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.errors import BundleError
+from vitreg_hub.bundle.provenance import provenance_to_json
+from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import (
     BUNDLE_FILES,
     CARD_FILE,
@@ -24,7 +26,7 @@ from vitreg_hub.files import (
     WEIGHTS_FILE,
 )
 from vitreg_hub.hub.towers import TOWERS_BLOCK, find_tower, tower_files
-from vitreg_hub.model_cards.card import decoded, render, update
+from vitreg_hub.model_cards.card import decoded, render, update, with_doors
 from vitreg_hub.model_cards.marked import blocks_in, replace_blocks, require_whole
 from vitreg_hub.model_cards.merging import merge
 from vitreg_hub.remote.commit import Files
@@ -45,6 +47,10 @@ PICKLES = (
     ".pyth",
 )
 """Endings of weights that can run code when they are opened, or that nobody needs beside safetensors."""
+
+
+Verify = Callable[..., Mapping[str, float]]
+"""Opens a bundle as `doors.verify` does, with the same arguments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,34 +78,63 @@ class Shipment:
     left_out: tuple[str, ...]
 
 
-def bundle_shipment(
-    folder: Path, bundle: ModelBundle, repo_id: str, *, branch: str, given_license: str | None
+def make_shipments(
+    source: str | Path,
+    repo_id: str,
+    *,
+    branch: str,
+    license: str | None,
+    verify: Verify,
+) -> tuple[Shipment, Shipment | None]:
+    """What the repositories of a bundle, and of both towers beside it, are to hold, after all checks but the Hub's.
+
+    Args:
+        source: A bundle's folder, or the name of weights in this package.
+        repo_id: ``org/name``.
+        branch: Where it goes.
+        license: What the user says of it.
+        verify: Opens the bundle, as `doors.verify`.
+
+    Raises:
+        BundleError: The folder fails a door or holds pickles.
+        LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
+    """
+    folder = bundle_folder(source)
+    with readable(folder):
+        towers = find_tower(folder)
+        for checked in filter(None, (folder, towers)):
+            _refuse_pickles(checked)
+        bundle = ModelBundle.load(folder)
+        told = licenses.told_by(bundle.to_json(), folder / CARD_FILE)
+        settled = licenses.settle(told, license, called=str(folder))  # before the doors, which take seconds
+        bundle = with_doors(bundle, verify(folder, bundle=bundle))
+        bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, license=settled))
+        where = {"repo": repo_id, "revision": branch, "towers": towers is not None}
+        shipment = _bundle_shipment(folder, bundle, where, given_license=license)
+        return shipment, towers and _tower_shipment(towers, repo_id, branch=branch, license=settled)
+
+
+def _bundle_shipment(
+    folder: Path, bundle: ModelBundle, where: Mapping[str, Any], *, given_license: str | None
 ) -> Shipment:
     """What a bundle's repository is to hold. Its config.json and card tell the license; the folder stays as it is.
 
     Files that lay beside an earlier bundle, and beside this one do not, are to go: they tell of other weights.
 
     Args:
-        folder: Verified.
-        bundle: What is in it.
-        repo_id: ``org/name``.
-        branch: Where it goes.
+        folder: Where it lies.
+        bundle: What is in it, with its doors and its license.
+        where: What the card tells of its repository, as `render` takes it.
         given_license: What the user says of the license.
-
-    Raises:
-        LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
     """
     extras = [name for name in EXTRA_FILES if (folder / name).is_file()]
     files: dict[str, Path | bytes | None] = {name: folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, *extras)}
     files |= dict.fromkeys(set(EXTRA_FILES) - set(extras))
-    license = settle_license(folder, bundle, given_license)
-    bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, license=license))
     old = read_config(folder, called=str(folder))
     config = _told(old, bundle)
     if config != old:
         files[CONFIG_FILE] = config_text(config).encode()
     own_card = _own_card(folder)
-    where = {"repo": repo_id, "revision": branch, "towers": find_tower(folder) is not None}
 
     def card(existing: str | None) -> str:
         before = own_card if existing is None else existing
@@ -108,9 +143,9 @@ def bundle_shipment(
         return update(before, bundle, files=extras, settled_license=True, **where)
 
     return Shipment(
-        repo_id=repo_id,
+        repo_id=where["repo"],
         title=f"Publish {bundle.arch} with vitreg_hub",
-        license=license,
+        license=bundle.provenance.license,
         given_license=given_license,
         files=files,
         card=card,
@@ -119,7 +154,7 @@ def bundle_shipment(
     )
 
 
-def tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str | None) -> Shipment:
+def _tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str | None) -> Shipment:
     """What the repository of both towers beside a bundle is to hold. A card that is its author's stays.
 
     Raises:
@@ -138,20 +173,11 @@ def tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str 
     )
 
 
-def settle_license(folder: Path, bundle: ModelBundle, given: str | None) -> str | None:
-    """The license of a bundle in a folder, as its config, its card and the user tell it; None if nobody knows.
-
-    Raises:
-        LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
-    """
-    return licenses.settle(licenses.told_by(bundle.config(), folder / CARD_FILE), given, called=str(folder))
-
-
 def _told(config: Mapping[str, Any], bundle: ModelBundle) -> dict[str, Any]:
     """A bundle's config that tells its license and what was measured."""
     told = copy.deepcopy(dict(config))
     license = bundle.provenance.license
-    told["vitreg"]["provenance"] |= {"license": license, "settings": dict(bundle.provenance.settings)}
+    told["vitreg"]["provenance"] = provenance_to_json(bundle.provenance)
     if license is not None:
         told["pretrained_cfg"]["license"] = license
     else:
@@ -186,7 +212,7 @@ def _towers_card(existing: str, fresh: str) -> str:
     return merge(card, old=told, new=told, settled_license=True) or card
 
 
-def refuse_pickles(folder: Path) -> None:
+def _refuse_pickles(folder: Path) -> None:
     """Refuse weights that are no safetensors. Folders below are never published.
 
     Raises:

@@ -11,6 +11,7 @@ from vitreg_hub import licenses
 from vitreg_hub.errors import BundleError
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, TOWER_SUFFIX
 from vitreg_hub.names import HUB_PREFIX
+from vitreg_hub.network.kinds import is_registers
 from vitreg_hub.remote.commit import Files
 
 LOCAL_PREFIX = "local-dir:"
@@ -103,7 +104,7 @@ def _read(folder: Path) -> dict[str, Any]:
 def _has_registers(weights: Path) -> bool:
     try:
         with safe_open(weights, "pt") as file:
-            return any(name.rpartition(".")[2] == "reg_token" for name in file.keys())  # noqa: SIM118
+            return any(is_registers(name) for name in file.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{weights} cannot be read ({error}): write it again.") from error
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import numpy as np
@@ -55,12 +55,14 @@ class Batch:
         indices: [B] int64, which images of the source these are.
         images: [B, 3, H, W].
         labels: [B] int64, -1 where one is missing; None without labels.
+        names: What the images are called: their files, where they have some, or else their indices.
         skipped: What is wrong with the images that were left out.
     """
 
     indices: Tensor
     images: Tensor
     labels: Tensor | None
+    names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
 
 
@@ -143,6 +145,15 @@ class ImageSource:
             self._require_equal(first.indices[0], first.images[0], batch.indices[0], batch.images[0])
             yield batch
 
+    def at_most(self, number: int, *, seed: int = 0) -> Self:
+        """No more than so many of these images: a random subset, in order, or the first ones of a stream."""
+        if self.picked is None:
+            return replace(self, rows=self.rows.take(number))
+        if len(self.picked) <= number:
+            return self
+        places = np.sort(np.random.default_rng(seed).choice(len(self.picked), number, replace=False))
+        return replace(self, picked=np.asarray(self.picked)[places], num_images=number)
+
     def _share(self, rank: int, world_size: int) -> Iterator[tuple[int, Any]]:
         """Yield (index, row) of one process's images. Rows that can be looked up are left to the workers."""
         if self.picked is not None:
@@ -173,17 +184,19 @@ class _Reader(torch.utils.data.Dataset):
             return error
 
     def _batch(self, items: list[tuple[int, Any]]) -> Batch:
-        source, indices, images, labels, skipped = self.source, [], [], [], []
+        source, indices, images, labels, names, skipped = self.source, [], [], [], [], []
         for index, row in items:
             row = source.rows[index] if row is None else row
+            picture = row[source.image_column] if source.image_column else row
             try:
-                images.append(self._image(index, row))
+                images.append(self._image(index, picture))
             except UnreadableError as error:
                 if not self.skip_unreadable:
                     raise
                 skipped.append(str(error))
                 continue
             indices.append(index)
+            names.append(file_of(picture) or str(index))
             source._require_equal(indices[0], images[0], index, images[-1])
             if source.label_column:
                 label = row[source.label_column]
@@ -192,17 +205,17 @@ class _Reader(torch.utils.data.Dataset):
             indices=torch.tensor(indices, dtype=torch.int64),
             images=torch.stack(images) if images else torch.empty(0),
             labels=torch.tensor(labels, dtype=torch.int64) if source.has_labels else None,
+            names=tuple(names),
             skipped=tuple(skipped),
         )
 
-    def _image(self, index: int, row: Any) -> Tensor:
-        value = row[self.source.image_column] if self.source.image_column else row
-        if isinstance(value, Tensor):
-            return value
+    def _image(self, index: int, picture: Any) -> Tensor:
+        if isinstance(picture, Tensor):
+            return picture
         try:
-            image = read_rgb(value)
+            image = read_rgb(picture)
         except BROKEN as error:
-            path = file_of(value)
+            path = file_of(picture)
             file = f" ({path})" if path else ""
             raise UnreadableError(f"image {index} of {self.source.name}{file} cannot be read: {error}.") from error
         return self.transform(image)
@@ -279,18 +292,11 @@ def open_images(
         source = ImageSource(name="pictures", num_images=len(images), rows=images)
     else:
         raise DataError(f"{type(images).__name__} is no form of images: give {FORMS}.")
-    return _limited(replace(source, name=name or source.name), max_images, seed)
-
-
-def _limited(source: ImageSource, max_images: int | None, seed: int) -> ImageSource:
-    if source.num_images is None:
-        return source if max_images is None else replace(source, rows=source.rows.take(max_images))
+    picked = None if source.num_images is None else range(source.num_images)
+    source = replace(source, name=name or source.name, picked=picked)
     if source.num_images == 0:
         raise DataError(f"{source.name} holds no images.")
-    picked: Sequence[int] = range(source.num_images)
-    if max_images is not None and max_images < source.num_images:
-        picked = np.sort(np.random.default_rng(seed).choice(source.num_images, max_images, replace=False))
-    return replace(source, picked=picked, num_images=len(picked))
+    return source if max_images is None else source.at_most(max_images, seed=seed)
 
 
 def _of_data_set(data: datasets.Dataset | datasets.IterableDataset) -> ImageSource:

@@ -8,7 +8,9 @@ computes: the norms divide s out again. With a power of two for s this holds bit
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
+from pydantic import PlainValidator
 from timm.layers import LayerScale
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -23,9 +25,23 @@ WRITES_TO_STREAM = re.compile(
 READS_STREAM = re.compile(r"norm|norm_pre|fc_norm|blocks\.\d+\.norm[12]")
 """Modules that normalise the residual stream, as opposed to the norms inside attention and MLP."""
 
-
 FAR_BELOW_VARIANCE = 1e-11
 """Of an epsilon below, a tenth is nothing to float32 unless a token's variance is as small as 1e-5 of the usual."""
+
+
+def _power_of_two(scale: Any) -> float:
+    if type(scale) not in (int, float) or not 0 < scale < 2**64 or math.frexp(scale)[0] != 0.5:
+        raise BundleError(f"vitreg.residual_scale must be a positive power of two, not {scale!r}")
+    return float(scale)
+
+
+ResidualScale = Annotated[float, PlainValidator(_power_of_two)]
+"""How many times larger a stored residual stream is than the model's: a power of two, as `typed.read` checks."""
+
+
+def unscaled_epsilon(eps: float, scale: float) -> float:
+    """The epsilon of a network that computes what one with `eps` and a stream `scale` times larger does."""
+    return eps / scale**2
 
 
 def scaled(state_dict: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

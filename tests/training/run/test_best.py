@@ -6,6 +6,7 @@ import math
 import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +16,21 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import STEPS, TINY, lines
+from training_runs import NO_PICTURES, STEPS, TINY, lines
 
 from vitreg_hub import environment
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import BestModel
 from vitreg_hub.errors import BundleError
 from vitreg_hub.training import loop
-from vitreg_hub.training.loop import train
+from vitreg_hub.training.loop import Instruments, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.recipes.settings import WatchSettings
 from vitreg_hub.training.run import folders, trainer
 from vitreg_hub.training.run.best import Best, better, read_best
-from vitreg_hub.training.run.checkpoints import checkpoints
+from vitreg_hub.training.run.folders import checkpoints
+from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.publisher import Publisher
 from vitreg_hub.training.run.trainer import Trainer
 
@@ -48,28 +51,28 @@ def killed(*args, **kwargs):
     raise Killed
 
 
+class Script(dict):
+    """Evaluations find the accuracies by step that are written here; the real ones would find anything."""
+
+    def __init__(self):
+        super().__init__(SCRIPT)
+
+    def measure(self, trainer):
+        return {"eval/accuracy": self[trainer.step], "eval/knn_accuracy": 0.5}
+
+    @property
+    def train(self):
+        """`train` by this script, without pictures, which take most of the time."""
+        return partial(train, instruments=replace(NO_PICTURES, measure=self.measure))
+
+    @property
+    def train_with_pictures(self):
+        return partial(train, instruments=Instruments(measure=self.measure))
+
+
 @pytest.fixture
-def script(monkeypatch):
-    """Evaluations find what is written here; the real ones would find anything."""
-    scores, steps = dict(SCRIPT), []
-    refresh = Trainer.refresh_twin
-
-    def seen(self):
-        steps.append(self.step)
-        refresh(self)
-
-    monkeypatch.setattr(Trainer, "refresh_twin", seen)
-    monkeypatch.setattr(
-        trainer, "evaluate", lambda *args, **options: {"eval/accuracy": scores[steps[-1]], "eval/knn_accuracy": 0.5}
-    )
-    return scores
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """They take most of the time."""
-    monkeypatch.setattr(trainer, "draw_curves", lambda *args, **options: None)
-    monkeypatch.setattr(trainer, "draw_first_batch", lambda *args, **options: None)
+def script():
+    return Script()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -119,8 +122,8 @@ def test_better_is_strictly_more(before, step, score, after):
         ("distill", "patch_cosine"),
     ],
 )
-def test_every_task_has_a_score_that_is_measured(task, score, tmp_path, no_pictures):
-    result = train(TINY[task], tmp_path / "run")
+def test_every_task_has_a_score_that_is_measured(task, score, tmp_path):
+    result = train(TINY[task], tmp_path / "run", instruments=NO_PICTURES)
     last = lines(tmp_path / "run")[-1]
     assert result.best == Best(name=score, score=last[f"eval/{score}"], step=STEPS)
     assert last["best"] is True
@@ -130,9 +133,9 @@ def test_every_task_has_a_score_that_is_measured(task, score, tmp_path, no_pictu
 def test_best_is_what_was_measured_best(script, tmp_path, caplog):
     caplog.set_level(logging.INFO, "vitreg_hub")
     run = tmp_path / "run"
-    result = train(RECIPE, run)
+    result = script.train_with_pictures(RECIPE, run)
     assert result.best == Best(name="accuracy", score=0.5, step=2)
-    assert result == train(RECIPE, run)  # a finished run tells the same
+    assert result == script.train_with_pictures(RECIPE, run)  # a finished run tells the same
     assert same(run / "best", checkpoints(run)[0])  # of step 2
     assert not same(run / "best", run / "model")
     assert marked(run) == [1, 2]
@@ -142,17 +145,17 @@ def test_best_is_what_was_measured_best(script, tmp_path, caplog):
     ]
     told = ModelBundle.load(run / "best").provenance
     assert told.metrics == {"accuracy": 0.5, "knn_accuracy": 0.5}
-    assert (told.settings["step"], told.settings["total_steps"]) == (2, STEPS)
-    assert told.settings["best"] == {"score": "accuracy", "step": 2}
+    assert (told.run.step, told.run.total_steps) == (2, STEPS)
+    assert told.best == BestModel(score="accuracy", step=2)
     for folder in (run / "model", *checkpoints(run)):
-        assert "best" not in ModelBundle.load(folder).provenance.settings
+        assert ModelBundle.load(folder).provenance.best is None
     assert not any(verify(run / "best").values())
     assert not hidden(run)
 
 
 def test_recipe_metrics_and_curves_lie_beside_what_is_published(script, tmp_path):
     run = tmp_path / "run"
-    train(RECIPE, run)
+    script.train_with_pictures(RECIPE, run)
     for folder, step in (("best", 2), ("model", STEPS)):
         files = {path.name for path in (run / folder).iterdir()}
         assert files == {
@@ -167,9 +170,9 @@ def test_recipe_metrics_and_curves_lie_beside_what_is_published(script, tmp_path
     assert inside == {"config.json", "model.safetensors", "README.md", "state"}  # nobody publishes those
 
 
-def test_without_a_score_there_is_no_best(no_pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: {"artifacts/block_0/norm_q50": 1.0})
-    result = train(RECIPE, tmp_path / "run")
+def test_without_a_score_there_is_no_best(tmp_path):
+    instruments = replace(NO_PICTURES, measure=lambda trainer: {"artifacts/block_0/norm_q50": 1.0})
+    result = train(RECIPE, tmp_path / "run", instruments=instruments)
     assert result.best is None
     assert not (tmp_path / "run" / "best").exists()
     assert marked(tmp_path / "run") == []
@@ -182,13 +185,13 @@ def finished():
 
 
 @pytest.fixture
-def uninterrupted(finished, script, no_pictures, tmp_path_factory):
+def uninterrupted(finished, script, tmp_path_factory):
     """Make a run that is not killed, with the evaluations as they are now."""
 
     def run() -> Path:
         if script[STEPS] not in finished:
             finished[script[STEPS]] = tmp_path_factory.mktemp("finished") / "run"
-            train(RECIPE, finished[script[STEPS]])
+            script.train(RECIPE, finished[script[STEPS]])
         return finished[script[STEPS]]
 
     return run
@@ -217,20 +220,33 @@ def before_step(number: int):
     return call
 
 
+def before_the_model():
+    write = ModelWriter.write
+
+    def call(self, folder, *args, **options):
+        if folder.name == "model":
+            raise Killed
+        write(self, folder, *args, **options)
+
+    return call
+
+
 MOMENTS = {
     "before the first best": lambda patched: patched.setattr(Trainer, "do_step", before_step(0)),
     "with a best that no checkpoint knows": lambda patched: patched.setattr(Trainer, "do_step", before_step(1)),
     "after a checkpoint of the best": lambda patched: patched.setattr(Trainer, "do_step", before_step(2)),
     "after a step that was not better": lambda patched: patched.setattr(Trainer, "do_step", before_step(3)),
     "before the second best is written": lambda patched: patched.setattr(
-        Trainer, "write_model", after(2, Trainer.write_model)
+        ModelWriter, "write", after(2, ModelWriter.write)
     ),
-    "while the second best is written": lambda patched: patched.setattr(Trainer, "_fill", after(2, Trainer._fill)),
+    "while the second best is written": lambda patched: patched.setattr(
+        ModelWriter, "fill", after(2, ModelWriter.fill)
+    ),
     "before the new one has its place": lambda patched: patched.setattr(Path, "rename", renaming("new", 2)),
     "before the old one is away": lambda patched: patched.setattr(Path, "rename", renaming("best", 1)),
     "before the old one is deleted": lambda patched: patched.setattr(folders.shutil, "rmtree", deleting(2)),
-    "between the second best and its checkpoint": lambda patched: patched.setattr(Trainer, "save", killed),
-    "before the model": lambda patched: patched.setattr(loop, "_finish", killed),
+    "between the second best and its checkpoint": lambda patched: patched.setattr(loop, "save_run", killed),
+    "before the model": lambda patched: patched.setattr(ModelWriter, "write", before_the_model()),
 }
 
 
@@ -267,12 +283,12 @@ def test_best_of_a_killed_run_is_that_of_one_that_was_not(moment, best, script, 
     with pytest.MonkeyPatch.context() as patched:
         MOMENTS[moment](patched)
         with pytest.raises(Killed):
-            train(RECIPE, run)
+            script.train(RECIPE, run)
     complete = [path for path in (run / "best", run / ".best-swap" / "old") if path.exists()]
     for folder in complete:
-        assert ModelBundle.load(folder).provenance.settings["step"] in (1, 2, best)
+        assert ModelBundle.load(folder).provenance.run.step in (1, 2, best)
     assert bool(complete) == (moment != "before the first best")
-    result = train(RECIPE, run)
+    result = script.train(RECIPE, run)
     assert result.best == read_best(whole, RECIPE) == Best(name="accuracy", score=script[best], step=best)
     assert same(run / "best", whole / "best")
     assert ModelBundle.load(run / "best").provenance.metrics == ModelBundle.load(whole / "best").provenance.metrics
@@ -291,13 +307,13 @@ def test_best_of_a_killed_run_is_that_of_one_that_was_not(moment, best, script, 
     ],
 )
 @pytest.mark.parametrize("kills", [1, 2])
-def test_killed_run_that_finds_something_else_the_second_time(kills, rerun, best, marks, script, no_pictures, tmp_path):
+def test_killed_run_that_finds_something_else_the_second_time(kills, rerun, best, marks, script, tmp_path):
     script |= {1: 0.6, 2: 0.5, 3: 0.7}
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Trainer, "do_step", before_step(3))
         with pytest.raises(Killed):
-            train(RECIPE, run)
+            script.train(RECIPE, run)
     assert read_best(run, RECIPE) == Best(name="accuracy", score=0.7, step=3)
     script |= rerun
     recipe = replace(RECIPE, watch=replace(RECIPE.watch, save_every=1))
@@ -305,36 +321,36 @@ def test_killed_run_that_finds_something_else_the_second_time(kills, rerun, best
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(Trainer, "do_step", before_step(3))
             with pytest.raises(Killed):
-                train(recipe, run)
-    result = train(recipe, run)
+                script.train(recipe, run)
+    result = script.train(recipe, run)
     assert result.best == read_best(run, RECIPE) == Best(name="accuracy", score=best[1], step=best[0])
     assert marked(run) == marks
     told = ModelBundle.load(run / "best").provenance
-    assert (told.settings["step"], told.metrics["accuracy"]) == best
+    assert (told.run.step, told.metrics["accuracy"]) == best
     if best[0] == STEPS:
         assert same(run / "best", run / "model")
 
 
-def test_as_good_as_a_lost_best_is_not_taken_before_what_is_better(script, no_pictures, tmp_path):
+def test_as_good_as_a_lost_best_is_not_taken_before_what_is_better(script, tmp_path):
     """Or the lines of a run that computes the same again would differ from those of one that was not killed."""
     script |= {1: 0.5, 2: 0.4, 3: 0.5, 4: 0.8}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Trainer, "save", after(2, Trainer.save))
+        patched.setattr(loop, "save_run", after(2, loop.save_run))
         with pytest.raises(Killed):
-            train(RECIPE, tmp_path / "run")
+            script.train(RECIPE, tmp_path / "run")
     assert read_best(tmp_path / "run", RECIPE).step == 4
-    assert train(RECIPE, tmp_path / "run").best.step == 4
+    assert script.train(RECIPE, tmp_path / "run").best.step == 4
     assert marked(tmp_path / "run") == [1, 4]
 
 
-def test_best_is_read_without_its_weights_and_a_damaged_one_is_named(script, no_pictures, tmp_path):
+def test_best_is_read_without_its_weights_and_a_damaged_one_is_named(script, tmp_path):
     run = tmp_path / "run"
-    found = train(RECIPE, run).best
+    found = script.train(RECIPE, run).best
     for folder in ("best", "model"):
         (run / folder / "model.safetensors").unlink()
-    assert train(RECIPE, run).best == found
+    assert script.train(RECIPE, run).best == found
     config = json.loads((run / "best" / "config.json").read_text())
-    del config["vitreg"]["provenance"]["settings"]["step"]
+    del config["vitreg"]["provenance"]["made"]["step"]
     (run / "best" / "config.json").write_text(json.dumps(config))
     with pytest.raises(BundleError, match=r"best does not tell its accuracy and its step: delete it"):
         read_best(run, RECIPE)
@@ -358,10 +374,10 @@ def test_nothing_that_may_be_published_names_folders_of_the_machine(script, hub,
     run = tmp_path / "run"
     monkeypatch.setattr(Publisher, "submit", lambda *args, **options: None)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "_finish", killed)
+        patched.setattr(ModelWriter, "write", before_the_model())
         with pytest.raises(Killed):
-            train(recipe, run, push="lab/run", push_every="save")
-    train(recipe, run)  # its own recipe still tells all that has to be the same
+            script.train_with_pictures(recipe, run, push="lab/run", push_every="save")
+    script.train_with_pictures(recipe, run)  # its own recipe still tells all that has to be the same
     assert (run / "recipe.yaml").read_text() == recipe_to_yaml(recipe)
     for folder in (run / "model", run / "best", *checkpoints(run)):
         for file in folder.iterdir():
@@ -373,9 +389,9 @@ def test_nothing_that_may_be_published_names_folders_of_the_machine(script, hub,
         assert provenance.dataset == "train"
         assert provenance.origin.startswith("trained on from start (")
         assert " on train with vitreg_hub's recipe" in provenance.origin
-        assert told == {name: value for name, value in provenance.settings.items() if name in told}
+        assert told == provenance.run.recipe
     with pytest.raises(BundleError, match="holds no run"):
-        train(recipe, run / "model")
+        script.train_with_pictures(recipe, run / "model")
 
 
 @pytest.mark.parametrize("renamed", ["best", "new"])
@@ -397,35 +413,35 @@ def test_kill_between_two_renames_leaves_the_old_folder(renamed, tmp_path, monke
 
 def test_a_run_that_goes_on_in_another_folder_has_a_best_of_its_own(script, uninterrupted, tmp_path):
     start = checkpoints(uninterrupted())[0]
-    train(RECIPE, tmp_path / "new", resume=str(start))
+    script.train(RECIPE, tmp_path / "new", resume=str(start))
     assert read_best(tmp_path / "new", RECIPE) == Best(name="accuracy", score=0.5, step=2)  # evaluated at its start
     assert same(tmp_path / "new" / "best", start)
     seldom = replace(RECIPE, watch=replace(RECIPE.watch, eval_every=3))
-    train(seldom, tmp_path / "first")
+    script.train(seldom, tmp_path / "first")
     assert read_best(tmp_path / "first", RECIPE).step == 4
-    train(seldom, tmp_path / "other", resume=str(checkpoints(tmp_path / "first")[0]))
+    script.train(seldom, tmp_path / "other", resume=str(checkpoints(tmp_path / "first")[0]))
     assert marked(tmp_path / "other") == [3, 4]
 
 
-def test_full_disk_keeps_the_best_before(script, no_pictures, tmp_path, monkeypatch):
-    fill, count = Trainer._fill, iter(range(1, 99))
+def test_full_disk_keeps_the_best_before(script, tmp_path, monkeypatch):
+    fill, count = ModelWriter.fill, iter(range(1, 99))
 
     def full(self, folder, *args, **options):
         fill(self, folder, *args, **options)
         if next(count) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Trainer, "_fill", full)
+    monkeypatch.setattr(ModelWriter, "fill", full)
     with pytest.raises(BundleError, match=r"cannot write .*No space left on device"):
-        train(RECIPE, tmp_path / "run")
+        script.train(RECIPE, tmp_path / "run")
     assert read_best(tmp_path / "run", RECIPE).step == 1
     assert not [name for name in hidden(tmp_path / "run") if name != ".best-swap"]
-    assert train(RECIPE, tmp_path / "run").best.step == 2
+    assert script.train(RECIPE, tmp_path / "run").best.step == 2
 
 
-def test_both_towers_of_the_best_model(tmp_path, no_pictures):
+def test_both_towers_of_the_best_model(tmp_path):
     recipe = replace(TINY["contrastive"], watch=replace(RECIPE.watch, eval_every=2))
-    train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", instruments=NO_PICTURES)
     model = open_clip.create_model(f"local-dir:{tmp_path / 'run' / 'best-open_clip'}").eval()
     trunk, best = model.visual.trunk.state_dict(), weights(tmp_path / "run" / "best")
     assert trunk.keys() <= best.keys()
@@ -433,7 +449,7 @@ def test_both_towers_of_the_best_model(tmp_path, no_pictures):
     assert not hidden(tmp_path / "run")
 
 
-def test_what_is_published_is_copied_once_in_a_step(script, no_pictures, tmp_path, monkeypatch):
+def test_what_is_published_is_copied_once_in_a_step(script, tmp_path, monkeypatch):
     copied, copy_whole = [], trainer.copy_whole
 
     def counted(source, target):
@@ -441,11 +457,11 @@ def test_what_is_published_is_copied_once_in_a_step(script, no_pictures, tmp_pat
         copy_whole(source, target)
 
     monkeypatch.setattr(trainer, "copy_whole", counted)
-    train(replace(RECIPE, watch=replace(RECIPE.watch, save_every=1)), tmp_path / "run")
+    script.train(replace(RECIPE, watch=replace(RECIPE.watch, save_every=1)), tmp_path / "run")
     assert len(copied) == 1 + STEPS
 
 
-def test_time_adds_up_over_resumptions(script, no_pictures, tmp_path, monkeypatch):
+def test_time_adds_up_over_resumptions(script, tmp_path, monkeypatch):
     clock, do_step = SimpleNamespace(now=1e6), Trainer.do_step
 
     def slow(self, step, *args):
@@ -455,19 +471,19 @@ def test_time_adds_up_over_resumptions(script, no_pictures, tmp_path, monkeypatc
         return do_step(self, step, *args)
 
     monkeypatch.setattr(Trainer, "do_step", slow)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    instruments = replace(NO_PICTURES, measure=script.measure, clock=lambda: clock.now)
     with pytest.raises(Killed):
-        train(RECIPE, tmp_path / "run")
+        train(RECIPE, tmp_path / "run", instruments=instruments)
     clock.now += 1e5  # until somebody saw it
-    result = train(RECIPE, tmp_path / "run")
+    result = train(RECIPE, tmp_path / "run", instruments=instruments)
     told = {name: ModelBundle.load(tmp_path / "run" / name).provenance.seconds for name in ("best", "model")}
     assert told == {"best": 20.0, "model": 40.0}  # what came after the checkpoint of step 2 was for nothing
     assert result.step == STEPS
 
 
-def test_a_bundle_tells_by_what_it_was_made(script, no_pictures, tmp_path, monkeypatch):
+def test_a_bundle_tells_by_what_it_was_made(script, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/vitreg", "train", "tiny", "--out", "/home/me/run"])
-    train(RECIPE, tmp_path / "run")
+    script.train(RECIPE, tmp_path / "run")
     told = ModelBundle.load(tmp_path / "run" / "model").provenance
     assert {"python", "vitreg_hub", "torch", "timm", "accelerate", "datasets"} == told.versions.keys()
     assert torch.__version__.startswith(told.versions["torch"])

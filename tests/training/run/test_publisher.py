@@ -4,31 +4,35 @@ import hashlib
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
 from hub_faults import DROP, HTML, Fault, writes
 from huggingface_hub import HfApi
 from models import random_bundle
+from pushers import not_opened
 from safetensors.torch import load_file
 from training_files import write_folder
 from training_runs import TINY
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, HubError, HubRefusedError, LicenseError, VitregError
-from vitreg_hub.hub import publish as publishing
+from vitreg_hub.hub import Pushed
 from vitreg_hub.images.embedded import digits
-from vitreg_hub.training.loop import train
+from vitreg_hub.training.loop import Instruments, train
 from vitreg_hub.training.recipes.named import RECIPES
 from vitreg_hub.training.recipes.settings import DataSettings
-from vitreg_hub.training.run import publisher, trainer
-from vitreg_hub.training.run.checkpoints import checkpoints
-from vitreg_hub.training.run.publisher import Publisher, push_apart
+from vitreg_hub.training.run.folders import checkpoints
+from vitreg_hub.training.run.publisher import Publisher
+from vitreg_hub.training.run.push_apart import NotPushed, outcome_of_push, patience, push_apart
 from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.tasks.distill.settings import Distill
 
@@ -37,14 +41,21 @@ REPO = "lab/trained"
 
 @pytest.fixture
 def push_here(monkeypatch):
-    """`hub.push` in this process and without the doors, which take seconds."""
-    monkeypatch.setattr("vitreg_hub.hub.publish.verify", lambda folder: {})
+    """A push in this process and without the doors, which take seconds."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # the client waits too
+    return partial(outcome_of_push, verify=not_opened)
 
-    def push(folder, repo_id, **options):
-        return publishing.push(folder, repo_id, **options).url
 
-    return push
+def pushed(url):
+    return Pushed(repo_id=REPO, commit=url, url=url, private=False)
+
+
+def failed(why):
+    return NotPushed(kind="failed", why=why)
+
+
+def refused(why):
+    return NotPushed(kind="refused", why=why)
 
 
 class Gated:
@@ -60,7 +71,7 @@ class Gated:
         self.branches.append(branch)
         self.files.append({str(path.relative_to(folder.parent)) for path in folder.parent.rglob("*")})
         self.weights.append((folder / "model.safetensors").read_text())
-        outcome = self.outcomes.pop(0) if self.outcomes else f"commit of {self.weights[-1]}"
+        outcome = self.outcomes.pop(0) if self.outcomes else pushed(f"commit of {self.weights[-1]}")
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -129,8 +140,7 @@ def test_failure_that_stays_is_said_and_the_next_bundle_is_sent(hub, push_here, 
     saved = random_bundle().save(tmp_path / "model")
     hub.fault = lambda request: (403, {}, b"") if request.command == "POST" else None
     publisher = Publisher(REPO, license="mit", push=push_here, waits=(0, 0))
-    publisher.submit(saved)
-    publisher._uploads[0].future.result()
+    publisher.submit(saved).result()
     assert "may not do this" in publisher.errors["main"]
     assert caplog.messages[-1] == f"publishing to {REPO}@main failed, the run goes on: {publisher.errors['main']}"
     assert len([path for _, path, _ in hub.requests if path == "/api/repos/create"]) == 1  # refused
@@ -140,9 +150,23 @@ def test_failure_that_stays_is_said_and_the_next_bundle_is_sent(hub, push_here, 
     assert not publisher.errors
 
 
-@pytest.mark.parametrize("kind", [BundleError, HubRefusedError, LicenseError, VitregError])
-def test_failure_that_no_try_would_change_is_tried_once(kind, token, tmp_path, caplog):
-    gated = Gated(kind("a door is shut."))
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        *((error, "refused") for error in (BundleError, HubRefusedError, LicenseError, VitregError)),
+        (HubError, "failed"),
+    ],
+)
+def test_errors_tell_whether_another_try_would_change_them(error, kind, token, old):
+    def shut(folder, **options):
+        raise error("a door is shut.")
+
+    outcome = outcome_of_push(old, REPO, verify=shut)
+    assert outcome == NotPushed(kind=kind, why="a door is shut.")
+
+
+def test_failure_that_no_try_would_change_is_tried_once(token, tmp_path, caplog):
+    gated = Gated(refused("a door is shut."))
     gated.go.set()
     with Publisher(REPO, push=gated, waits=(3600,)) as publisher:
         publisher.submit(checkpoint(tmp_path, "a"))
@@ -151,27 +175,23 @@ def test_failure_that_no_try_would_change_is_tried_once(kind, token, tmp_path, c
     assert caplog.messages == [f"publishing to {REPO}@main failed, the run goes on: a door is shut."]
 
 
-def test_a_process_that_cannot_be_started_is_tried_again(token, tmp_path):
-    gated = Gated(OSError("cannot allocate memory"))
+def test_a_process_that_cannot_be_started_is_tried_again(token, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
+    outcome = push_apart(checkpoint(tmp_path, "a"), REPO, branch="main", private=False, license=None)
+    assert outcome == failed("its process cannot be started: No such file or directory.")
+    gated = Gated(outcome)
     gated.go.set()
     with Publisher(REPO, push=gated, waits=(0,)) as publisher:
-        publisher.submit(checkpoint(tmp_path, "a"))
+        publisher.submit(tmp_path / "a")
     assert gated.weights == ["a", "a"]
     assert (publisher.close(), publisher.errors) == ({"main": "commit of a"}, {})
 
 
-def test_waits_grow_and_end(token, tmp_path, monkeypatch):
+def test_waits_grow_and_end(token, tmp_path):
     waited = []
-
-    class Event(threading.Event):
-        def wait(self, timeout=None):
-            waited.append(timeout)
-            return self.is_set()
-
-    monkeypatch.setattr("vitreg_hub.training.run.publisher.Event", Event)
-    gated = Gated(*[HubError("down.")] * 99)
-    gated.go.wait = lambda timeout: True
-    with Publisher(REPO, push=gated) as publisher:
+    gated = Gated(*[failed("down.")] * 99)
+    gated.go.set()
+    with Publisher(REPO, push=gated, pause=lambda outdated, seconds: waited.append(seconds)) as publisher:
         publisher.submit(checkpoint(tmp_path, "a"))
     assert waited == [1, 2, 4, 8, 16, 32]
     assert len(gated.weights) == 7
@@ -204,7 +224,7 @@ def test_newest_wins_on_its_own_branch_only(token, tmp_path):
 
 
 def test_one_branch_can_fail_alone(token, tmp_path):
-    gated = Gated("commit of a", BundleError("a door is shut."))
+    gated = Gated(pushed("commit of a"), refused("a door is shut."))
     gated.go.set()
     publisher = Publisher(REPO, push=gated, waits=())
     publisher.submit(checkpoint(tmp_path, "a"))
@@ -230,7 +250,7 @@ def test_text_tower_goes_along_and_a_state_does_not(token, tmp_path):
 
 
 def test_newer_bundle_ends_the_wait_of_a_failed_one(token, tmp_path):
-    gated = Gated(HubError("down."))
+    gated = Gated(failed("down."))
     publisher = Publisher(REPO, push=gated, waits=(3600,))
     publisher.submit(checkpoint(tmp_path, "a"))
     gated.go.set()
@@ -241,7 +261,7 @@ def test_newer_bundle_ends_the_wait_of_a_failed_one(token, tmp_path):
 
 
 def test_copies_share_the_weights_and_leave_nothing(token, tmp_path):
-    folder, gated = checkpoint(tmp_path, "a"), Gated(BundleError("a door is shut."))
+    folder, gated = checkpoint(tmp_path, "a"), Gated(refused("a door is shut."))
     publisher = Publisher(REPO, push=gated, waits=())
     publisher.submit(folder)
     assert os.stat(folder / "model.safetensors").st_nlink == 2
@@ -272,14 +292,13 @@ def test_older_bundle_does_not_stand_for_a_newer_one_that_failed(token, tmp_path
     assert "cannot be copied" in publisher.errors["main"]
 
 
-def test_what_is_done_is_forgotten(token, tmp_path):
-    gated = Gated("commit of a", ZeroDivisionError())
+def test_a_bug_is_told_though_newer_bundles_came_through(token, tmp_path):
+    gated = Gated(pushed("commit of a"), ZeroDivisionError())
     gated.go.set()
     publisher = Publisher(REPO, push=gated)
-    for name, failed in (("a", None), ("b", ZeroDivisionError), ("c", None)):
-        publisher.submit(checkpoint(tmp_path, name))
-        assert isinstance(publisher._uploads[-1].future.exception(60), failed or type(None))
-    assert len(publisher._uploads) == 2  # the one that failed by a bug, which has not been told yet, and the last
+    for name, bug in (("a", None), ("b", ZeroDivisionError), ("c", None)):
+        assert isinstance(publisher.submit(checkpoint(tmp_path, name)).exception(60), bug or type(None))
+    assert gated.weights == ["a", "b", "c"]
     with pytest.raises(ZeroDivisionError):
         publisher.close()
 
@@ -332,50 +351,55 @@ def test_a_real_upload_says_in_its_sentence_why_it_failed(hub, tmp_path, monkeyp
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     saved = random_bundle().save(tmp_path / "model")
     (saved / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(VitregError, match=r"^[^\n]* holds pytorch_model\.bin: [^\n]*$") as error:
-        push_apart(saved, REPO, branch="main", private=False, license="mit")
-    assert not isinstance(error.value, HubError)  # which would be tried again
+    outcome = push_apart(saved, REPO, branch="main", private=False, license="mit")
+    assert outcome.kind == "refused"
+    assert re.fullmatch(r"[^\n]* holds pytorch_model\.bin: [^\n]*", outcome.why)
     (saved / "pytorch_model.bin").unlink()
-    with pytest.raises(VitregError, match=r"^[^\n]* may not do this with [^\n]*$") as error:
-        push_apart(saved, REPO, branch="main", private=False, license="mit")
-    assert not isinstance(error.value, HubError)
+    outcome = push_apart(saved, REPO, branch="main", private=False, license="mit")
+    assert outcome.kind == "refused"
+    assert re.fullmatch(r"[^\n]* may not do this with [^\n]*", outcome.why)
     assert not hub.repos
 
 
-@pytest.mark.parametrize(("status", "kind"), [(3, HubError), (1, VitregError), (-9, VitregError)])
-def test_exit_status_tells_what_may_pass(status, kind, tmp_path, monkeypatch):
-    done = subprocess.CompletedProcess([], status, stdout="", stderr="a warning\nvitreg: it failed.\n")
-    monkeypatch.setattr("vitreg_hub.training.run.publisher.subprocess.run", lambda *args, **options: done)
-    with pytest.raises(VitregError, match=r"^it failed\.$") as error:
-        push_apart(tmp_path, REPO, branch="main", private=False, license=None)
-    assert type(error.value) is kind
+def test_a_process_that_is_killed_is_not_tried_again(tmp_path, monkeypatch):
+    dies = tmp_path / "dies"
+    dies.write_text("#!/bin/sh\necho a warning >&2\nkill -9 $$\n")
+    dies.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(dies))
+    outcome = push_apart(checkpoint(tmp_path, "a"), REPO, branch="main", private=False, license=None)
+    assert outcome == refused("its process ended with status -9: a warning")
 
 
 def test_a_push_that_never_ends_is_given_up(tmp_path, monkeypatch):
     stalls = tmp_path / "stalls"
-    stalls.write_text("#!/bin/sh\nexec sleep 3600\n")
+    stalls.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 3600\n")
     stalls.chmod(0o700)
     monkeypatch.setattr("sys.executable", str(stalls))
-    monkeypatch.setattr(publisher, "PATIENCE", 0.1)
-    (tmp_path / "model").mkdir()
-    with pytest.raises(VitregError, match=r"^it was not done after 0\.1 seconds and was given up: [^\n]*\.$") as error:
-        push_apart(tmp_path / "model", REPO, branch="main", private=False, license=None)
-    assert not isinstance(error.value, HubError)  # which would be tried again
+    outcome = push_apart(checkpoint(tmp_path, "a"), REPO, seconds=1, branch="main", private=False, license=None)
+    assert outcome.kind == "refused"
+    assert re.fullmatch(r"it was not done after 1 seconds? and was given up: [^\n]*\.", outcome.why)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_patience_grows_with_the_files(tmp_path, monkeypatch):
-    patience = []
+def test_a_script_without_a_guard_is_not_run_again(hub, tmp_path):
+    saved = random_bundle().save(tmp_path / "model")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from pathlib import Path\nfrom vitreg_hub.training.run.push_apart import push_apart\nprint('once')\n"
+        f"print(push_apart(Path({str(saved)!r}), {REPO!r}, branch='main', private=False, license='mit').commit)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.stdout.split() == ["once", hub.repos[REPO].branches["main"]]
 
-    def push(*args, timeout, **options):
-        patience.append(timeout)
-        return subprocess.CompletedProcess([], 0, stdout="a commit\n", stderr="")
 
-    monkeypatch.setattr(publisher.subprocess, "run", push)
+def test_patience_grows_with_the_files(tmp_path):
+    found = []
     for name, size in (("model", 500_000), ("model-open_clip", 1_000_000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_bytes(bytes(size))
-        assert push_apart(tmp_path / "model", REPO, branch="main", private=False, license=None) == "a commit"
-    assert patience == [1802, 1806]
+        found.append(patience(tmp_path / "model"))
+    assert found == [1802, 1806]
 
 
 RUN = replace(
@@ -387,10 +411,10 @@ BESIDE = {"recipe.yaml", "metrics.jsonl", "curves.png"}
 
 
 @pytest.fixture
-def falling(monkeypatch):
-    """Evaluations that find less each time: the first one after a step is the best."""
+def falling():
+    """A run whose evaluations find less each time: the first one after a step is the best."""
     scores = iter(range(99, 0, -1))
-    monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: {"eval/accuracy": next(scores) / 100})
+    return Instruments(measure=lambda trainer: {"eval/accuracy": next(scores) / 100})
 
 
 class Recorder:
@@ -402,45 +426,52 @@ class Recorder:
     def __call__(self, folder, repo_id, *, branch, private, license):
         self.private.add(private)
         if branch in self.fails and sum(branch == sent for sent, _, _ in self.calls) >= self.succeeds.get(branch, 0):
-            raise self.fails[branch]
-        step = ModelBundle.load(folder).provenance.settings["step"]
+            return self.fails[branch]
+        step = ModelBundle.load(folder).provenance.run.step
         self.calls.append((branch, step, license))
         assert {path.name for path in folder.iterdir()} >= BESIDE
         assert "state" not in {path.name for path in folder.iterdir()}
-        return f"{repo_id}/commit/{step}"
+        return pushed(f"{repo_id}/commit/{step}")
+
+    def publisher(self, *args, **options):
+        return Publisher(*args, **options, waits=(), push=self)
 
 
 @pytest.fixture
-def recorder(token, monkeypatch):
-    made = Recorder()
-    options = {"private": False, "license": None, "waits": (), "push": made}
-    monkeypatch.setattr(Publisher.__init__, "__kwdefaults__", options)
-    return made
+def recorder(token):
+    return Recorder()
 
 
-def test_last_model_goes_to_main_and_the_best_to_its_branch(falling, recorder, tmp_path):
-    result = train(RUN, tmp_path / "run", push=REPO)
+@pytest.fixture
+def recorded(falling, recorder):
+    """The same run, which sends to the recorder."""
+    return replace(falling, publisher=recorder.publisher)
+
+
+def test_last_model_goes_to_main_and_the_best_to_its_branch(recorded, recorder, tmp_path):
+    result = train(RUN, tmp_path / "run", push=REPO, instruments=recorded)
     assert recorder.calls == [("main", 4, "mit"), ("best", 1, "mit")]
     assert result.commits == {"main": f"{REPO}/commit/4", "best": f"{REPO}/commit/1"}
-    assert train(RUN, tmp_path / "run", push=REPO).commits == result.commits  # of a finished run, once more
+    again = train(RUN, tmp_path / "run", push=REPO, instruments=recorded)  # of a finished run, once more
+    assert again.commits == result.commits
     assert recorder.calls[2:] == recorder.calls[:2]
     assert not [path.name for path in tmp_path.rglob(".*")]
 
 
+class AtOnce(Publisher):
+    """Lets the run wait for every upload, so that none is dropped for a newer one."""
+
+    def submit(self, folder, **options):
+        super().submit(folder, **options).result()
+
+
 @pytest.fixture
-def at_once(monkeypatch):
-    """The run waits for every upload, so that none is dropped for a newer one."""
-    submit = Publisher.submit
-
-    def wait(self, folder, **options):
-        submit(self, folder, **options)
-        self._uploads[-1].future.result()
-
-    monkeypatch.setattr(Publisher, "submit", wait)
+def at_once(falling, recorder):
+    return replace(falling, publisher=partial(AtOnce, waits=(), push=recorder))
 
 
-def test_checkpoints_are_published_with_the_best_so_far(falling, recorder, at_once, tmp_path):
-    train(RUN, tmp_path / "run", push=REPO, push_every="save")
+def test_checkpoints_are_published_with_the_best_so_far(recorder, at_once, tmp_path):
+    train(RUN, tmp_path / "run", push=REPO, push_every="save", instruments=at_once)
     assert [(branch, step) for branch, step, _ in recorder.calls] == [
         *(("main", 1), ("best", 1), ("main", 2), ("main", 3)),
         *(("main", 4), ("best", 1)),
@@ -449,15 +480,15 @@ def test_checkpoints_are_published_with_the_best_so_far(falling, recorder, at_on
         assert {path.name for path in folder.iterdir()} >= BESIDE
 
 
-def test_without_evaluations_there_is_one_branch(recorder, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: {})
-    assert train(RUN, tmp_path / "run", push=REPO).commits == {"main": f"{REPO}/commit/4"}
+def test_without_evaluations_there_is_one_branch(recorded, tmp_path):
+    instruments = replace(recorded, measure=lambda trainer: {})
+    assert train(RUN, tmp_path / "run", push=REPO, instruments=instruments).commits == {"main": f"{REPO}/commit/4"}
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_best_model_that_is_not_on_the_hub_is_said(older, falling, recorder, at_once, tmp_path, caplog):
-    recorder.fails, recorder.succeeds = {"best": HubError("no space for you.")}, {"best": int(older)}
-    result = train(RUN, tmp_path / "run", push=REPO, push_every="save" if older else "end")
+def test_best_model_that_is_not_on_the_hub_is_said(older, recorder, at_once, tmp_path, caplog):
+    recorder.fails, recorder.succeeds = {"best": failed("no space for you.")}, {"best": int(older)}
+    result = train(RUN, tmp_path / "run", push=REPO, push_every="save" if older else "end", instruments=at_once)
     assert ("best" in [branch for branch, _, _ in recorder.calls]) == older
     assert result.commits == {"main": f"{REPO}/commit/4"}
     missing = tmp_path / "run" / "best"
@@ -484,12 +515,12 @@ def test_best_model_that_is_not_on_the_hub_is_said(older, falling, recorder, at_
     ],
 )
 def test_last_model_that_is_not_on_the_hub_ends_the_run_with_an_error(
-    fails, push_every, says, falling, recorder, at_once, tmp_path
+    fails, push_every, says, recorder, at_once, tmp_path
 ):
-    recorder.fails = {branch: HubError("no space for you.") for branch in fails}
+    recorder.fails = {branch: failed("no space for you.") for branch in fails}
     recorder.succeeds = {"main": 2 * (push_every == "save")}
     with pytest.raises(HubError) as error:
-        train(RUN, tmp_path / "run", push=REPO, push_every=push_every, private=True)
+        train(RUN, tmp_path / "run", push=REPO, push_every=push_every, private=True, instruments=at_once)
     run = tmp_path / "run"
     by_hand = f"vitreg push {run / 'model'} {REPO} --branch main --private --license mit"
     says = says.replace("MODEL", str(run / "model")).replace("lab/", f"{REPO}/commit/")
@@ -498,7 +529,7 @@ def test_last_model_that_is_not_on_the_hub_ends_the_run_with_an_error(
     assert recorder.private == {True}
 
 
-def test_run_that_is_asked_to_stop_tells_what_it_published(falling, recorder, at_once, tmp_path, monkeypatch):
+def test_run_that_is_asked_to_stop_tells_what_it_published(recorder, at_once, tmp_path, monkeypatch):
     do_step = Trainer.do_step
 
     def stopping(self, step, *args):
@@ -507,7 +538,7 @@ def test_run_that_is_asked_to_stop_tells_what_it_published(falling, recorder, at
         return do_step(self, step, *args)
 
     monkeypatch.setattr(Trainer, "do_step", stopping)
-    result = train(RUN, tmp_path / "run", push=REPO, push_every="save")
+    result = train(RUN, tmp_path / "run", push=REPO, push_every="save", instruments=at_once)
     assert (result.step, result.model) == (2, None)
     assert result.commits == {"main": f"{REPO}/commit/2", "best": f"{REPO}/commit/1"}
     assert recorder.private == {False}
@@ -539,10 +570,10 @@ def licensed(start, license, tmp_path):
         (None, "apache2", None, "apache2 is not how the Hub spells it: did you mean apache-2.0"),
     ],
 )
-def test_license_is_settled_before_any_training(start, license, push, sentence, recorder, tmp_path):
+def test_license_is_settled_before_any_training(recorded, start, license, push, sentence, tmp_path):
     recipe = licensed(start, license, tmp_path)
     with pytest.raises(LicenseError, match=sentence) as error:
-        train(recipe, tmp_path / "run", push=push)
+        train(recipe, tmp_path / "run", push=push, instruments=recorded)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -558,22 +589,23 @@ def test_license_is_settled_before_any_training(start, license, push, sentence, 
         ("cc-by-nc-4.0", "cc-by-nc-4.0", REPO, "cc-by-nc-4.0"),
     ],
 )
-def test_license_of_a_run(start, license, push, told, falling, recorder, tmp_path):
-    train(licensed(start, license, tmp_path), tmp_path / "run", push=push)
+def test_license_of_a_run(recorded, start, license, push, told, recorder, tmp_path):
+    train(licensed(start, license, tmp_path), tmp_path / "run", push=push, instruments=recorded)
     assert ModelBundle.load(tmp_path / "run" / "model").provenance.license == told
     assert recorder.calls == ([("main", 2, license), ("best", 1, license)] if push else [])
 
 
-def test_a_finished_run_without_a_license_gets_one_when_it_is_published(falling, recorder, tmp_path):
+def test_a_finished_run_without_a_license_gets_one_when_it_is_published(recorded, tmp_path):
     recipe = licensed(None, None, tmp_path)
-    train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", instruments=recorded)
     with pytest.raises(LicenseError, match="give it with --license"):
-        train(recipe, tmp_path / "run", push=REPO)
-    assert train(replace(recipe, license="mit"), tmp_path / "run", push=REPO).commits.keys() == {"main", "best"}
+        train(recipe, tmp_path / "run", push=REPO, instruments=recorded)
+    result = train(replace(recipe, license="mit"), tmp_path / "run", push=REPO, instruments=recorded)
+    assert result.commits.keys() == {"main", "best"}
 
 
 def test_a_run_on_the_hub_is_the_run_on_the_disk(hub, falling, tmp_path):
-    result = train(replace(RUN, epochs=1), tmp_path / "run", push=REPO)
+    result = train(replace(RUN, epochs=1), tmp_path / "run", push=REPO, instruments=falling)
     repo = hub.repos[REPO]
     for branch, folder, step in (("main", "model", 2), ("best", "best", 1)):
         files = repo.files(branch)
@@ -582,19 +614,14 @@ def test_a_run_on_the_hub_is_the_run_on_the_disk(hub, falling, tmp_path):
         assert result.commits[branch].endswith(repo.branches[branch])
         assert not any("state" in name or "optimizer" in name for name in files)
         bundle = ModelBundle.load(f"hf-hub:{REPO}@{branch}")
-        assert bundle.provenance.settings["step"] == step
+        assert bundle.provenance.run.step == step
         disk = load_file(tmp_path / "run" / folder / "model.safetensors")
         assert all(torch.equal(tensor, disk[name]) for name, tensor in bundle.state_dict.items())
 
 
-@pytest.fixture
-def never_trains(monkeypatch):
-    """A run that gets as far as its parts has found nothing wrong."""
-
-    def fail(*args):
-        raise AssertionError("the Hub was not asked first")
-
-    monkeypatch.setattr("vitreg_hub.training.loop.Trainer", fail)
+def without_data(recipe):
+    """A run that would be refused, if the Hub were not asked first."""
+    return replace(recipe, data=replace(recipe.data, train="nothing"))
 
 
 def tagged(repo):
@@ -612,7 +639,7 @@ def tagged(repo):
     ],
 )
 def test_what_the_hub_will_refuse_is_found_before_any_training(
-    token, there, private, task, sentence, hub, never_trains, tmp_path, monkeypatch
+    token, there, private, task, sentence, hub, tmp_path, monkeypatch
 ):
     if there is not None:
         repo_id = REPO if task == "supervised" else f"{REPO}-open_clip"
@@ -621,26 +648,26 @@ def test_what_the_hub_will_refuse_is_found_before_any_training(
     before = len(writes(hub))
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubRefusedError, match=sentence) as error:
-        train(TINY[task], tmp_path / "run", push=REPO, private=private)
+        train(without_data(TINY[task]), tmp_path / "run", push=REPO, private=private)
     assert "\n" not in str(error.value)
     assert len(writes(hub)) == before
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("act", [500, DROP, HTML])
-def test_a_hub_that_cannot_be_asked_stops_no_run(act, hub, recorder, falling, waited, tmp_path, caplog):
+def test_a_hub_that_cannot_be_asked_stops_no_run(recorded, act, hub, waited, tmp_path, caplog):
     body = {"act": 200, "body": act} if act is HTML else {"act": act}
     hub.fault = Fault(method="GET", path="/api/", **body).on(hub)
-    assert train(replace(RUN, epochs=1), tmp_path / "run", push=REPO).commits.keys() == {"main", "best"}
+    result = train(replace(RUN, epochs=1), tmp_path / "run", push=REPO, instruments=recorded)
+    assert result.commits.keys() == {"main", "best"}
     (warning,) = [text for text in caplog.messages if "whether" in text]
     assert warning.startswith(f"whether {REPO} takes the models is not known, the run goes on: ")
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch, caplog):
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub, caplog):
     answer = threading.Event()
     hub.fault = lambda request: answer.wait(60) and None
-    monkeypatch.setattr(publisher, "ASKING", 0.1)
-    Publisher(REPO).ask()
+    Publisher(REPO).ask(seconds=0.1)
     answer.set()
     assert caplog.messages == [
         f"whether {REPO} takes the models is not known, the run goes on: there was no answer within 0.1 seconds: check "
@@ -676,9 +703,10 @@ def distilled(teacher, tmp_path, *, start=None, license=None):
         ("cc-by-nc-4.0", "mit", "mit", "is cc-by-nc-4.0, not mit"),
     ],
 )
-def test_license_of_a_teacher_counts_like_that_of_a_start(teacher, start, license, sentence, recorder, tmp_path):
+def test_license_of_a_teacher_counts_like_that_of_a_start(recorded, teacher, start, license, sentence, tmp_path):
+    recipe = distilled(teacher, tmp_path, start=start, license=license)
     with pytest.raises(LicenseError, match=sentence) as error:
-        train(distilled(teacher, tmp_path, start=start, license=license), tmp_path / "run", push=REPO)
+        train(recipe, tmp_path / "run", push=REPO, instruments=recorded)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -694,13 +722,13 @@ def test_license_of_a_teacher_counts_like_that_of_a_start(teacher, start, licens
 )
 def test_license_of_a_run_with_a_teacher(teacher, start, license, told, falling, tmp_path):
     recipe = distilled(teacher, tmp_path, start=start, license=license)
-    train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", instruments=falling)
     provenance = ModelBundle.load(tmp_path / "run" / "model").provenance
     assert provenance.license == told
     digest = hashlib.sha256((tmp_path / "t" / "model.safetensors").read_bytes()).hexdigest()
     taught = {"name": "t", "license": None if teacher == "none" else teacher, "sha256": digest}
-    assert provenance.settings["sources"]["task.teacher"] == taught
-    assert provenance.settings["sources"].keys() == {"task.teacher", *(["model.start"] * (start is not None))}
+    assert asdict(provenance.run.sources["task.teacher"]) == taught
+    assert provenance.run.sources.keys() == {"task.teacher", *(["model.start"] * (start is not None))}
     origin = ModelBundle.load(tmp_path / "t").provenance.origin
     begun = "trained from scratch" if start is None else f"trained on from s ({origin})"
     assert provenance.origin.startswith(f"{begun}, distilled from t ({origin}), on digits with ")
@@ -710,18 +738,18 @@ def short(recipe):
     return replace(recipe, model=replace(recipe.model, drop_path=0.0), batch_size=8, epochs=1, epoch_steps=1)
 
 
-def test_a_recipes_own_license_holds_for_its_own_images_only(falling, recorder, tmp_path):
+def test_a_recipes_own_license_holds_for_its_own_images_only(recorded, tmp_path):
     recipe = short(RECIPES["supervised_digits"]())
-    train(recipe, tmp_path / "own", push=REPO)
+    train(recipe, tmp_path / "own", push=REPO, instruments=recorded)
     assert ModelBundle.load(tmp_path / "own" / "model").provenance.license == "apache-2.0"
     images = write_folder(tmp_path / "mine", 12)
     private = replace(recipe, data=DataSettings(train=str(images)))
     with pytest.raises(LicenseError, match="nothing tells the license of the weights of recipe supervised_digits"):
-        train(private, tmp_path / "run", push=REPO)
+        train(private, tmp_path / "run", push=REPO, instruments=recorded)
     assert not (tmp_path / "run").exists()
-    train(private, tmp_path / "run")
+    train(private, tmp_path / "run", instruments=recorded)
     assert ModelBundle.load(tmp_path / "run" / "model").provenance.license is None
-    train(replace(private, license="mit"), tmp_path / "said", push=REPO)
+    train(replace(private, license="mit"), tmp_path / "said", push=REPO, instruments=recorded)
     assert ModelBundle.load(tmp_path / "said" / "model").provenance.license == "mit"
 
 
@@ -729,7 +757,7 @@ def test_the_bundle_tells_on_how_many_images_it_was_measured(tmp_path):
     recipe = replace(RUN, epochs=1, watch=replace(RUN.watch, eval_images=2048, eval_every=0, save_every=1))
     train(recipe, tmp_path / "run")
     told = ModelBundle.load(tmp_path / "run" / "model").provenance
-    assert told.settings["data"]["evaluated"] == len(digits("test"))
+    assert told.run.evaluated == len(digits("test"))
     not_measured = ModelBundle.load(checkpoints(tmp_path / "run")[0]).provenance
     assert not not_measured.metrics
-    assert "evaluated" not in not_measured.settings["data"]
+    assert not_measured.run.evaluated is None

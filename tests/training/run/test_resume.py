@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
-from training_runs import LAMB, STEPS, TINY, lines
+from training_runs import LAMB, STEPS, TINY, lines, train
 
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
@@ -22,14 +22,12 @@ from vitreg_hub.files import write_folder
 from vitreg_hub.images.embedded import digits
 from vitreg_hub.training import loop
 from vitreg_hub.training.data import opening as data
-from vitreg_hub.training.loop import train
 from vitreg_hub.training.recipes.files import recipe_to_yaml
 from vitreg_hub.training.run import checkpoints as run_state
-from vitreg_hub.training.run.checkpoints import checkpoints
+from vitreg_hub.training.run.folders import checkpoints
+from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.tasks.supervised.task import SupervisedTask
-
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 RUNS = {
     **TINY,
@@ -122,9 +120,9 @@ def test_killed_elsewhere(moment, uninterrupted, tmp_path, monkeypatch):
     name = "supervised"
     with monkeypatch.context() as patched:
         if moment == "before the first checkpoint":
-            patched.setattr(Trainer, "save", raiser)
+            patched.setattr(loop, "save_run", raiser)
         elif moment == "before the model":
-            patched.setattr(loop, "_finish", raiser)
+            patched.setattr(ModelWriter, "write", killed_before_the_model)
         else:
             count = iter(range(100))
 
@@ -147,6 +145,15 @@ def test_killed_elsewhere(moment, uninterrupted, tmp_path, monkeypatch):
 
 def raiser(*args, **kwargs):
     raise Killed
+
+
+write = ModelWriter.write
+
+
+def killed_before_the_model(self, folder, *args, **options):
+    if folder.name == "model":
+        raise Killed
+    write(self, folder, *args, **options)
 
 
 def write_and_leave(target: Path, fill) -> Path:
@@ -257,7 +264,7 @@ def test_a_named_checkpoint_overwrites_no_other_run(uninterrupted):
 
 def test_data_that_grew_are_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_finish", raiser)
+        patched.setattr(ModelWriter, "write", killed_before_the_model)
         with pytest.raises(Killed):
             train(saving("distill"), tmp_path / "run")
     fewer = digits("train").select(range(1000))
@@ -283,7 +290,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
 
 def test_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "_finish", raiser)
+        patched.setattr(ModelWriter, "write", killed_before_the_model)
         with pytest.raises(Killed):
             train(saving("distill"), tmp_path / "run")
     file = checkpoints(tmp_path / "run")[-1] / "state" / "backbone.safetensors"

@@ -18,8 +18,6 @@ from vitreg_hub.training.tasks.base import Batch
 from vitreg_hub.training.tasks.dinov2.settings import DinoV2, Head
 from vitreg_hub.training.tasks.dinov2.task import DinoV2Task
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 CASE = GOLDEN / "dinov2_ssl_train_step"
 META = json.loads((CASE / "meta.json").read_text())
 VIT = META["vit"] | {"init_values": 1e-5}

@@ -20,8 +20,6 @@ from vitreg_hub.training.tasks.base import Batch
 from vitreg_hub.training.tasks.distill.settings import Distill
 from vitreg_hub.training.tasks.distill.task import DistillTask, cosine, squared
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 WIDE = TINY | {"embed_dim": 48}
 

@@ -15,12 +15,11 @@ from torch import distributed
 from torch.nn.functional import normalize
 
 from vitreg_hub.analysis.telemetry import telemetry
+from vitreg_hub.evaluation.knn import knn_classes
 from vitreg_hub.images.embedded import digits
 from vitreg_hub.images.source import open_images
 from vitreg_hub.training.recipes.settings import WatchSettings
-from vitreg_hub.training.watch.evaluate import EVALUATED_IMAGES, evaluate, knn_classes
-
-pytestmark = pytest.mark.usefixtures("no_curves")
+from vitreg_hub.training.watch.evaluate import EVALUATED_IMAGES, evaluate
 
 SETTINGS = WatchSettings(eval_images=30, artifact_images=4)
 CPU = torch.device("cpu")
@@ -151,10 +150,10 @@ def test_the_images_that_were_scored_are_counted_not_those_that_were_asked_for()
     assert EVALUATED_IMAGES not in run(model, transform, settings=settings, train=None)  # without a score
 
 
-def test_images_are_a_seeded_choice_and_each_is_looked_at_once():
+def test_images_are_a_seeded_choice_and_each_is_seen_once():
     model, transform = made()
 
-    def looked_at(seed, **changes):
+    def sums_of_images(seed, **changes):
         seen = []
 
         def scorer(images, labels):
@@ -164,12 +163,13 @@ def test_images_are_a_seeded_choice_and_each_is_looked_at_once():
         run(model, transform, scorer, train=None, seed=seed, **changes)
         return seen
 
-    first = looked_at(0)
+    first = sums_of_images(0)
     assert len(first) == 30
-    assert first == looked_at(0)
-    assert first != looked_at(1)
+    assert first == sums_of_images(0)
+    assert first != sums_of_images(1)
     stream = open_images(pictures("test").to_iterable_dataset())
-    assert looked_at(0, held_out=stream) == looked_at(0, held_out=open_images(pictures("test").select(range(30))))
+    first_thirty = open_images(pictures("test").select(range(30)))
+    assert sums_of_images(0, held_out=stream) == sums_of_images(0, held_out=first_thirty)
 
 
 def test_evaluation_changes_nothing():

@@ -16,12 +16,11 @@ from PIL import Image
 from torch import nn
 
 from vitreg_hub.errors import BundleError, RecipeError
+from vitreg_hub.plotting import plain
 from vitreg_hub.training.tasks.base import Batch
-from vitreg_hub.training.watch.first_batch import draw_first_batch
+from vitreg_hub.training.watch.first_batch import draw_first_batch, first_batch_figure
 from vitreg_hub.training.watch.logbook import Logbook, require_trackers
 from vitreg_hub.training.watch.throughput import Throughput, peak_flops
-
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 CPU = torch.device("cpu")
 
@@ -171,12 +170,11 @@ def test_trackers_get_the_recipe_flat_and_every_line(book, monkeypatch, caplog, 
     assert len(lines(tmp_path)) == 3
 
 
-def test_trackers_that_there_are_not_are_refused_in_a_sentence(book, monkeypatch, tmp_path):
+def test_trackers_that_there_are_not_are_refused_in_a_sentence(book, tmp_path):
     with pytest.raises(RecipeError, match=r"no tracker 'tensorbord', did you mean 'tensorboard': choose from .*wandb"):
         book(trackers=["tensorbord"])
-    monkeypatch.setattr("vitreg_hub.training.watch.logbook.get_available_trackers", lambda: [])
     with pytest.raises(RecipeError, match="wandb is not installed: install its package, or leave it out"):
-        require_trackers(["wandb"])
+        require_trackers(["wandb"], installed=list)
     require_trackers([])
     assert not list(tmp_path.iterdir())
 
@@ -322,16 +320,19 @@ def test_first_batch_shows_every_view_in_its_colours(views, images, rows, tmp_pa
     assert blue == pytest.approx(red * (views - 1), rel=0.02)
 
 
-def test_texts_of_the_first_batch(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr("vitreg_hub.training.watch.first_batch.plain", lambda text: written.append(text) or text)
+def test_texts_of_the_first_batch():
+    def texts(*, label_names=None, **more):
+        (axis,) = first_batch_figure(Batch(**batch, **more), mean=MEAN, std=STD, label_names=label_names).axes
+        title, *of_images, size = (text.get_text() for text in axis.texts)
+        assert (title, size) == ("First batch (step 0)", "view 1\n8 x 8")
+        return of_images
+
     batch = {"step": 0, "positions": torch.arange(2), "names": ("a.png", "b.png"), "crops": (crops(2, 8, RED),)}
     labels = torch.tensor([1, -1])
-    options = {"mean": MEAN, "std": STD, "file": tmp_path / "x.png"}
-    draw_first_batch(Batch(**batch), **options)
-    draw_first_batch(Batch(**batch, labels=labels), **options)
-    draw_first_batch(Batch(**batch, labels=labels), label_names=["cat", "dog"], **options)
-    draw_first_batch(Batch(**batch, texts=("a $5 note", "word " * 99)), **options)
-    assert written[:7] == ["a.png", "b.png", "class 1", "b.png", "dog", "b.png", "a $5 note"]
-    assert written[7].count("\n") == 7
-    assert written[7].endswith("…")
+    assert texts() == ["a.png", "b.png"]
+    assert texts(labels=labels) == ["class 1", "b.png"]
+    assert texts(labels=labels, label_names=["cat", "dog"]) == ["dog", "b.png"]
+    short, long = texts(texts=("a $5 note", "word " * 99))
+    assert short == plain("a $5 note")
+    assert long.count("\n") == 7
+    assert long.endswith("…")

@@ -9,7 +9,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitreg_hub.bundle.config import config_text
 from vitreg_hub.bundle.model_bundle import HEADS, ModelBundle
 from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, write_folder
 
@@ -40,7 +39,7 @@ def save_open_clip(towers: nn.Module, folder: str | Path, *, bundle: ModelBundle
 
     def fill(staging: Path) -> None:
         (staging / OPENCLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (staging / CONFIG_FILE).write_text(config_text(bundle.config()), encoding="utf-8")
+        (staging / CONFIG_FILE).write_text(bundle.text(), encoding="utf-8")
         save_file(dict(_tensors(towers, bundle)), staging / OPENCLIP_WEIGHTS, metadata={"format": "pt"})
 
     return write_folder(folder, fill)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.distributed.parallel import average_into
-from vitreg_hub.training.run.checkpoints import STATE
+from vitreg_hub.training.run.folders import STATE
 from vitreg_hub.training.schedules import CosineSchedule, Span, linear_then_constant
 from vitreg_hub.training.tasks.base import Batch, StepOutput, Task
 from vitreg_hub.training.tasks.dinov2.head import DinoHead

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.any_vit import AnyVit, ProcessorTransform, open_vit
 from vitreg_hub.errors import RecipeError
+from vitreg_hub.network.kinds import kind_of
 from vitreg_hub.network.layout import VitLayout
 from vitreg_hub.tokens import Tokens, observe
 from vitreg_hub.training.tasks.base import Batch, Scorer, StepOutput, Task
@@ -64,15 +65,15 @@ class DistillNetwork(nn.Module):
     def __init__(self, backbone: VisionTransformer, *, teacher_dim: int) -> None:
         super().__init__()
         self.backbone = backbone
+        self.num_class = kind_of(backbone).num_class_tokens(backbone)
         same = backbone.embed_dim == teacher_dim
         self.projection = nn.Identity() if same else nn.Linear(backbone.embed_dim, teacher_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class tokens [B, C, D] and patch tokens [B, P, D] after the final norm, for the teacher's D."""
         tokens = self.backbone.fc_norm(self.backbone.forward_features(images))  # one of its two norms is none
-        num_prefix = self.backbone.num_prefix_tokens
-        num_class = num_prefix - self.backbone.num_reg_tokens
-        return self.projection(tokens[:, :num_class]), self.projection(tokens[:, num_prefix:])
+        patches = tokens[:, self.backbone.num_prefix_tokens :]
+        return self.projection(tokens[:, : self.num_class]), self.projection(patches)
 
 
 class DistillTask(Task):

@@ -24,21 +24,21 @@ def comparison_figure(reports: Sequence[ArtifactReport]) -> Figure:
     steps = in_training(reports)
     ordered = sorted(reports, key=lambda report: report.model.step if steps else report.model.num_params)
     places = [report.model.step for report in ordered] if steps else list(range(len(ordered)))
-    looked_at = [report.blocks[report.block] for report in ordered]
+    chosen = [report.blocks[report.block] for report in ordered]
     figure = Figure(figsize=(10.8, 3.9) if steps else (max(10.8, 0.8 * len(reports)), 4.8), layout="constrained")
     figure.suptitle("When outliers appear" if steps else "In which models outliers appear", fontsize=12)
     shares, norms, depths = figure.subplots(1, 3)
     style = {"linestyle": "-" if steps else "", "markersize": 6}
 
-    shares.plot(places, [block.outlier_fraction for block in looked_at], "o", color=OUTLIER, **style)
+    shares.plot(places, [block.outlier_fraction for block in chosen], "o", color=OUTLIER, **style)
     shares.set(title="Share of outliers", ylabel="share of patch tokens")
-    most = max(block.outlier_fraction for block in looked_at)
+    most = max(block.outlier_fraction for block in chosen)
     shares.set_ylim(-0.04 * most or -0.001, 1.12 * most or 0.01)
     percent_axis(shares.yaxis)
 
     shown = []
     for quantile, colour, marker, label in NORM_LINES:
-        values = [block.quantiles[QUANTILES.index(quantile)] for block in looked_at]
+        values = [block.quantiles[QUANTILES.index(quantile)] for block in chosen]
         shown += norms.plot(places, values, marker, color=colour, label=f"norm: {label}", **style)
     low, high = positive_limits([value for line in shown for value in line.get_ydata()])
     norms.set(title="Norms of the patch tokens", ylabel="norm", yscale="log", ylim=(low, high))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitreg_hub.analysis.results import AttentionMass
+from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
 
 
@@ -19,9 +20,8 @@ class AttentionMeter:
         block: Index under which the attention was observed.
     """
 
-    needs = ("attention",)
-
     def __init__(self, block: int) -> None:
+        self.needs = Needs(attention=(block,))
         self._block = block
         self._num_images = 0
         self._order: TokenOrder | None = None

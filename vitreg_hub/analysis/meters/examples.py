@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitreg_hub.analysis.examples import Example
 from vitreg_hub.analysis.meters.pca import pca_maps
+from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
 
 
@@ -19,9 +20,8 @@ class ExampleMeter:
         chosen: Indices of the images in the data set.
     """
 
-    needs = ("normed", "attention")
-
     def __init__(self, *, block: int, chosen: Collection[int]) -> None:
+        self.needs = Needs(normed=True, attention=(block,))
         self._block, self._chosen = block, frozenset(chosen)
         self._order: TokenOrder | None = None
         self._kept: dict[int, dict[str, Tensor]] = {}

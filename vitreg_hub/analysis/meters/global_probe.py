@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitreg_hub.analysis.meters.sampling import MIN_TEST, MIN_TRAIN, NEVER, Sample, hashed, is_test
 from vitreg_hub.analysis.results import GlobalInformation, TokenAccuracy
+from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
 
 INVERSE_PENALTIES = tuple(10.0**power for power in range(2, -5, -1))
@@ -32,7 +33,7 @@ class TokenClassification:
     Registers", arXiv 2309.16588, section 2.1.
     """
 
-    needs = ("normed",)
+    needs = Needs(normed=True)
 
     def __init__(self, *, train_size: int = 4_000, test_size: int = 2_000, seed: int = 0) -> None:
         """Choose the most images that are kept, to fit and to score."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitreg_hub.analysis.meters.sampling import MIN_TEST, MIN_TRAIN, NEVER, Sample, hashed, is_test
 from vitreg_hub.analysis.results import LocalInformation, LocalProbe
+from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation
 
 GROUPS = ("normal", "outlier")
@@ -31,7 +32,7 @@ class LocalProbes:
     section 2.1; settings of the probes are not published and are ours.
     """
 
-    needs = ("normed",)
+    needs = Needs(normed=True)
 
     def __init__(self, *, train_size: int = 10_000, test_size: int = 5_000, seed: int = 0) -> None:
         """Choose the most tokens that are kept per group, to fit and to score."""

@@ -8,6 +8,8 @@ import numpy as np
 from vitreg_hub.analysis.meters.histogram import EDGES, bin_sums, bins_of, count_above, packed, quantiles
 from vitreg_hub.analysis.meters.outliers import find_cutoff, given_cutoff
 from vitreg_hub.analysis.results import QUANTILES, BlockNorms, Cutoff
+from vitreg_hub.images.source import Batch
+from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
 
 
@@ -18,6 +20,8 @@ class NormMeter:
     the final norm. After it, norms are about the square root of the width whatever they were, so it is before.
     The mean and the numbers above a given cutoff are exact; quantiles are exact to the width of a histogram's bin.
     """
+
+    needs = Needs(norms=True)
 
     def __init__(self, *, cutoff: float | None = None) -> None:
         self.cutoff = cutoff
@@ -32,25 +36,25 @@ class NormMeter:
         self._smallest: np.ndarray | float = np.inf  # [blocks] patch norms
         self._largest: np.ndarray | float = -np.inf
 
-    def update(self, seen: Observation) -> None:
-        """Add a batch that was observed with `norms=True`."""
+    def update(self, seen: Observation, batch: Batch | None = None) -> None:
+        """Add a batch that was observed with `norms=True`; what else is known of its images is not needed."""
         first = seen.order.num_prefix
         norms = seen.norms.cpu().numpy()
         by_image = norms[:, :, first:]  # [blocks, B, P]
         patches = by_image.reshape(len(norms), -1)
         inputs = seen.input_norms[:, first:].flatten().cpu().numpy()
         bins = bins_of(patches)
-        batch = NormMeter(cutoff=self.cutoff)
-        batch.num_images = len(seen.images)
-        batch.order, batch.image_size = seen.order, tuple(seen.images.shape[-2:])
-        batch._counts = bin_sums(bins)
-        batch._image_peaks = bin_sums(bins_of(by_image.max(-1)))
-        batch._input_logs = bin_sums(bins, np.log2(np.maximum(inputs, EDGES[0])))
-        batch._above = (patches > (math.inf if self.cutoff is None else self.cutoff)).sum(1)
+        added = NormMeter(cutoff=self.cutoff)
+        added.num_images = len(seen.images)
+        added.order, added.image_size = seen.order, tuple(seen.images.shape[-2:])
+        added._counts = bin_sums(bins)
+        added._image_peaks = bin_sums(bins_of(by_image.max(-1)))
+        added._input_logs = bin_sums(bins, np.log2(np.maximum(inputs, EDGES[0])))
+        added._above = (patches > (math.inf if self.cutoff is None else self.cutoff)).sum(1)
         prefix_sums = norms[:, :, :first].sum(1, dtype=np.float64)
-        batch._sums = np.concatenate([prefix_sums, patches.sum(1, dtype=np.float64)[:, None]], axis=1)
-        batch._smallest, batch._largest = patches.min(1), patches.max(1)
-        self.merge(batch)
+        added._sums = np.concatenate([prefix_sums, patches.sum(1, dtype=np.float64)[:, None]], axis=1)
+        added._smallest, added._largest = patches.min(1), patches.max(1)
+        self.merge(added)
 
     def merge(self, other: Self) -> None:
         """Add what another meter saw."""

@@ -6,13 +6,14 @@ import numpy as np
 from torch import Tensor
 
 from vitreg_hub.analysis.results import OutlierPlaces
+from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation
 
 
 class PlaceMeter:
     """Counts outliers per position and per image (Darcet et al., appendix on the interpolation of positions)."""
 
-    needs = ()
+    needs = Needs()
 
     def __init__(self) -> None:
         self._num_images = 0

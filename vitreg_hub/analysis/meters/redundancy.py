@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
 from vitreg_hub.analysis.results import Redundancy, Similarities
+from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation
 
 NUM_BINS = 100
@@ -44,7 +45,7 @@ def _over_neighbors(below: Tensor, right: Tensor) -> Tensor:
 class NeighborSimilarity:
     """Likeness to neighbours over a stream of images, normal patches against outliers."""
 
-    needs = ("embedded",)
+    needs = Needs(embedded=True)
 
     def __init__(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64)  # normal, outlier

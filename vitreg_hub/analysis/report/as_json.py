@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.errors import DataError
+from vitreg_hub.typed import read
 
 FORM = 1
 """Version of the form; a reader refuses others."""
@@ -37,23 +36,9 @@ def load_reports(file: str | Path) -> tuple[ArtifactReport, ...]:
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-        if content["form"] != FORM:
-            raise DataError(f"{file} has form {content['form']!r}, this reads form {FORM}: analyze the models again.")
-        return tuple(_built(ArtifactReport, report) for report in content["reports"])
+        form, reports = content["form"], content["reports"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{file} is no report of `vitreg analyze` ({error}): give its report.json.") from error
-
-
-def _built(kind: Any, value: Any) -> Any:
-    """Make what a type annotation says of what JSON gave."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        fields = [field.name for field in dataclasses.fields(kind) if field.name in value]
-        return kind(**{name: _built(hints[name], value[name]) for name in fields})
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _built(next(k for k in typing.get_args(kind) if k is not type(None)), value)
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        inner = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        return tuple(_built(k, v) for k, v in zip(inner, value, strict=True))
-    return dict(value) if isinstance(value, Mapping) else value
+    if form != FORM:
+        raise DataError(f"{file} has form {form!r}, this reads form {FORM}: analyze the models again.")
+    return read(tuple[ArtifactReport, ...], reports, called=f"{file}: reports", error=DataError, unknown="ignore")

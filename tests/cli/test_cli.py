@@ -11,9 +11,11 @@ from models import random_bundle
 from vitreg_hub.arch import ARCHS
 from vitreg_hub.bundle.doors import DOORS, bundle_folder
 from vitreg_hub.cli import main
+from vitreg_hub.conversion.exporter import EXPORTS
+from vitreg_hub.conversion.formats.detect import FORMATS
 from vitreg_hub.hub import Pushed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_list_prints_the_table(capsys):
@@ -40,6 +42,33 @@ def test_version_and_help(capsys):
         main(["--help"])
     assert done.value.code == 0
     assert "examples:\n  vitreg quickstart " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("formats", "command"), [(FORMATS, "convert"), (EXPORTS, "export")])
+def test_help_names_every_format(formats, command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert ",".join(formats) in "".join(capsys.readouterr().out.split())
+
+
+UNREADABLE = {
+    "vitreg: there is no command trian: did you mean train? `vitreg --help` lists all.\n": ["trian"],
+    "vitreg: there is no command zzz: `vitreg --help` lists all.\n": ["zzz", "--help"],
+    "vitreg: give a command: `vitreg --help` lists all.\n": [],
+    "usage: vitreg verify folder\n": ["verify"],
+    "error: unrecognized arguments: --zzz\n": ["list", "--zzz"],
+    "invalid choice: 'int' (choose from 'float32', 'bfloat16', 'float16')\n": ["analyze", "x", "--dtype", "int"],
+}
+
+
+@pytest.mark.parametrize("says", UNREADABLE)
+def test_arguments_that_cannot_be_read(says, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(UNREADABLE[says])
+    assert done.value.code == 2
+    out, err = capsys.readouterr()
+    assert says in err
+    assert not out
 
 
 def test_module_is_the_command():
@@ -75,7 +104,7 @@ MISTAKES = {
     "no architecture matches 'vit_hug'; `vitreg list` prints all 147.": ["list", "vit_hug"],
     "{tmp}/nothing is no folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
     "{tmp} is no bundle: it has no config.json.": ["verify", "{tmp}"],
-    "hf-hub:lab/x is no folder: fetch": ["verify", "hf-hub:lab/x"],
+    "hf-hub:lab/x is no folder: fetch": ["push", "hf-hub:lab/x", "lab/y", "--dry-run"],
     "vit_small_reg4.dinov2_lvd142m is no folder: ModelBundle.load('vit_small_reg4.dinov2_lvd142m').save(folder) w": [
         "push",
         "vit_small_reg4.dinov2_lvd142m",

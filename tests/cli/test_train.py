@@ -221,6 +221,7 @@ FILE_MISTAKES = {
     "has no setting optmi: did you mean optim?": "optmi: {}",
     "optim.lr takes a number, not 'abc'.": "optim: {lr: abc}",
     "optim.lr takes a number, not null.": "optim: {lr: }",
+    "optim.lr takes a number, not 'True'.": "optim: {lr: yes}",
     "optim takes its own settings, not 3.": "optim: 3",
     "optim takes its own settings, not null.": "optim:",
     "task.ibot_head takes its own settings or null, not '3'.": "task: {ibot_head: 3}",

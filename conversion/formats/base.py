@@ -1,0 +1,246 @@
+"""What a checkpoint format is: one record that holds all that sets a lineage apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
+from vitreg_hub.conversion.formats.facts import Facts
+from vitreg_hub.conversion.formats.rules import Rule
+from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitreg_hub.bundle.model_bundle import ModelBundle
+    from vitreg_hub.conversion.checkpoint.opening import Checkpoint
+
+    Outputs = tuple[str, Mapping[str, Tensor]]
+
+LAYER_SCALE = {"blocks.0.ls1.gamma": "LayerScale"}
+PRE_NORM = {"norm_pre.weight": "norm before the first block"}
+REGISTERS = {"reg_token": "registers"}
+DISTILLATION = {"dist_token": "distillation token"}
+"""Parts that some lineages always have: a tensor of each in timm's names, and what to call it."""
+
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
+"""What reading a stranger's config can end in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """How one lineage stores a ViT, what of it no tensor tells, and how a bundle gets its form.
+
+    What a lineage does in its own way is a method that its file overrides; this class stands for bare files of tensors
+    that timm can load. Nothing here or in the files of the lineages loads torch, timm or transformers before it is
+    called.
+
+    Attributes:
+        name: What `--format` takes.
+        title: Whose checkpoints these are.
+        rules: Tensors of the vision tower, without prefix.
+        outside: Tensors that may stand beside the tower, with all of their name.
+        prefixes: Prefixes that the tower's names may have; the first that occurs counts, all others are outside.
+        respell: (pattern, replacement) for spellings of the same name.
+        marks: Patterns of names without prefix; a checkpoint in which each occurs has this format.
+        family: Key of `vitreg_hub.arch.FAMILIES`, where the format decides it.
+        norm_eps: LayerNorm epsilon, None where only a config tells.
+        act: timm's name of the activation, None where only a config or the user tells.
+        heads: Attention heads by width.
+        other_rows: Rows of the position table before those of the patches, None where the table's length tells.
+        positions: How the lineage resamples positions.
+        registers_positions: The same for checkpoints with registers, where it differs.
+        mean: Channel means of the normalisation.
+        std: Channel standard deviations of the normalisation.
+        crop_pct: Share of the resized image that the evaluation's centre crop keeps.
+        head_is_projection: Whether the head leads to a space shared with texts: it has no bias, and makes embeddings.
+        has_text_tower: Whether OpenCLIP's text tower may stand beside the tower.
+        needs_prefix: Whether the tower's names always have one of the prefixes.
+        alone_when_bare: Whether nothing may stand beside a tower whose names have no prefix.
+        notes: What a user should know of every bundle that is made of such a checkpoint, a sentence each.
+        is_exported: Whether bundles can be written in this format.
+        needs: Parts without which no network is of this lineage; see `LAYER_SCALE`.
+        writes_prefix: Whether exports have the first of the prefixes.
+        mask_token: Name of a token that only training uses, and that exports hold as zeros.
+        container: Key under which the lineage's .pth files hold the weights, "" without one.
+        is_folder: Whether a checkpoint is a folder with configs beside the weights, not one file.
+        keeps_residual_scale: Whether files keep timm's epsilon, and a residual stream as large as the bundle's.
+    """
+
+    name: str
+    title: str
+    rules: tuple[Rule, ...]
+    outside: tuple[Rule, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    respell: tuple[tuple[str, str], ...] = ()
+    marks: tuple[str, ...] = ()
+    family: str | None = None
+    norm_eps: float | None = 1e-6
+    act: str | None = "gelu"
+    heads: Mapping[int, int] = field(default_factory=dict)
+    other_rows: int | None = 1
+    positions: PositionRule = TIMM_RULE
+    registers_positions: PositionRule | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_pct: float = 1.0
+    head_is_projection: bool = False
+    has_text_tower: bool = False
+    needs_prefix: bool = False
+    alone_when_bare: bool = False
+    notes: tuple[str, ...] = ()
+    is_exported: bool = True
+    needs: Mapping[str, str] = field(default_factory=dict)
+    writes_prefix: bool = False
+    mask_token: str = ""
+    container: str = ""
+    is_folder: ClassVar[bool] = False
+    keeps_residual_scale: ClassVar[bool] = False
+
+    # Names
+
+    def prefix_in(self, names: Mapping[str, object]) -> str:
+        """The prefix that the tower's names have in a checkpoint."""
+        return next((p for p in self.prefixes if any(name.startswith(p) for name in names)), "")
+
+    def spelled(self, name: str, prefix: str) -> str:
+        """A name of the tower without its prefix, in the spelling of the rules."""
+        name = name.removeprefix(prefix)
+        for pattern, replacement in self.respell:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def rules_for(self, name: str, prefix: str) -> list[Rule]:
+        """All rules that match a name: exactly one for a checkpoint of this format."""
+        found = []
+        if name.startswith(prefix):
+            spelled = self.spelled(name, prefix)
+            found = [rule for rule in self.rules if rule.matches(spelled)]
+            if found or prefix or self.alone_when_bare:
+                return found
+        return [rule for rule in self.outside if rule.matches(name)]
+
+    def num_known(self, names: Mapping[str, object]) -> int:
+        """How many of the names have a rule."""
+        prefix = self.prefix_in(names)
+        if self.needs_prefix and not prefix:
+            return 0
+        return sum(len(self.rules_for(name, prefix)) == 1 for name in names)
+
+    def tower_weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """The weights under the lineage's names, without prefix and containers."""
+        prefix = self.prefix_in(checkpoint.infos)
+        names = [name for name in checkpoint.infos if name.startswith(prefix)]
+        return {self.spelled(name, prefix): checkpoint.read(name) for name in names}
+
+    # How it is recognised: the first of three signs that any format bears
+
+    def is_declared(self, checkpoint: Checkpoint) -> bool:
+        """Whether the container or the config says that a checkpoint has this format."""
+        return False
+
+    def is_marked(self, names: Mapping[str, object]) -> bool:
+        """Whether the names bear all marks of the format."""
+        prefix = self.prefix_in(names)
+        if self.needs_prefix and not prefix:
+            return False
+        inside = [self.spelled(name, prefix) for name in names if name.startswith(prefix)]
+        return bool(self.marks) and all(any(re.fullmatch(mark, name) for name in inside) for mark in self.marks)
+
+    def is_likely(self, checkpoint: Checkpoint) -> bool:
+        """Whether what stands around the tower tells, where several lineages give its tensors the same names."""
+        return False
+
+    # What it means
+
+    def read_config(self, checkpoint: Checkpoint) -> Facts:
+        """What the configs beside the weights tell.
+
+        Raises:
+            ConversionError: Something that no bundle can hold, or no config where one is needed.
+        """
+        return Facts()
+
+    def facts_of(self, checkpoint: Checkpoint) -> Facts:
+        """What the configs beside the weights tell, and where they are silent what the lineage always has.
+
+        Raises:
+            ConversionError: A config contradicts itself or describes something else.
+        """
+        try:
+            facts = self.read_config(checkpoint)
+        except ConversionError:
+            raise
+        except UNREADABLE as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ConversionError(
+                f"the config beside {checkpoint.called} cannot be read as {self.title}'s ({reason})."
+            ) from error
+        lineage = {"norm_eps": self.norm_eps, "act": self.act, "other_rows": self.other_rows}
+        missing = {name: value for name, value in lineage.items() if getattr(facts, name) is None}
+        images = {"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct}
+        return dataclasses.replace(facts, **missing, preprocess=images | facts.preprocess)
+
+    def position_rule(self, *, has_registers: bool) -> PositionRule:
+        """How the lineage resamples positions."""
+        return (self.registers_positions if has_registers else None) or self.positions
+
+    # What it is compared with
+
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
+        """Run a checkpoint in an implementation by others, here timm's with its own filter of checkpoints.
+
+        Args:
+            checkpoint: A checkpoint of this format.
+            bundle: What it became, with its own image size and registers.
+            images: [B, C, H, W].
+            other_rows: Rows of the checkpoint's position table before those of the patches.
+
+        Returns:
+            The implementation's name, and what it made of the images: some of tokens [B, N, D], class token [B, D] and
+            output [B, E].
+
+        Raises:
+            ConversionError: None can run, and why.
+        """
+        from vitreg_hub.conversion.formats.timm_network import run_timm
+
+        args = bundle.model_args | {"no_embed_class": not other_rows, "num_classes": bundle.num_classes}
+        weights = self.tower_weights(checkpoint)
+        return run_timm(bundle.spec.base, args, weights, images, norm_eps=bundle.norm_eps)
+
+    # How a bundle gets its form
+
+    def obstacles(self, bundle: ModelBundle) -> Iterator[str]:
+        """Why the format cannot hold a bundle, a clause each."""
+        own_act, own_eps, is_swiglu = bundle.activation, bundle.norm_eps, bundle.spec.swiglu
+        for tensor, part in self.needs.items():
+            if tensor not in bundle.state_dict:
+                yield f"it has no {part}"
+        if len(set(bundle.model_args["img_size"])) > 1:
+            yield "its images are no squares"
+        if self.act not in (None, own_act) and not is_swiglu:
+            yield f"its activation is {own_act}"
+        if self.norm_eps not in (None, own_eps):
+            yield f"its LayerNorms have epsilon {own_eps:g}"
+        if bundle.model_args["global_pool"] != "token":
+            yield "its head averages patches"
+        if is_swiglu and not any(rule.swiglu for rule in self.rules):
+            yield "its MLP is SwiGLU"
+
+    def export_prefix(self, bundle: ModelBundle) -> str:
+        """What the tower's names begin with in an export."""
+        return self.prefixes[0] if self.writes_prefix else ""
+
+    def config_files(self, bundle: ModelBundle) -> Mapping[str, Mapping[str, Any]]:
+        """The configs beside the weights of an export, by file name.
+
+        Raises:
+            ConversionError: The configs cannot describe the bundle.
+        """
+        return {}

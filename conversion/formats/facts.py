@@ -1,0 +1,50 @@
+"""What no tensor tells of a network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vitreg_hub.network.position_rule import PositionRule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What a config beside the weights tells, or the lineage; None is not known.
+
+    Attributes:
+        family: Key of `vitreg_hub.arch.FAMILIES`.
+        num_heads: Attention heads.
+        norm_eps: LayerNorm epsilon.
+        act: timm's name of the activation.
+        img_size: Height and width in pixels.
+        other_rows: Rows of the position table before those of the patches.
+        global_pool: timm's name of the pooling, token or avg.
+        positions: How positions are resampled.
+        residual_scale: How many times larger the residual stream is stored; see `vitreg_hub.network.residual_scale`.
+        preprocess: Fields of `Preprocess`, without the input size.
+        label_names: Names of the classes.
+        assumptions: What was taken for granted because there is no config, a sentence each.
+        shape: Facts that the tensors tell too, for comparison: fields of `Structure`.
+    """
+
+    family: str | None = None
+    num_heads: int | None = None
+    norm_eps: float | None = None
+    act: str | None = None
+    img_size: tuple[int, int] | None = None
+    other_rows: int | None = None
+    global_pool: str | None = None
+    positions: PositionRule | None = None
+    residual_scale: float = 1.0
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    label_names: tuple[str, ...] | None = None
+    assumptions: tuple[str, ...] = ()
+    shape: Mapping[str, Any] = field(default_factory=dict)
+
+
+def height_and_width(size: Any) -> tuple[int, int] | None:
+    """Both sides of what a config gives as one number or as two."""
+    if size is None:
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)

@@ -1,0 +1,106 @@
+"""timm's networks: what an empty one tells of itself, and running one with the weights of a checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from timm.layers import GELUTanh, QuickGELU, SwiGLU
+from timm.models.vision_transformer import Block, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from vitreg_hub.conversion.formats.facts import Facts
+from vitreg_hub.errors import ConversionError
+from vitreg_hub.network.kinds import KINDS, kind_of
+from vitreg_hub.network.residual_scale import stream_norms
+
+ACTIVATIONS = {nn.GELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_tanh", nn.SiLU: "silu", nn.ReLU: "relu"}
+
+MAX_DEPTH = 1000
+"""Blocks that a config may ask timm to build."""
+
+NO_NETWORK_ARGS = {
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+    "features_only",
+}
+"""Arguments of `timm.create_model` that read files or change the class; a stranger's config may not give them."""
+
+
+def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
+    """Facts of a timm model, read from its empty network.
+
+    Raises:
+        ConversionError: timm has no such model, or it is none that a bundle can hold.
+    """
+    if not timm.is_model(architecture):
+        raise ConversionError(f"timm {timm.__version__} has no model {architecture!r}, which the config names.")
+    if foreign := sorted(args.keys() & NO_NETWORK_ARGS):
+        raise ConversionError(
+            f"the config gives {', '.join(foreign)} to {architecture}, which do not describe a network."
+        )
+    if args.get("depth", 1) > MAX_DEPTH:
+        raise ConversionError(f"the config gives {architecture} {args['depth']} blocks, which is no ViT.")
+    model = timm.create_model(architecture, device="meta", **args)
+    if type(model) not in [kind.timm_class for kind in KINDS.values()]:
+        raise ConversionError(f"{architecture} is timm's {type(model).__name__}, not its VisionTransformer.")
+    first = model.blocks[0]
+    if type(first.mlp.act) not in ACTIVATIONS or isinstance(first.mlp, SwiGLU):
+        raise ConversionError(f"{architecture} has an MLP that no row of the table has.")
+    if type(first) is not Block or not isinstance(first.norm1, nn.LayerNorm):
+        raise ConversionError(f"{architecture} has blocks or norms that no row of the table has.")
+    if model.global_pool not in ("token", "avg") or model.pool_include_prefix:
+        raise ConversionError(f"{architecture} pools by {model.global_pool!r}, which these architectures do not.")
+    return Facts(
+        num_heads=first.attn.num_heads,
+        norm_eps=first.norm1.eps,
+        act=ACTIVATIONS[type(first.mlp.act)],
+        img_size=model.patch_embed.img_size,
+        other_rows=0 if model.no_embed_class else model.num_prefix_tokens,
+        global_pool=model.global_pool,
+        shape={
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "patch_size": model.patch_embed.patch_size,
+            "num_registers": kind_of(model).num_registers(model),
+            "hidden": first.mlp.fc1.out_features,
+        },
+    )
+
+
+def run_timm(
+    architecture: str,
+    args: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    *,
+    norm_eps: float | None = None,
+) -> tuple[str, Mapping[str, Tensor]]:
+    """Run weights in timm's network, through timm's own filter of checkpoints.
+
+    Args:
+        architecture: timm's name of the network.
+        args: Its arguments.
+        weights: Tensors of the tower under the lineage's names.
+        images: [B, C, H, W].
+        norm_eps: Epsilon of the LayerNorms, where it is not the architecture's own.
+
+    Returns:
+        The library, and tokens [B, N, D] and, with a head, output [B, E].
+    """
+    args = dict(args)
+    if "register_tokens" in weights:
+        args["no_embed_class"] = True  # timm's filter folds the class token's position into it then
+    if "head.weight" not in weights:
+        args["num_classes"] = 0
+    model = timm.create_model(architecture, **args).eval()
+    if norm_eps is not None:
+        for norm in stream_norms(model):
+            norm.eps = norm_eps
+    model.load_state_dict(checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True))
+    outputs = {"tokens": model.forward_features(images)}
+    if args["num_classes"]:
+        outputs["output"] = model(images)
+    return f"timm {timm.__version__}", outputs

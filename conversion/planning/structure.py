@@ -1,0 +1,97 @@
+"""What the tensors of a checkpoint tell of its network."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from vitreg_hub.conversion.planning.assignment import Assignment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """What tensors tell.
+
+    Attributes:
+        embed_dim: Width D of a token.
+        depth: Blocks.
+        patch_size: Height and width of a patch in pixels.
+        in_chans: Channels of the images.
+        hidden: Outputs of the MLP's first layer.
+        swiglu: Whether these are gate and value.
+        layer_scale: Whether branches are scaled.
+        pre_norm: Whether there is a norm before the first block.
+        qkv_bias: Whether queries, keys and values have a bias.
+        proj_bias: Whether the other layers of a block have one.
+        num_registers: Registers.
+        distilled: Whether there is a distillation token.
+        position_rows: Rows of the position table.
+        num_classes: Outputs of the head, 0 without one.
+        average: Whether the norm follows the pooling, as in models that average patches.
+    """
+
+    embed_dim: int
+    depth: int
+    patch_size: tuple[int, int]
+    in_chans: int
+    hidden: int
+    swiglu: bool
+    layer_scale: bool
+    pre_norm: bool
+    qkv_bias: bool
+    proj_bias: bool
+    num_registers: int
+    distilled: bool
+    position_rows: int
+    num_classes: int
+    average: bool
+
+    @classmethod
+    def of(cls, tensors: Assignment) -> Self:
+        """Read the structure from shapes.
+
+        Raises:
+            ConversionError: A tensor that decides it is missing or misshapen; the message has all other problems too.
+        """
+        dims = {
+            "patch_embed.proj.weight": 4,
+            "pos_embed": 3,
+            "cls_token": 3,
+            "blocks.0.attn.qkv.weight": 2,
+            "blocks.0.mlp.fc1.weight": 2,
+            "blocks.0.mlp.fc2.weight": 2,
+        }
+        dims |= {name: 3 for name in ("reg_token", "dist_token") if name in tensors}
+        dims |= {name: 2 for name in ("head.weight",) if name in tensors}
+        problems = [
+            f"{tensors.lineage_name(name)} is missing"
+            if name not in tensors
+            else f"{tensors.lineage_name(name)} has shape {list(tensors.shape(name))}, wanted {number} dimensions"
+            for name, number in dims.items()
+            if len(tensors.shape(name)) != number
+        ]
+        blocks = {int(name.split(".")[1]) for name in tensors.parts if name.startswith("blocks.")}
+        if gap := next((i for i in range(len(blocks)) if i not in blocks), None):
+            problems.append(f"block {gap} is missing")
+        if problems:
+            tensors.refuse([*tensors.problems, *problems])
+        hidden, inner = tensors.shape("blocks.0.mlp.fc1.weight")[0], tensors.shape("blocks.0.mlp.fc2.weight")[1]
+        first_layers = [parts[0] for name, parts in tensors.parts.items() if name.endswith(".mlp.fc1.weight")]
+        if hidden != 2 * inner and (gated := [name for name, rule in first_layers if rule.swiglu]):
+            tensors.refuse([*tensors.problems, f"{gated[0]} must have gate and value for {inner} channels"])
+        embed_dim, in_chans, *patch_size = tensors.shape("patch_embed.proj.weight")
+        return cls(
+            embed_dim=embed_dim,
+            depth=len(blocks),
+            patch_size=tuple(patch_size),
+            in_chans=in_chans,
+            hidden=hidden,
+            swiglu=hidden == 2 * inner,
+            layer_scale=any(name.endswith(".ls1.gamma") for name in tensors.parts),
+            pre_norm="norm_pre.weight" in tensors,
+            qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+            proj_bias="blocks.0.attn.proj.bias" in tensors,
+            num_registers=tensors.shape("reg_token")[1] if "reg_token" in tensors else 0,
+            distilled="dist_token" in tensors,
+            position_rows=tensors.shape("pos_embed")[1],
+            num_classes=tensors.shape("head.weight")[0] if "head.weight" in tensors else 0,
+            average="fc_norm.weight" in tensors,
+        )

@@ -1,0 +1,82 @@
+"""What the evaluations of a run have found, and how one is made."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from vitreg_hub.training.recipes.settings import Recipe
+from vitreg_hub.training.run.assembly import vit_of
+from vitreg_hub.training.run.best import Best, better
+from vitreg_hub.training.run.trainer import Trainer
+from vitreg_hub.training.watch.evaluate import evaluate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What the evaluations of a run have found so far.
+
+    Attributes:
+        step: Steps that were done at the last one; -1 before the first.
+        metrics: What that one found.
+        best: The best model so far, if any evaluation told a score.
+        later_best: What an earlier process found after the checkpoint that this one goes on from.
+    """
+
+    step: int = -1
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    best: Best | None = None
+    later_best: Best | None = None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the model of the last evaluation is the best one so far."""
+        return self.best is not None and self.best.step == self.step
+
+    def of(self, step: int) -> Mapping[str, float]:
+        """What was measured of the weights of a step; nothing if they were not evaluated."""
+        return self.metrics if self.step == step else {}
+
+    def after(self, recipe: Recipe, *, step: int, metrics: Mapping[str, float]) -> "Measured":
+        """The same with one more evaluation."""
+        over = self.later_best is not None and step >= self.later_best.step
+        best = better(self.best, recipe, step=step, metrics=metrics, or_equal=over)
+        later = self.later_best if best is self.best else None
+        return Measured(step=step, metrics=metrics, best=best, later_best=later)
+
+    def beside(self, kept: Best | None, recipe: Recipe, *, step: int) -> "Measured":
+        """The same, compared from now on with what this run really has.
+
+        Without a folder of the best model, what came before the last evaluation counts no more. If that folder holds
+        what a process found after the checkpoint, the checkpoint's best one is lost: a process that computes the same
+        finds the same again, and after that step any other one takes what is as good as the lost one.
+
+        Args:
+            kept: What the folder of the best model holds.
+            recipe: The run.
+            step: Steps that are done.
+        """
+        if kept is None:
+            return replace(self, best=better(None, recipe, step=step, metrics=self.of(step)))
+        written_again = self.best is not None and self.best.step == step
+        return self if kept == self.best or written_again else replace(self, later_best=kept)
+
+
+def measure(trainer: Trainer) -> dict[str, float]:
+    """Evaluate the twin, in all processes together."""
+    parts, recipe, accelerator = trainer.parts, trainer.recipe, trainer.accelerator
+    parts.twin.to(accelerator.device)
+    try:
+        return evaluate(
+            vit_of(parts.twin),
+            parts.task.scorer(parts.twin) if parts.held_out else None,
+            held_out=parts.looked_at,
+            train=parts.reference if parts.held_out else None,
+            transform=parts.transform,
+            device=accelerator.device,
+            settings=recipe.watch,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            seed=recipe.seed,
+            num_workers=recipe.data.num_workers,
+        )
+    finally:
+        parts.twin.to("cpu")

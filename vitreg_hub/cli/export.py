@@ -1,0 +1,18 @@
+"""`vitreg export`."""
+
+from vitreg_hub.console import hide_loading
+
+
+def run(bundle: str, out: str, *, format: str) -> None:
+    """Write a bundle in the form of a lineage that can hold it.
+
+    Args:
+        bundle: folder, hf-hub:org/name, or an architecture with weights
+        out: new folder for hf-... formats, new .pth or .safetensors file for others
+        format: dinov2, dino, deit, deit3, timm, openclip, hf-dinov2, hf-dinov2-with-registers, hf-vit, hf-deit,
+            hf-clip
+    """
+    from vitreg_hub.conversion.exporter import export
+
+    hide_loading()
+    print(export(bundle, out, format=format))

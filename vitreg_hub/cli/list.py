@@ -1,0 +1,46 @@
+"""`vitreg list`."""
+
+import fnmatch
+
+from vitreg_hub.arch import ARCHS
+from vitreg_hub.cli.values import print_table
+from vitreg_hub.errors import VitregError
+from vitreg_hub.tags import tags
+
+
+def run(pattern: str = "*", *, hub: bool = False) -> None:
+    """Print the table of architectures, or the published models.
+
+    Args:
+        pattern: shell-style pattern of names
+        hub: published models instead of architectures
+    """
+    print_table(_published(pattern) if hub else _architectures(pattern))
+
+
+def _architectures(pattern: str) -> list[tuple[str, ...]]:
+    chosen = [spec for name, spec in ARCHS.items() if fnmatch.fnmatch(name, pattern)]
+    if not chosen:
+        raise VitregError(f"no architecture matches {pattern!r}; `vitreg list` prints all {len(ARCHS)}.")
+    rows = [("name", "params", "width/depth/heads", "patch", "size", "tags")]
+    for spec in chosen:
+        shape = f"{spec.embed_dim}/{spec.depth}/{spec.num_heads}"
+        params = f"{spec.num_params / 1e6:.1f}M"
+        rows.append((spec.name, params, shape, str(spec.patch_size), str(spec.img_size), ", ".join(tags(spec.name))))
+    return rows
+
+
+def _published(pattern: str) -> list[tuple[str, ...]]:
+    from vitreg_hub.hub.listing import list_models
+
+    models = list_models()
+    chosen = [m for m in models if any(fnmatch.fnmatch(n, pattern) for n in (m.repo_id, m.repo_id.split("/")[-1]))]
+    if not chosen:
+        raise VitregError(f"none of the {len(models)} published models matches {pattern!r}.")
+    rows = [("repository", "architecture", "license", "downloads", "likes", "updated")]
+    for model in chosen:
+        arch = next((tag for tag in model.tags if tag in ARCHS), "?")
+        updated = f"{model.last_modified:%Y-%m-%d}" if model.last_modified else "?"
+        row = (model.repo_id, arch, model.license or "unknown", str(model.downloads), str(model.likes), updated)
+        rows.append(row if not model.private else (*row[:-1], f"{updated} (private)"))
+    return rows
