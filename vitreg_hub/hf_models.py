@@ -308,7 +308,7 @@ class VitRegModel(VitRegPreTrainedModel):
 
     def __init__(self, config: VitRegConfig) -> None:
         super().__init__(config, num_classes=0)
-        self.num_class_tokens = len(kind_of(self.timm_model).class_tokens)
+        self.num_class_tokens = kind_of(self.timm_model).num_class_tokens(self.timm_model)
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> VitRegModelOutput:

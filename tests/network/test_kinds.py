@@ -26,7 +26,7 @@ def test_record_names_what_timm_builds(arch):
     assert {name for name, _, _ in kind.drawn} == set(kind.embeddings) - {kind.positions}
     assert f"{STEM}.weight" in tensors
     assert kind.num_registers(network) == spec.num_registers
-    assert network.num_prefix_tokens - spec.num_registers == len(kind.class_tokens)
+    assert kind.num_class_tokens(network) == len(kind.class_tokens)
     assert spec.model_args()[kind.registers_argument] == spec.num_registers
     assert spec.model_args().keys() <= kind.arguments
     assert [name for name in tensors if is_registers(f"vision.{name}")] == [kind.registers][: spec.num_registers]

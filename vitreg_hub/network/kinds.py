@@ -68,6 +68,10 @@ class NetworkKind:
         registers = getattr(network, self.registers)
         return 0 if registers is None else registers.shape[1]
 
+    def num_class_tokens(self, network: nn.Module) -> int:
+        """Tokens before the registers of a network, which may have been built without a class token."""
+        return network.num_prefix_tokens - self.num_registers(network)
+
 
 _TOKENS = (("cls_token", "normal_", 1e-6), ("reg_token", "normal_", REGISTER_INIT_STD))  # the first as timm
 

@@ -65,7 +65,7 @@ class DistillNetwork(nn.Module):
     def __init__(self, backbone: VisionTransformer, *, teacher_dim: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.num_class = backbone.num_prefix_tokens - kind_of(backbone).num_registers(backbone)
+        self.num_class = kind_of(backbone).num_class_tokens(backbone)
         same = backbone.embed_dim == teacher_dim
         self.projection = nn.Identity() if same else nn.Linear(backbone.embed_dim, teacher_dim)
 
