@@ -8,7 +8,7 @@ from readme_code import Reader, code_of
 SECTIONS = ("Install and run", "Use with timm", "Use with transformers", "Bundles", "Publish")
 INSTALL, TESTS, *CODE = code_of(*SECTIONS)
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

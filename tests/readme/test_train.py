@@ -3,7 +3,7 @@
 import pytest
 from readme_code import code_of
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(("language", "code"), code_of("Train"))

@@ -60,7 +60,7 @@ class TwoTowers(nn.Module):
         return image_features, self.encode_text(tokens, normalize=True), self.logit_scale.exp()
 
 
-class ContrastiveTask(Task):
+class ContrastiveTask(Task[TwoTowers]):
     """Each image of the global batch is to find its caption, and each caption its image."""
 
     def __init__(
@@ -80,7 +80,7 @@ class ContrastiveTask(Task):
             raise RecipeError(problem)
         self.settings, self.label_names = settings, tuple(label_names or ())
         self.network = TwoTowers(backbone, settings)
-        self.frozen: dict[str, nn.Module] = {}
+        self.frozen = {}
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Tokens [B, context length] of texts, cut off where they are too long."""

@@ -25,13 +25,13 @@ class SupervisedNetwork(nn.Module):
         return self.backbone(images)
 
 
-class SupervisedTask(Task):
+class SupervisedTask(Task[SupervisedNetwork]):
     """Images and their classes. What is published are the averaged weights, if any are kept."""
 
     def __init__(self, *, settings: Supervised, backbone: VisionTransformer, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self.network = SupervisedNetwork(backbone)
-        self.frozen: dict[str, nn.Module] = {}
+        self.frozen = {}
         if settings.ema is not None:
             self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
 
@@ -50,7 +50,7 @@ class SupervisedTask(Task):
 
     def after_step(self, step: int) -> None:
         """Move the averaged weights."""
-        if "ema" in self.frozen:
+        if self.settings.ema is not None:
             average_into(self.frozen["ema"], self.network, self.settings.ema)
 
     @property
