@@ -47,7 +47,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenOrder:
-    """Which token is what: class tokens, registers, patches.
+    """Which token is what: class tokens, registers, patches. By default there are none, as before anything was seen.
 
     Attributes:
         num_class: Class tokens.
@@ -55,9 +55,9 @@ class TokenOrder:
         grid: Rows and columns of patches.
     """
 
-    num_class: int
-    num_registers: int
-    grid: tuple[int, int]
+    num_class: int = 0
+    num_registers: int = 0
+    grid: tuple[int, int] = (0, 0)
 
     @property
     def num_prefix(self) -> int:
