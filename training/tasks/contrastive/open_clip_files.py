@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitreg_hub.bundle.model_bundle import HEADS, ModelBundle
+from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, write_folder
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def save_open_clip(towers: Any, folder: str | Path, *, bundle: ModelBundle, trun
 def _tensors(towers: Any, bundle: ModelBundle) -> Iterator[tuple[str, Tensor]]:
     """Yield weights under the names of open_clip's `CustomTextCLIP`. The trunk's are the bundle's, as timm has them."""
     for name, tensor in bundle.state_dict.items():
-        if not name.startswith(HEADS):
+        if not bundle.kind.is_of_head(name):
             yield f"visual.trunk.{name}", tensor
     yield "visual.head.proj.weight", _stored(towers.projection.weight)
     for name, tensor in towers.text.state_dict().items():
