@@ -1,6 +1,7 @@
 """The ViT of a run: drawn at random or taken from a bundle, with its registers, and the part of it that is trained."""
 
 from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -38,7 +39,9 @@ def build_backbone(
         BundleError: The start is no bundle.
     """
     get_arch(settings.arch)  # refuses unknown names
-    size = {name: value for name in ("img_size", "patch_size") if (value := getattr(settings, name)) is not None}
+    size: dict[str, Any] = {
+        name: value for name in ("img_size", "patch_size") if (value := getattr(settings, name)) is not None
+    }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, BACKBONE_STREAM))
         if settings.start is None:
@@ -49,7 +52,7 @@ def build_backbone(
             bundle = None
             layer_scale = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
             model = timm.create_model(
-                settings.arch, num_classes=num_classes, dynamic_img_size=True, **size, **layer_scale
+                settings.arch, num_classes=num_classes, dynamic_img_size=True, **(size | layer_scale)
             )
         else:
             bundle = with_registers_of(settings.arch, ModelBundle.load(settings.start), called=settings.start)
