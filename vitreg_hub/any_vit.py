@@ -206,7 +206,8 @@ def _preprocessing(
     if cfg := getattr(config, "pretrained_cfg", None) or getattr(network, "pretrained_cfg", None):
         args = {"input_size": (3, *shape)} if (shape := size or native) else {}
         config = resolve_data_config(args, pretrained_cfg=cfg)
-        return create_transform(**config), _timm_words(config)
+        transform = create_transform(**config)
+        return transform, _timm_words(config)  # pyright: ignore[reportReturnType]  # not asked for in parts
     if processor is None:
         return None, UNKNOWN
     transform = ProcessorTransform(processor=processor, overrides=_overrides(processor, size) if size else {})

@@ -35,7 +35,7 @@ def eval_cfg(spec: ArchSpec) -> PretrainedCfg:
         mean=spec.lineage.mean,
         std=spec.lineage.std,
         first_conv=STEM,
-        classifier=kind_of(spec).classifier,
+        classifier=kind_of(spec).classifier,  # pyright: ignore[reportArgumentType]  # timm has several as well
     )
 
 

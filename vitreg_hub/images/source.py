@@ -219,7 +219,7 @@ class _Reader(torch.utils.data.Dataset):
             path = file_of(picture)
             file = f" ({path})" if path else ""
             raise UnreadableError(f"image {index} of {self.source.name}{file} cannot be read: {error}.") from error
-        return self.transform(image)
+        return self.transform(image)  # pyright: ignore[reportOptionalCall]  # tensors alone go without
 
 
 def _unchanged(batch: Any) -> Any:
@@ -397,6 +397,8 @@ def hub_stream(
             f"there is no folder {repo_id}, and the Hub does not give such a data set ({reason}): give {FORMS}."
         ) from error
     split = split or next((usual for usual in usual_splits if usual in splits), None)
-    if split not in splits:
-        raise DataError(f"{repo_id} has the splits {', '.join(splits)}: name one, as {repo_id}:{next(iter(splits))}.")
+    if split is None or split not in splits:
+        raise DataError(
+            f"{repo_id} has the splits {', '.join(map(str, splits))}: name one, as {repo_id}:{next(iter(splits))}."
+        )
     return f"{repo_id}:{split}", splits[split]

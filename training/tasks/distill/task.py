@@ -1,6 +1,7 @@
 """Token-wise distillation: a student with registers learns the patch tokens of a frozen teacher."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ class Teacher:
             )
         self.model = vit.model.requires_grad_(False)
         self.embed_dim = layout.embedding.out_channels
-        mean, std = (_column(student.pretrained_cfg[key]) for key in ("mean", "std"))
+        images = cast(dict[str, Any], student.pretrained_cfg)
+        mean, std = _column(images["mean"]), _column(images["std"])
         own_mean, own_std = _normalisation_of(vit) or (mean, std)
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
 

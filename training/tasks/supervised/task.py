@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from vitreg_hub.errors import DataError
 from vitreg_hub.training.distributed.parallel import average_into
 from vitreg_hub.training.tasks.base import Batch, Scorer, StepOutput, Task, correct
 from vitreg_hub.training.tasks.supervised.mixing import mix
@@ -36,7 +37,13 @@ class SupervisedTask(Task[SupervisedNetwork]):
             self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Cross-entropy, of every class on its own or of all together, with the targets of mixed images."""
+        """Cross-entropy, of every class on its own or of all together, with the targets of mixed images.
+
+        Raises:
+            DataError: The batch has no labels.
+        """
+        if batch.labels is None:
+            raise DataError("supervised training needs labels: give data.label_column, or data that have some.")
         images, targets = mix(
             batch.crops[0],
             batch.labels,
