@@ -1,7 +1,7 @@
 """The ViT of a run: drawn at random or taken from a bundle, with its registers, and the part of it that is trained."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -50,10 +50,10 @@ def build_backbone(
                     f"model.trainable is {settings.trainable}, but there is no model.start: all else would stay random."
                 )
             bundle = None
-            layer_scale = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
-            model = timm.create_model(
-                settings.arch, num_classes=num_classes, dynamic_img_size=True, **(size | layer_scale)
-            )
+            layer_scale: dict[str, Any] = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
+            options = size | layer_scale
+            made = timm.create_model(settings.arch, num_classes=num_classes, dynamic_img_size=True, **options)
+            model = cast(VisionTransformer, made)
         else:
             bundle = with_registers_of(settings.arch, ModelBundle.load(settings.start), called=settings.start)
             if settings.trainable != "all" and num_classes not in (0, bundle.num_classes):
