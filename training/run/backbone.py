@@ -53,7 +53,6 @@ def build_backbone(
             layer_scale: dict[str, Any] = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
             options = size | layer_scale
             made = timm.create_model(settings.arch, num_classes=num_classes, dynamic_img_size=True, **options)
-            model = cast(VisionTransformer, made)
         else:
             bundle = with_registers_of(settings.arch, ModelBundle.load(settings.start), called=settings.start)
             if settings.trainable != "all" and num_classes not in (0, bundle.num_classes):
@@ -61,7 +60,8 @@ def build_backbone(
                     f"model.trainable is {settings.trainable}, but model.start {settings.start} has "
                     f"{bundle.num_classes} classes and the data have {num_classes}: a new head needs all to be trained."
                 )
-            model = bundle.build(num_classes=num_classes, dynamic_img_size=True, **size)
+            made = bundle.build(num_classes=num_classes, dynamic_img_size=True, **size)
+    model = cast(VisionTransformer, made)
     if settings.drop_path:
         set_drop_path(model, settings.drop_path)
     set_trainable(model, settings.trainable)
