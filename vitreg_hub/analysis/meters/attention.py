@@ -11,7 +11,7 @@ from vitreg_hub.tokens import Observation, TokenOrder
 
 
 class AttentionMeter:
-    """Sums the attention of class tokens and registers over groups of tokens, mean over heads and images.
+    """Adds up the attention that class tokens and registers pay to groups of tokens, as a mean over heads and images.
 
     Darcet et al. show that class attention goes to outliers where there are no registers (section 1, figures 1 and 2)
     and to registers where there are (section 3.4); these are the numbers behind such maps.
@@ -25,7 +25,7 @@ class AttentionMeter:
         self._block = block
         self._num_images = 0
         self._order = TokenOrder()
-        self._sums = torch.empty(0)  # [prefix, 4] float64
+        self._sums = torch.zeros((), dtype=torch.float64)  # [prefix, 4]
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
         """Add a batch, or those of its images whose attention was observed; outliers [B, P]."""
@@ -39,17 +39,15 @@ class AttentionMeter:
             (to_patches * ~marked).sum(-1),
             (to_patches * marked).sum(-1),
         ]
-        self._add(len(rows), order, torch.stack(groups, dim=-1).cpu().double().sum(0))
+        self._order = order
+        self._num_images += len(rows)
+        self._sums = self._sums + torch.stack(groups, dim=-1).cpu().double().sum(0)
 
     def merge(self, other: Self) -> None:
         """Add what another process saw."""
-        if other._num_images:
-            self._add(other._num_images, other._order, other._sums)
-
-    def _add(self, num_images: int, order: TokenOrder, sums: Tensor) -> None:
-        self._sums = self._sums + sums if self._num_images else sums
-        self._order = order
-        self._num_images += num_images
+        self._order = other._order if other._num_images else self._order
+        self._num_images += other._num_images
+        self._sums = self._sums + other._sums
 
     def result(self) -> tuple[AttentionMass, ...]:
         """One entry per class token and register; none for a model that has neither."""

@@ -1,4 +1,4 @@
-"""Keeps what a few images look like inside a model, for pictures."""
+"""Keeps what the model makes of a few images, for pictures."""
 
 from collections.abc import Collection
 from typing import Self
@@ -44,8 +44,7 @@ class ExampleMeter:
 
     def merge(self, other: Self) -> None:
         """Add what another process saw."""
-        if other._kept:
-            self._order = other._order
+        self._order = other._order if other._kept else self._order
         self._kept = self._kept | other._kept
 
     def result(self) -> tuple[Example, ...]:

@@ -17,11 +17,11 @@ from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
 
 INVERSE_PENALTIES = tuple(10.0**power for power in range(2, -5, -1))
-"""Values of scikit-learn's C. The best on a tenth of the training images is taken; the largest of equally good ones,
-since the smallest may hardly outweigh the intercepts. DINOv2's eval/log_regression.py tries 45 from 1e-6 to 1e5 so."""
+"""Values of scikit-learn's C. The best on a tenth of the training images is taken; of equally good ones the largest,
+since the smallest may hardly outweigh the intercepts. DINOv2's eval/log_regression.py tries 45 from 1e-6 to 1e5."""
 NORMAL, OUTLIER = "normal patch", "outlier patch"
 _BOTH = torch.iinfo(torch.int64).min
-"""Added to priorities of images that have an outlier and a normal patch: they go before all others."""
+"""Added to the priorities of images that have an outlier and a normal patch, so that they come before all others."""
 
 
 class TokenClassification:
@@ -29,28 +29,21 @@ class TokenClassification:
 
     The tokens are the class token, one normal and one outlier patch chosen at random, and each register. One image
     in five is for testing. If enough images have both a normal patch and an outlier, only these are used, so that all
-    tokens are judged on the same images; otherwise all images are, and no outlier. Source: "Vision Transformers Need
-    Registers", arXiv 2309.16588, section 2.1.
+    tokens are judged on the same images; otherwise all images are used, and no outlier. Source: "Vision Transformers
+    Need Registers", arXiv 2309.16588, section 2.1.
     """
 
     needs = Needs(normed=True)
 
     def __init__(self, *, train_size: int = 4_000, test_size: int = 2_000, seed: int = 0) -> None:
-        """Choose the most images that are kept, to fit and to score."""
+        """Set how many images are kept, to fit to and to score on."""
         self._seed = seed
         self._train, self._test = Sample(train_size), Sample(test_size)
         self._order = TokenOrder()
         self._unlabelled = False
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add one batch.
-
-        Args:
-            seen: With `normed`.
-            indices: [B] of the images in the data set.
-            labels: [B] classes, negative where one is missing, or None.
-            outliers: [B, P] which patches are outliers.
-        """
+        """Add a batch that was observed with `normed`."""
         self._order = seen.order
         if labels is None:
             self._unlabelled = True
@@ -70,8 +63,7 @@ class TokenClassification:
         """Add what another process saw."""
         self._train.merge(other._train)
         self._test.merge(other._test)
-        if other._order != TokenOrder():
-            self._order = other._order
+        self._order = self._order if other._order == TokenOrder() else other._order
         self._unlabelled |= other._unlabelled
 
     def result(self) -> GlobalInformation:
@@ -134,19 +126,19 @@ def _too_few_with_both(num_train: int, num_test: int) -> str | None:
 
 
 def _split(num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places, among so many in random order, to fit a penalty to and to judge it on."""
+    """Indices of images in random order: those to fit a penalty to, and those to judge it on."""
     places = np.arange(num)
     return places[places % 10 != 0], places[places % 10 == 0]
 
 
 def _accuracy(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray) -> float:
-    """Fit a regression with the best penalty to tokens [n, D], on all of them in the end, and score it on others."""
+    """Choose the best penalty, fit a regression to all tokens [n, D] and score it on the test tokens."""
     search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
         {"logisticregression__C": INVERSE_PENALTIES},
         cv=[_split(len(labels))],
     )
-    with warnings.catch_warnings():  # under the weakest penalties some stop at the last iteration, as DINOv2's do
+    with warnings.catch_warnings():  # under weak penalties some stop at the last iteration, as DINOv2's do
         warnings.simplefilter("ignore", ConvergenceWarning)
         search.fit(features, labels)
     return float((search.predict(test_features) == test_labels).mean())

@@ -7,7 +7,7 @@ from vitreg_hub.analysis.results import NormHistogram
 BINS_PER_OCTAVE = 64
 """A bin is 1.1 % wide."""
 SMALLEST, LARGEST = -16, 24
-"""Powers of 2 between which norms are told apart; what lies outside is in the first or in the last bin."""
+"""Powers of 2 between which norms are distinguished; those outside fall into the first or the last bin."""
 EDGES = np.exp2(np.arange(SMALLEST * BINS_PER_OCTAVE, LARGEST * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE).astype(
     np.float32
 )
@@ -27,7 +27,7 @@ def bins_of(norms: np.ndarray) -> np.ndarray:
 
 
 def bin_sums(bins: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Count, or sum the weights of, what is in each bin: [rows, n] -> [rows, NUM_BINS]."""
+    """Count what is in each bin, or sum its weights: [rows, n] -> [rows, NUM_BINS]."""
     places = bins + np.arange(len(bins))[:, None] * NUM_BINS
     flat = None if weights is None else np.broadcast_to(weights, bins.shape).ravel()
     return np.bincount(places.ravel(), weights=flat, minlength=len(bins) * NUM_BINS).reshape(len(bins), NUM_BINS)

@@ -21,34 +21,27 @@ POSITION_C = 1.0
 """Inverse L2 penalty of the regression that finds positions, scikit-learn's default. It is fixed: probes are compared
 between groups, not tuned for accuracy. On synthetic tokens with a weak position code 0.1 and 10 did no better."""
 PIXEL_ALPHAS = tuple(10.0**power for power in range(-2, 7))
-"""L2 penalties of the regression that rebuilds pixels; the best on a tenth of the training tokens is taken. None is
-right throughout: little is enough for thousands of tokens, and with as many tokens as channels little overfits."""
+"""L2 penalties of the regression that rebuilds pixels; the best on a tenth of the training tokens is taken. No
+single one is always right: a small one is enough for thousands of tokens, but overfits as many tokens as channels."""
 
 
 class LocalProbes:
     """Position and pixel probes on samples of the tokens of the last block after the final norm.
 
     Tokens of one image in five are for testing. Source: "Vision Transformers Need Registers", arXiv 2309.16588,
-    section 2.1; settings of the probes are not published and are ours.
+    section 2.1; the settings of the probes are unpublished, so these are ours.
     """
 
     needs = Needs(normed=True)
 
     def __init__(self, *, train_size: int = 10_000, test_size: int = 5_000, seed: int = 0) -> None:
-        """Choose the most tokens that are kept per group, to fit and to score."""
+        """Set how many tokens are kept per group, to fit to and to score on."""
         self._seed = seed
         self._train = {group: Sample(train_size) for group in GROUPS}
         self._test = {group: Sample(test_size) for group in GROUPS}
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add one batch.
-
-        Args:
-            seen: With `normed`.
-            indices: [B] of the images in the data set.
-            labels: [B] or None; not needed.
-            outliers: [B, P] which patches are outliers.
-        """
+        """Add a batch that was observed with `normed`."""
         grid, batch = seen.order.grid, len(indices)
         indices, outliers = indices.cpu(), outliers.cpu()
         positions = torch.arange(grid[0] * grid[1])
@@ -72,10 +65,7 @@ class LocalProbes:
         groups = [group for group in GROUPS if why_not[group] is None]
         num_train = min((len(self._train[group]) for group in groups), default=0)
         probes = {
-            group: probe(
-                PatchTokens.of(self._train[group]).first(num_train),
-                PatchTokens.of(self._test[group]),
-            )
+            group: probe(PatchTokens.of(self._train[group], first=num_train), PatchTokens.of(self._test[group]))
             for group in groups
         }
         reasons = [reason for reason in why_not.values() if reason]
@@ -104,7 +94,7 @@ def _too_few(group: str, num_train: int, num_test: int) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchTokens:
-    """Patch tokens with what probes look for in them.
+    """Patch tokens, and what the probes are to find in them.
 
     Attributes:
         tokens: [n, D] float32.
@@ -117,18 +107,14 @@ class PatchTokens:
     pixels: np.ndarray
 
     @classmethod
-    def of(cls, sample: Sample) -> Self:
-        """Tokens of a sample, in its random order."""
-        _, tokens, cells, pixels = sample.result()
-        return cls(tokens=tokens.numpy(), cells=cells.numpy(), pixels=pixels.flatten(1).numpy())
-
-    def first(self, num: int) -> "PatchTokens":
-        """So many of them, at random as their order is."""
-        return PatchTokens(tokens=self.tokens[:num], cells=self.cells[:num], pixels=self.pixels[:num])
+    def of(cls, sample: Sample, *, first: int | None = None) -> Self:
+        """The first tokens of a sample in its random order, or all."""
+        tokens, cells, pixels = (column[:first].flatten(1).numpy() for column in sample.result()[1:])
+        return cls(tokens=tokens, cells=cells, pixels=pixels)
 
 
 def probe(train: PatchTokens, test: PatchTokens) -> LocalProbe:
-    """Fit both probes to some tokens and score them on others. Features are standardised on the former."""
+    """Fit both probes to some tokens and score them on others. Features are standardised by the training tokens."""
     scaler = StandardScaler().fit(train.tokens)
     features, test_features = (np.asarray(scaler.transform(part.tokens)) for part in (train, test))
     found = _found_cells(features, train.cells, test_features)
@@ -148,8 +134,8 @@ def probe(train: PatchTokens, test: PatchTokens) -> LocalProbe:
 def constant_cells(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The best constant answers: the most frequent of cells [n, 2], and the cell whose mean distance to them is least.
 
-    The latter need not be one of them, but it lies between them: to move a cell outside their bounding box into it
-    brings it nearer to all of them.
+    The latter need not be one of them, but lies within their bounding box: moving a cell from outside into the box
+    brings it closer to all of them.
     """
     places, counts = np.unique(cells, axis=0, return_counts=True)
     (top, left), (bottom, right) = places.min(axis=0), places.max(axis=0)
@@ -162,7 +148,7 @@ def _found_cells(features: np.ndarray, cells: np.ndarray, test_features: np.ndar
     places, labels = np.unique(cells, axis=0, return_inverse=True)
     if len(places) == 1:
         return places.repeat(len(test_features), axis=0)
-    with warnings.catch_warnings():  # few tokens per cell look to it like a mistake
+    with warnings.catch_warnings():  # it takes few tokens per cell for a mistake
         warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)
         regression = LogisticRegression(C=POSITION_C, max_iter=1000).fit(features, labels.reshape(-1))
     return places[regression.predict(test_features)]

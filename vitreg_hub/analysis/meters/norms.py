@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from vitreg_hub.analysis.meters.histogram import EDGES, bin_sums, bins_of, count_above, packed, quantiles
-from vitreg_hub.analysis.meters.outliers import find_cutoff, given_cutoff
+from vitreg_hub.analysis.meters.outliers import find_cutoff
 from vitreg_hub.analysis.results import QUANTILES, BlockNorms, Cutoff
 from vitreg_hub.images.source import Batch
 from vitreg_hub.passes import Needs
@@ -16,8 +16,8 @@ class NormMeter:
     """Collects L2 norms over channels of every token after every block, before the final norm.
 
     Darcet et al., section 2.1, look at patch tokens at the output of the last block; they do not say on which side of
-    the final norm. After it, norms are about the square root of the width whatever they were, so it is before.
-    The mean and the numbers above a given cutoff are exact; quantiles are exact to the width of a histogram's bin.
+    the final norm. After it, all norms are about the square root of the width, so it must be before.
+    Means and the number of norms above a given cutoff are exact; quantiles are exact to the width of a histogram's bin.
     """
 
     needs = Needs(norms=True)
@@ -36,7 +36,7 @@ class NormMeter:
         self._largest = np.full((), -np.inf, dtype=np.float32)
 
     def update(self, seen: Observation, batch: Batch | None = None) -> None:
-        """Add a batch that was observed with `norms=True`; what else is known of its images is not needed."""
+        """Add a batch that was observed with `norms=True`; nothing of `batch` is needed."""
         first = seen.order.num_prefix
         norms = seen.norms.cpu().numpy()
         by_image = norms[:, :, first:]  # [blocks, B, P]
@@ -80,7 +80,10 @@ class NormMeter:
     def _block(self, index: int) -> BlockNorms:
         counts, total = self._counts[index], int(self._counts[index].sum())
         cutoff = self._cutoff(index)
-        outliers = self._above[index] if self.cutoff is not None else _num_above(counts, cutoff)
+        if self.cutoff is not None:
+            outliers = self._above[index]
+        else:
+            outliers = 0 if cutoff.value is None else count_above(counts, cutoff.value)
         smallest, largest = float(self._smallest[index]), float(self._largest[index])
         inner = [min(max(norm, smallest), largest) for norm in quantiles(counts, QUANTILES)[1:-1]]
         prefix = self._sums[index, :-1] / self.num_images
@@ -96,14 +99,10 @@ class NormMeter:
 
     def _cutoff(self, index: int) -> Cutoff:
         if self.cutoff is not None:
-            return given_cutoff(self.cutoff)
+            return Cutoff(value=self.cutoff, source="given", why="given")
         return find_cutoff(
             self._counts[index],
             image_peaks=self._image_peaks[index],
             input_logs=self._input_logs[index],
             patches_per_image=math.prod(self.order.grid),
         )
-
-
-def _num_above(counts: np.ndarray, cutoff: Cutoff) -> int:
-    return 0 if cutoff.value is None else count_above(counts, cutoff.value)

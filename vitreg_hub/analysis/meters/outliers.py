@@ -6,11 +6,11 @@ from vitreg_hub.analysis.meters.histogram import BINS_PER_OCTAVE, CENTERS, EDGES
 from vitreg_hub.analysis.results import Cutoff
 
 MIN_PATCHES = 500
-"""Fewer norms show no modes."""
+"""With fewer norms, modes cannot be seen."""
 SHARES = (0.001, 0.2)
-"""Smallest and largest share of outliers that is believed, the largest also in the images that have any."""
+"""Smallest and largest credible share of outliers; the largest also holds within the images that have any."""
 MIN_RATIO = 2.0
-"""Outliers' typical norm over that of the others, at least."""
+"""At least how many times the typical norm of the others that of the outliers must be."""
 MIN_SEPARATION = 2.0
 """Ashman's D above which two modes are apart (Ashman, Bird and Zepf, 1994, eq. 3)."""
 MIN_CONTRAST = 4.0
@@ -31,13 +31,13 @@ def find_cutoff(
     """Find the norm above which patch tokens are outliers, if the norms really have two modes.
 
     Log norms are divided where the histogram has a valley. The norms on its two sides are taken as two normal
-    components, and believed to be apart if the upper one has 0.1 % to 20 % of the tokens, a typical norm more than
-    twice that of the lower one, Ashman's D above 2, and rises above the valley by more than chance. The cutoff is the
-    bottom of the deepest such valley. Anything else has one mode and no outliers.
+    components, which are two modes if the upper one has 0.1 % to 20 % of the tokens, a typical norm more than twice
+    that of the lower one, Ashman's D above 2, and rises above the valley by more than chance. The cutoff is the bottom
+    of the deepest such valley. Otherwise there is one mode, and there are no outliers.
 
     Two modes may also come from the images: a network that was hardly trained gives bright patches larger norms than
-    dark ones. So the upper mode must be few patches of the images that it is in, and the network must have made it:
-    less than half of its distance may have been there before the first block.
+    dark ones. So the upper mode must hold few patches of any image that has some, and be made by the network: less
+    than half of the distance between the modes may have been there before the first block.
 
     Args:
         counts: [NUM_BINS] histogram of patch norms (`histogram.py`).
@@ -48,7 +48,7 @@ def find_cutoff(
     total = int(counts.sum())
     if total < MIN_PATCHES:
         return Cutoff(value=None, source="none", why=f"{total} patch tokens are too few to see modes ({MIN_PATCHES})")
-    # every inner edge divides the bins; what belongs to edge i + 1 is at index i
+    # every inner edge divides the bins in two; values for edge i + 1 are at index i
     number_low, mean_low, var_low = (part[:-1] for part in _moments(counts, CENTERS))
     number_up, mean_up, var_up = (part[::-1][1:] for part in _moments(counts[::-1], CENTERS[::-1]))
     distance = mean_up - mean_low
@@ -87,11 +87,6 @@ def find_cutoff(
         normal_norm=float(2 ** mean_low[at]),
         outlier_norm=float(2 ** mean_up[at]),
     )
-
-
-def given_cutoff(value: float) -> Cutoff:
-    """A cutoff that the user has chosen."""
-    return Cutoff(value=value, source="given", why="given")
 
 
 def _moments(counts: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

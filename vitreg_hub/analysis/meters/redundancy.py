@@ -1,4 +1,4 @@
-"""Redundancy: how much patches are like their neighbours, before the network has mixed them."""
+"""Redundancy: how similar patches are to their neighbours before the network has mixed them."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ NUM_BINS = 100
 
 
 def neighbor_similarity(embedded: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean cosine similarity of each patch to its neighbours: above, below, left and right, as far as they exist.
+    """Mean cosine similarity of each patch to its neighbours above, below, left and right, where they exist.
 
     An embedding of norm 0 has similarity 0 to all. Source: "Vision Transformers Need Registers", arXiv 2309.16588,
     section 2.1.
@@ -25,25 +25,23 @@ def neighbor_similarity(embedded: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         [B, P] float32.
     """
-    pairs = [  # image by image, which fits into a processor's cache: several times faster than all at once
-        (
-            cosine_similarity(patches[:-1], patches[1:], dim=-1),
-            cosine_similarity(patches[:, :-1], patches[:, 1:], dim=-1),
-        )
-        for patches in (image.float().unflatten(0, grid) for image in embedded)
-    ]
-    below, right = (torch.stack(similarities) for similarities in zip(*pairs, strict=True))
-    total = _over_neighbors(below, right)
-    return (total / _over_neighbors(torch.ones_like(below), torch.ones_like(right))).flatten(1)
+    per_image = []
+    for image in embedded:  # one fits into a processor's cache: several times faster than all at once
+        patches = image.float().unflatten(0, grid)
+        below = cosine_similarity(patches[:-1], patches[1:], dim=-1)
+        right = cosine_similarity(patches[:, :-1], patches[:, 1:], dim=-1)
+        neighbors = _over_neighbors(torch.ones_like(below), torch.ones_like(right))
+        per_image.append(_over_neighbors(below, right) / neighbors)
+    return torch.stack(per_image).flatten(1)
 
 
 def _over_neighbors(below: Tensor, right: Tensor) -> Tensor:
-    """Sum what belongs to pairs [B, rows - 1, columns] and [B, rows, columns - 1] over the pairs of each patch."""
+    """Sum the values of pairs, [rows - 1, columns] and [rows, columns - 1], over the pairs of each patch."""
     return pad(below, (0, 0, 0, 1)) + pad(below, (0, 0, 1, 0)) + pad(right, (0, 1)) + pad(right, (1, 0))
 
 
 class NeighborSimilarity:
-    """Likeness to neighbours over a stream of images, normal patches against outliers."""
+    """Compares patches with their neighbours, normal patches and outliers separately."""
 
     needs = Needs(embedded=True)
 
@@ -52,14 +50,7 @@ class NeighborSimilarity:
         self._counts = torch.zeros(2, NUM_BINS, dtype=torch.int64)
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add one batch.
-
-        Args:
-            seen: With `embedded`.
-            indices: [B] of the images in the data set; not needed.
-            labels: [B] or None; not needed.
-            outliers: [B, P] which patches are outliers.
-        """
+        """Add a batch that was observed with `embedded`."""
         if seen.order.grid == (1, 1):
             return  # no patch has a neighbour
         similarities = neighbor_similarity(seen.embedded, seen.order.grid).cpu()
@@ -75,13 +66,12 @@ class NeighborSimilarity:
         self._counts += other._counts
 
     def result(self) -> Redundancy:
-        """What was seen so far; None for a group without patches."""
-        normal, outlier = (_similarities(float(s), c) for s, c in zip(self._sums, self._counts, strict=True))
-        return Redundancy(normal=normal, outlier=outlier)
+        """The similarities in both groups; None for a group without patches."""
+        return Redundancy(normal=self._group(0), outlier=self._group(1))
 
-
-def _similarities(total: float, counts: Tensor) -> Similarities | None:
-    num_patches = int(counts.sum())
-    if not num_patches:
-        return None
-    return Similarities(num_patches=num_patches, mean=total / num_patches, counts=tuple(counts.tolist()))
+    def _group(self, group: int) -> Similarities | None:
+        counts = self._counts[group].tolist()
+        number = sum(counts)
+        if not number:
+            return None
+        return Similarities(num_patches=number, mean=float(self._sums[group]) / number, counts=tuple(counts))

@@ -9,7 +9,7 @@ from torch import Tensor
 NEVER = torch.iinfo(torch.int64).max
 """Priority of what must not be sampled."""
 MIN_TRAIN, MIN_TEST = 50, 20
-"""Fewer samples than these say nothing, so that no probe is fitted to, or scored on, them."""
+"""With fewer samples than these, no probe is fitted or scored."""
 
 
 def hashed(seed: int, *parts: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ def _mixed(state: np.ndarray) -> np.ndarray:
 
 
 def is_test(indices: Tensor) -> Tensor:
-    """Whether images [B] of these indices are for testing: of each five that follow one another, one at random.
+    """Whether images [B] of these indices are for testing: one at random of every five consecutive ones.
 
-    At random, because the classes of many data sets follow one another in turn.
+    At random, because in many data sets the classes take turns.
     """
     return indices.cpu() % 5 == hashed(0, indices // 5) % 5
 
@@ -48,7 +48,7 @@ class Sample:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._threshold = NEVER  # no item of this priority or a larger one can enter any more
+        self._threshold = NEVER  # items of this priority or a larger one can no longer enter
         self._portions: list[tuple[Tensor, ...]] = []  # priorities and columns
         self._num_held = 0
 
@@ -56,15 +56,15 @@ class Sample:
         return min(self._size, self._num_held)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._compact()  # or up to twice as much would be sent to other processes
+        self._compact()  # else up to twice as much would be sent to other processes
         return self.__dict__
 
     def add(self, priorities: Tensor, *columns: Tensor) -> None:
-        """Consider more items; what enters is copied, to the CPU and floating point as float32, nothing else is.
+        """Consider more items. Only those that enter are copied, to the CPU, floating point as float32.
 
         Args:
             priorities: [...] int64 on the CPU; items of priority `NEVER` do not exist.
-            columns: [..., *] what to keep of the items, on any device; the same columns every time.
+            *columns: [..., *] what to keep of the items, on any device; the same columns every time.
         """
         places = torch.nonzero(priorities < self._threshold, as_tuple=True)
         if len(places[0]) > self._size:
