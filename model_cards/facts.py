@@ -8,8 +8,8 @@ from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import DataOfRun
 from vitreg_hub.environment import without_folders
+from vitreg_hub.images.data_sets import ON_HUB
 from vitreg_hub.images.embedded import TRAINING_SETS
-from vitreg_hub.images.source import ON_HUB
 from vitreg_hub.names import HUB_PREFIX
 
 CLIP_FAMILIES = ("clip", "clip_quickgelu")

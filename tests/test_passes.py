@@ -31,7 +31,7 @@ class Sum:
         self.total, self.shown = 0.0, []
 
     def update(self, seen, batch):
-        assert (seen.normed, seen.embedded, seen.tokens, seen.attention.keys()) == (None, None, {}, {1})
+        assert (len(seen.normed.patches), len(seen.embedded), seen.tokens, seen.attention.keys()) == (0, 0, {}, {1})
         self.total += seen.norms.double().sum().item()
         self.shown += batch.indices.tolist()
 

@@ -21,7 +21,7 @@ Work = TypeVar("Work")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What a meter reads of an observation besides its order; as the arguments of `observe`."""
+    """What a meter reads of an observation besides its order; the fields are arguments of `observe`."""
 
     norms: bool = False
     blocks: tuple[int, ...] = ()
@@ -40,10 +40,10 @@ class Needs:
 
 
 class Meter(Protocol):
-    """Adds up what it sees, batch by batch; what several processes saw is merged.
+    """Adds up what it sees, batch by batch, and merges what several processes saw.
 
-    A meter is pickled to reach other processes; what only `update` needs, such as a model, `__getstate__` leaves out.
-    Whatever it finds should not depend, beyond rounding, on how the images are cut into batches and shares.
+    A meter is pickled to reach other processes, so `__getstate__` leaves out what only `update` needs, such as a model.
+    What it finds should not depend, beyond rounding, on how the images are cut into batches and shares.
     """
 
     @property
@@ -56,7 +56,7 @@ class Meter(Protocol):
 
         Args:
             seen: What the network showed of the images. Meters that need nothing do not read it.
-            batch: The images, on the network's device, and what else is known of them, on the CPU.
+            batch: The images, on the network's device; all else in it is on the CPU.
         """
 
     def merge(self, other: Self) -> None:
@@ -67,10 +67,10 @@ AnyMeter = TypeVar("AnyMeter", bound=Meter)
 
 
 class PerImage:
-    """Keeps rows: something of every image, in the order of the images. Only here does memory grow with their number.
+    """Keeps something of every image, in the order of the images. Only here does memory grow with their number.
 
     Args:
-        read: Takes an observation and its batch; gives columns [B, *] by name, the same ones for every batch.
+        read: Takes an observation and its batch; returns columns [B, *] by name, the same ones for every batch.
         needs: What it reads of the observation.
     """
 
@@ -89,7 +89,7 @@ class PerImage:
         self._parts = [*self._parts, *other._parts]
 
     def result(self) -> dict[str, Tensor]:
-        """Columns [N, *] by name on the CPU, and the images' `indices`, which rise; nothing of no images."""
+        """Columns [N, *] by name on the CPU, and the images' `indices`, in rising order; empty without images."""
         if not self._parts:
             return {}
         order = torch.cat([part["indices"] for part in self._parts]).argsort()
@@ -112,27 +112,27 @@ def run_pass(
     skip_unreadable: bool = False,
     progress: str | None = None,
 ) -> list[AnyMeter]:
-    """Show every image to the model once, and all that was asked for of it to the meters.
+    """Run the model on every image once, and show the meters what they need of it.
 
     All processes must call it, each with a whole model and meters of its own; they share the images.
 
     Args:
-        model: A ViT of timm or transformers, on the device where it is to run. Nothing of it is changed.
+        model: A ViT of timm or transformers, on the device where it is to run. It is not changed.
         source: The images.
         meters: New ones. If none of them needs anything, the network does not run.
-        transform: Makes what the model takes of an image; images given as tensors pass by it.
+        transform: Turns an image into the model's input; it is not applied to images given as tensors.
         batch_size: Images at a time and per process.
         num_workers: Further processes that decode.
         rank: Which of the processes this is.
         world_size: Number of processes.
         skip_unreadable: Leave out images that cannot be read.
-        progress: What the first process's progress bar says; None for no bar.
+        progress: Text of the first process's progress bar; None for no bar.
 
     Returns:
-        The meters with what all processes saw, the same in each of them.
+        The meters with what all processes saw, the same in every process.
 
     Raises:
-        DataError: An image cannot be used, in any of the processes, or the model is no ViT that can be read.
+        DataError: An image cannot be used in one of the processes, or the model is not a ViT that can be read.
     """
 
     def share() -> list[AnyMeter]:
@@ -146,7 +146,7 @@ def run_pass(
             num_workers=num_workers,
             skip_unreadable=skip_unreadable,
         )
-        total = source.num_images and math.ceil(source.num_images / world_size)
+        total = None if source.num_images is None else math.ceil(source.num_images / world_size)
         hidden = progress is None or rank != 0
         with tqdm(total=total, desc=progress, unit="image", disable=hidden, leave=False) as bar:
             for batch in batches:
@@ -165,10 +165,10 @@ def run_pass(
 
 
 def gathered(work: Callable[[], Work], *, world_size: int) -> list[Work]:
-    """Do this process's share of some work; returns what every process got, in the order of their ranks.
+    """Do this process's share of some work; returns the results of all processes in the order of their ranks.
 
     Raises:
-        DataError: Any of the processes raised one: all do, or else the others would wait for it forever.
+        DataError: One of the processes raised it. All do then, since the others would wait for it forever.
     """
     mine: Work | DataError
     try:

@@ -105,7 +105,7 @@ def test_other_tensors_are_refused(images):
 
 @pytest.mark.parametrize("images", [[], {}, [1], 3, np.zeros((2, 3, 4, 4)), datasets.DatasetDict()])
 def test_other_forms_are_refused(images):
-    with pytest.raises(DataError, match="is no form of images: give an embedded data set"):
+    with pytest.raises(DataError, match="cannot be read as images: give an embedded data set"):
         open_images(images)
 
 
@@ -258,7 +258,7 @@ def test_broken_file_is_named(damage, num_workers, tmp_path):
 def test_missing_picture_of_a_data_set_is_named():
     features = datasets.Features(image=datasets.Image())
     rows = datasets.Dataset.from_dict({"image": [picture(0), None]}, features=features)
-    with pytest.raises(DataError, match="image 1 of rows cannot be read: it is NoneType, no picture"):
+    with pytest.raises(DataError, match="image 1 of rows cannot be read: it is NoneType, not a picture"):
         read(open_images(rows, name="rows"))
 
 
@@ -396,7 +396,7 @@ def test_formatted_data_set_is_read_as_it_is_stored():
         ("fotos", "there are no images 'fotos', did you mean 'photos': give an embedded data set"),
         ("nothing here", "there are no images 'nothing here': give"),
         ("a/b/c", "there are no images 'a/b/c': give"),
-        ("org/name", "there is no folder org/name, and the Hub does not give such a data set"),
+        ("org/name", "there is no folder org/name, and no such data set on the Hub can be read"),
         (__file__, "is a file: give its folder"),
     ],
 )
@@ -428,7 +428,7 @@ def test_data_set_on_the_hub_is_streamed(name, called, count, data_set_hub, tmp_
 def test_wrong_split_and_wrong_repository(data_set_hub):
     with pytest.raises(DataError, match="lab/set has the splits train, test: name one, as lab/set:train"):
         open_images("lab/set:nothing")
-    with pytest.raises(DataError, match="there is no folder lab/nothing, and the Hub does not give such a data set"):
+    with pytest.raises(DataError, match="there is no folder lab/nothing, and no such data set on the Hub can be read"):
         open_images("lab/nothing")
 
 

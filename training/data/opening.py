@@ -17,23 +17,20 @@ import pyarrow.compute
 from datasets.exceptions import DatasetsError
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.images.embedded import TRAINING_SETS, Split
-from vitreg_hub.images.source import (
+from vitreg_hub.images.data_sets import (
     ON_HUB,
     SPLIT_FOLDERS,
-    ImageSource,
+    Rows,
     features_of,
-    file_of,
     find_column,
     hub_stream,
     image_folder,
     is_integer,
-    open_images,
 )
+from vitreg_hub.images.embedded import TRAINING_SETS, Split
+from vitreg_hub.images.source import ImageSource, file_of, open_images
 from vitreg_hub.names import HUB_PREFIX
 from vitreg_hub.training.recipes.settings import DataSettings
-
-Rows = datasets.Dataset | datasets.IterableDataset
 
 FORMS = (
     f"an embedded set ({', '.join(TRAINING_SETS)}), a folder of images, parquet files, WebDataset shards "

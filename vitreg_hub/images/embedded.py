@@ -16,8 +16,8 @@ from sklearn.utils import Bunch
 Split = Literal["train", "test"]
 
 HELD_OUT_EVERY = 5
-"""Every fifth image is held out, so that writers of digits, and pictures, which follow one another, are on both sides.
-"""
+"""Every fifth image is held out: images of one writer, or tiles of one picture, follow one another, so that both sides
+get some of each."""
 
 PICTURES = {
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
@@ -26,10 +26,10 @@ PICTURES = {
         *("camera.png", "coins.png", "moon.png", "ihc.png", "brick.png", "grass.png", "gravel.png"),
     ),
 }
-"""Files behind `photos`, by the package that holds them. Read as files, for skimage's own functions may download."""
+"""Files behind `photos`, by the package that holds them. Read as files, since skimage's own functions may download."""
 
 TILE = 128
-"""Side of a tile in pixels: the smallest pictures, chelsea and coins, still give six."""
+"""Side of a tile in pixels; the smallest pictures, chelsea and coins, still give six."""
 
 SCENE = 64
 """Side of a scene in pixels."""
@@ -48,6 +48,14 @@ COLORS = {
     "pink": (250, 125, 185),
 }
 """RGB of the colours in scenes."""
+
+
+PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the middle", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+"""Where the object of a scene is, for captions."""
 
 
 def _around(corners: int, *radii: float) -> np.ndarray:
@@ -89,16 +97,23 @@ def digits(split: Split) -> datasets.Dataset:
     Returns:
         Columns `image` (RGB) and `label`.
     """
-    source: Bunch = load_digits()  # pyright: ignore[reportAssignmentType]  # a tuple on request only
-    held_out = np.arange(len(source.target)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    chosen = held_out if split == "test" else ~held_out
-    pixels = np.round(source.images[chosen] * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
+    stored: Bunch = load_digits()  # pyright: ignore[reportAssignmentType]  # a tuple on request only
+    chosen = _indices(len(stored.target), split)
+    pixels = np.round(stored.images[chosen] * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
+    names = [str(name) for name in stored.target_names]
     return datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(p).convert("RGB") for p in pixels], "label": source.target[chosen]},
-        features=datasets.Features(
-            image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in source.target_names])
-        ),
+        {"image": [Image.fromarray(p).convert("RGB") for p in pixels], "label": stored.target[chosen]},
+        features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names)),
     )
+
+
+def _indices(number: int, split: Split | None) -> np.ndarray:
+    """Indices of the images of a split."""
+    every = np.arange(number)
+    if split is None:
+        return every
+    held_out = every % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return every[held_out if split == "test" else ~held_out]
 
 
 def photos(split: Split | None = None) -> datasets.Dataset:
@@ -122,23 +137,20 @@ def photos(split: Split | None = None) -> datasets.Dataset:
         for top in range(0, picture.height - TILE + 1, TILE):
             for left in range(0, picture.width - TILE + 1, TILE):
                 tile = io.BytesIO()
-                # BMP: to compress them would take longer than all the rest
+                # BMP, since compression would take longer than all the rest
                 picture.crop((left, top, left + TILE, top + TILE)).save(tile, "BMP")
                 tiles.append({"bytes": tile.getvalue(), "path": None})
                 labels.append(label)
-    if split is not None:
-        rest = HELD_OUT_EVERY - 1
-        chosen = [i for i in range(len(tiles)) if (i % HELD_OUT_EVERY == rest) == (split == "test")]
-        tiles, labels = [tiles[i] for i in chosen], [labels[i] for i in chosen]
+    chosen = _indices(len(tiles), split)
     names = [file.name.partition(".")[0] for file in pictures]
     return datasets.Dataset.from_dict(
-        {"image": tiles, "label": labels},
+        {"image": [tiles[i] for i in chosen], "label": [labels[i] for i in chosen]},
         features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names)),
     )
 
 
 def scenes(split: Split) -> datasets.Dataset:
-    """Drawn scenes of 64 x 64 pixels with captions: one object of 8 colours and 6 shapes before small grey shapes.
+    """Drawn scenes of 64 x 64 pixels with captions: an object of 8 colours and 6 shapes before small grey shapes.
 
     Place, size, rotation and background are random, the same in every call.
 
@@ -146,8 +158,8 @@ def scenes(split: Split) -> datasets.Dataset:
         split: "train" is 84 scenes of each of the 48 classes (4,032), "test" 10 others of each (480).
 
     Returns:
-        Columns `image` (RGB), `label` (such as "red circle"; the classes take turns) and `text`, a caption with the
-        class's name in it, and often size and place.
+        Columns `image` (RGB), `label` (such as "red circle"; the classes take turns) and `text`, a caption that holds
+        the name of the class, and often size and place.
     """
     names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     rng = np.random.default_rng(list(PER_CLASS).index(split))
@@ -186,11 +198,13 @@ def _scene(rng: np.random.Generator, color: str, shape: str) -> tuple[dict[str, 
 
 
 def _caption(rng: np.random.Generator, name: str, radius: float, x: float, y: float) -> str:
-    column, row = (int(3 * at / SCENE) for at in (x, y))
-    across, down = ("left", "", "right")[column], ("top", "", "bottom")[row]
-    place = f"at the {down} {across}".strip() if down else f"on the {across}" if across else "in the middle"
-    size = "small" if radius < 12 else "large" if radius > 16 else ""
-    thing = f"{size} {name}".strip() if rng.random() < 0.5 else name
+    place = PLACES[int(3 * y / SCENE)][int(3 * x / SCENE)]
+    size = ""
+    if radius < 12:
+        size = "small "
+    elif radius > 16:
+        size = "large "
+    thing = size + name if rng.random() < 0.5 else name
     sentence = CAPTIONS[rng.integers(len(CAPTIONS))]
     return sentence.format(a="an" if thing[0] in "aeiou" else "a", thing=thing, place=place)
 

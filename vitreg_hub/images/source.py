@@ -1,10 +1,8 @@
-"""Images from anywhere, batch by batch: what is measured on images reads them through here."""
+"""Images from anywhere, batch by batch, for everything that is measured on images."""
 
 import difflib
 import logging
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,33 +10,30 @@ from typing import Any, Self
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vitreg_hub.errors import DataError
+from vitreg_hub.images.data_sets import (
+    FORMS,
+    ON_HUB,
+    Rows,
+    features_of,
+    find_column,
+    hub_stream,
+    image_folder,
+    is_integer,
+)
 from vitreg_hub.images.embedded import EMBEDDED
 from vitreg_hub.names import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPLITS = ("test", "validation", "train")
-"""Which split of a data set on the Hub is read if none is named: the first of these that there is."""
+"""Splits on the Hub; if none is named, the first of these that exists is read."""
 
-SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
-"""Sub-folders that are no classes."""
-
-FORMS = (
-    f"an embedded data set ({', '.join(EMBEDDED)}), a folder, a data set on the Hub (org/name[:split]), "
-    "a datasets.Dataset or IterableDataset, PIL images, or a tensor [N, 3, H, W]"
-)
-
-ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
-"""``org/name[:split]``."""
-
-# What Pillow raises for a file that is no image or a broken one.
+# What Pillow raises for a file that is broken or not an image.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 Transform = Callable[[Image.Image], Tensor]
@@ -50,14 +45,14 @@ class UnreadableError(DataError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Images of one step.
+    """Images that are read together.
 
     Attributes:
-        indices: [B] int64, which images of the source these are.
+        indices: [B] int64, of the images in the source.
         images: [B, 3, H, W].
         labels: [B] int64, -1 where one is missing; None without labels.
-        names: What the images are called: their files, where they have some, or else their indices.
-        skipped: What is wrong with the images that were left out.
+        names: Each image's file, or its index if it has none.
+        skipped: Why images were left out, one sentence for each.
     """
 
     indices: Tensor
@@ -73,10 +68,10 @@ class ImageSource:
 
     Attributes:
         name: What the images are called.
-        num_images: How many there are, None for a stream.
-        has_labels: Whether every image has a label.
+        num_images: How many there are; None for a stream.
+        has_labels: Whether the images have labels.
         label_names: Names of the classes, where they are known.
-        rows: Where the images are: what an index, or for a stream iteration, gives.
+        rows: What holds the images: read by index, or by iteration if it is a stream.
         picked: Indices of the rows that are read; None for a stream.
         image_column: Column of the images, if rows have columns.
         label_column: Column of the labels.
@@ -103,20 +98,20 @@ class ImageSource:
     ) -> Iterator[Batch]:
         """Read this process's share: every `world_size`-th image, so that all processes together read each one once.
 
-        No more than the batches that are being made is held in memory. Of a stream, every process reads all, but
-        decodes its own share only.
+        Only the batches in preparation are held in memory. Every process reads the whole of a stream, but decodes
+        only its share.
 
         Args:
-            transform: Makes a tensor [3, H, W] of an RGB image. Images given as tensors pass by it.
-            batch_size: Images per batch; the last one may have fewer.
+            transform: Makes a tensor [3, H, W] of an RGB image. It is not applied to images given as tensors.
+            batch_size: Images per batch; the last batch may be smaller.
             rank: Which of the processes this is.
             world_size: Number of processes.
             num_workers: Further processes that decode, 0 for none.
-            skip_unreadable: Leave out images that cannot be read; batches may then be smaller, or empty and left out.
+            skip_unreadable: Leave out images that cannot be read; batches may then be smaller or missing.
 
         Raises:
-            DataError: An image cannot be read, unless that is skipped, or has another size than the others, a transform
-                is needed, or a number makes no sense.
+            DataError: An image cannot be read and is not skipped, or differs in size from the others, a transform is
+                needed, or a number makes no sense.
         """
         if batch_size < 1 or num_workers < 0:
             raise DataError(
@@ -132,7 +127,7 @@ class ImageSource:
             sampler=self._share(rank, world_size),
             num_workers=0 if isinstance(self.rows, Tensor) else num_workers,
             collate_fn=_unchanged,
-            generator=torch.Generator(),  # else every pass would move the global one
+            generator=torch.Generator(),  # else every pass would advance the global one
         )
         first = None
         for batch in loader:
@@ -142,12 +137,13 @@ class ImageSource:
                 logger.warning("left out: %s", what)
             if not len(batch.images):
                 continue
-            first = first or batch
+            if first is None:
+                first = batch
             self._require_equal(first.indices[0], first.images[0], batch.indices[0], batch.images[0])
             yield batch
 
     def at_most(self, number: int, *, seed: int = 0) -> Self:
-        """No more than so many of these images: a random subset, in order, or the first ones of a stream."""
+        """At most this number of images: a random subset in order, or the first ones of a stream."""
         if self.picked is None:
             return replace(self, rows=self.rows.take(number))
         if len(self.picked) <= number:
@@ -156,11 +152,14 @@ class ImageSource:
         return replace(self, picked=np.asarray(self.picked)[places], num_images=number)
 
     def _share(self, rank: int, world_size: int) -> Iterator[tuple[int, Any]]:
-        """Yield (index, row) of one process's images. Rows that can be looked up are left to the workers."""
+        """Yield (index, row) of one process's images; of a stream only, since workers look up other rows themselves."""
         if self.picked is not None:
-            yield from ((int(index), None) for index in self.picked[rank::world_size])
+            for index in self.picked[rank::world_size]:
+                yield int(index), None
             return
-        yield from ((index, row) for index, row in enumerate(self.rows) if index % world_size == rank)
+        for index, row in enumerate(self.rows):
+            if index % world_size == rank:
+                yield index, row
 
     def _require_equal(self, index: int, image: Tensor, other_index: int, other: Tensor) -> None:
         if image.shape != other.shape:
@@ -178,14 +177,15 @@ class _Reader(torch.utils.data.Dataset):
         self.source, self.transform, self.skip_unreadable = source, transform, skip_unreadable
 
     def __getitems__(self, items: list[tuple[int, Any]]) -> Batch | DataError:
-        """An error is returned: raised in a worker, it would arrive with a traceback in its text."""
+        """Returns an error instead of raising it: from a worker, it would arrive with a traceback in its text."""
         try:
             return self._batch(items)
         except DataError as error:
             return error
 
     def _batch(self, items: list[tuple[int, Any]]) -> Batch:
-        source, indices, images, labels, names, skipped = self.source, [], [], [], [], []
+        source = self.source
+        indices, images, labels, names, skipped = [], [], [], [], []
         for index, row in items:
             row = source.rows[index] if row is None else row
             picture = row[source.image_column] if source.image_column else row
@@ -216,10 +216,9 @@ class _Reader(torch.utils.data.Dataset):
         try:
             image = read_rgb(picture)
         except BROKEN as error:
-            path = file_of(picture)
-            file = f" ({path})" if path else ""
+            file = f" ({path})" if (path := file_of(picture)) else ""
             raise UnreadableError(f"image {index} of {self.source.name}{file} cannot be read: {error}.") from error
-        return self.transform(image)  # pyright: ignore[reportOptionalCall]  # tensors alone go without
+        return self.transform(image)  # pyright: ignore[reportOptionalCall]  # only tensors need none
 
 
 def _unchanged(batch: Any) -> Any:
@@ -227,26 +226,26 @@ def _unchanged(batch: Any) -> Any:
 
 
 def read_rgb(value: Any) -> Image.Image:
-    """The picture in a column of images that `datasets` does not decode, or an opened one; raises `BROKEN`."""
+    """The picture of a row that `datasets` did not decode, or an opened picture; raises `BROKEN`."""
     return to_rgb(datasets.Image().decode_example(value))
 
 
 def file_of(value: Any) -> str | None:
-    """File of such a picture, if it has one."""
+    """The file of a picture as `read_rgb` takes it, if it has one."""
     return value.get("path") if isinstance(value, dict) else getattr(value, "filename", None)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image: upright as its camera says, transparent pixels show white, of 16 bits the upper 8 are kept.
+    """Convert any image: turned upright by its EXIF data, white where it is transparent, 16 bits cut to the upper 8.
 
     Raises:
-        ValueError: It is no image, or its pixels have no known range.
+        ValueError: It is not an image, or its pixels have no known range.
     """
     if not isinstance(image, Image.Image):
-        raise ValueError(f"it is {type(image).__name__}, no picture")
+        raise ValueError(f"it is {type(image).__name__}, not a picture")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of kind {image.mode} have no known range, save it with 8 bits")
+        raise ValueError(f"pixels of kind {image.mode} have no known range, so save it with 8 bits")
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -255,21 +254,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_images(
-    images: Tensor | Sequence[Image.Image] | str | Path | datasets.Dataset | datasets.IterableDataset,
+    images: Tensor | Sequence[Image.Image] | str | Path | Rows,
     *,
     name: str | None = None,
     max_images: int | None = None,
     seed: int = 0,
 ) -> ImageSource:
-    """Open images of any of these forms; data sets on the Hub are streamed, nothing is copied to the disk.
+    """Open images in any of these forms. Data sets on the Hub are streamed: nothing is copied to the disk.
 
     Args:
-        images: A tensor [N, 3, H, W] that is already preprocessed; PIL images; a folder, of which sub-folders are
-            classes if all images are in some; a data set with one column of images (or one called "image") and at most
-            one of class labels (or whole numbers called "label"); the name of an embedded data set; or
-            ``org/name[:split]`` on the Hub.
-        name: What to call them, instead of what they are.
-        max_images: Read no more: a random subset, in order, or the first ones of a stream.
+        images: A tensor [N, 3, H, W] that is already preprocessed; PIL images; a folder, whose sub-folders are classes
+            if they hold all images; a data set with one column of images (or one called "image") and at most one of
+            class labels (or whole numbers called "label"); the name of an embedded data set; or ``org/name[:split]`` on
+            the Hub.
+        name: What to call them instead of their own name.
+        max_images: Read at most this many: a random subset in order, or the first ones of a stream.
         seed: Decides which subset.
 
     Raises:
@@ -292,7 +291,7 @@ def open_images(
     elif isinstance(images, Sequence) and images and isinstance(images[0], Image.Image):
         source = ImageSource(name="pictures", num_images=len(images), rows=images)
     else:
-        raise DataError(f"{type(images).__name__} is no form of images: give {FORMS}.")
+        raise DataError(f"{type(images).__name__} cannot be read as images: give {FORMS}.")
     picked = None if source.num_images is None else range(source.num_images)
     source = replace(source, name=name or source.name, picked=picked)
     if source.num_images == 0:
@@ -300,7 +299,7 @@ def open_images(
     return source if max_images is None else source.at_most(max_images, seed=seed)
 
 
-def _of_data_set(data: datasets.Dataset | datasets.IterableDataset) -> ImageSource:
+def _of_data_set(data: Rows) -> ImageSource:
     """Find the columns, and leave decoding to the reader."""
     data = data.with_format(None)
     features = features_of(data)
@@ -315,38 +314,19 @@ def _of_data_set(data: datasets.Dataset | datasets.IterableDataset) -> ImageSour
     if data.features:
         data = data.select_columns([column for column in (image, label) if column])
         data = data.cast_column(image, datasets.Image(decode=False))
+    label_names = getattr(features[label], "names", None) if label else None
     return ImageSource(
         name=data.info.dataset_name or "data set",
         num_images=len(data) if isinstance(data, datasets.Dataset) else None,
         has_labels=label is not None,
-        label_names=tuple(getattr(features[label], "names", ())) or None if label else None,
+        label_names=tuple(label_names) if label_names else None,
         rows=data,
         image_column=image,
         label_column=label,
     )
 
 
-def find_column(features: Mapping[str, Any], usual: Sequence[str], wanted: Callable[[Any], bool]) -> str | None:
-    """The only column of a kind, or of several the first with a usual name."""
-    columns = [column for column, feature in features.items() if wanted(feature)]
-    return columns[0] if len(columns) == 1 else next((name for name in usual if name in columns), None)
-
-
-def is_integer(feature: Any) -> bool:
-    """Whether a column holds whole numbers that are no class labels."""
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
-
-
-def features_of(data: datasets.Dataset | datasets.IterableDataset) -> Mapping[str, Any]:
-    """Columns and their kinds; of a stream that does not tell them, those in its first row that are known here."""
-    if data.features:
-        return data.features
-    row = next(iter(data), {})
-    kinds = {Image.Image: datasets.Image(), int: datasets.Value("int64"), str: datasets.Value("string")}
-    return {column: kinds[kind] for column, value in row.items() for kind in kinds if isinstance(value, kind)}
-
-
-def _by_name(name: str | Path) -> tuple[str, datasets.Dataset | datasets.IterableDataset]:
+def _by_name(name: str | Path) -> tuple[str, Rows]:
     """What the images are called, and the images."""
     if isinstance(name, str) and name in EMBEDDED:
         return name, EMBEDDED[name]()
@@ -357,48 +337,7 @@ def _by_name(name: str | Path) -> tuple[str, datasets.Dataset | datasets.Iterabl
     on_hub = ON_HUB.fullmatch(str(name).removeprefix(HUB_PREFIX))
     if on_hub and isinstance(name, str):
         repo_id, split = on_hub.groups()
-        return hub_stream(repo_id, split)
+        return hub_stream(repo_id, split, DEFAULT_SPLITS)
     near = difflib.get_close_matches(str(name), EMBEDDED, n=1)
     hint = f", did you mean {near[0]!r}" if near else ""
     raise DataError(f"there are no images {str(name)!r}{hint}: give {FORMS}.")
-
-
-def image_folder(root: Path) -> datasets.Dataset:
-    """All images below a folder, in the order of their names. Only the names are held, and no cache is written."""
-    paths = []
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(folder for folder in folders if not folder.startswith((".", "__MACOSX")))
-        images = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
-        paths += [os.path.join(parent, file) for file in sorted(images)]
-    if not paths:
-        raise DataError(f"there are no images below {root}: their names must end in {', '.join(IMG_EXTENSIONS)}.")
-    tops = [Path(path).relative_to(root).parts[:-1][:1] for path in paths]
-    classes = sorted({top for (top,) in tops}) if all(tops) else []
-    if classes and set(classes) <= SPLIT_FOLDERS:
-        raise DataError(f"{root} holds the splits {', '.join(classes)}: give one of them, {root / classes[-1]}.")
-    features: dict[str, Any] = {"image": datasets.Image()}
-    if len(classes) < 2:
-        return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features(features))
-    features["label"] = datasets.ClassLabel(names=classes)
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [number[top] for (top,) in tops]
-    return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=datasets.Features(features))
-
-
-def hub_stream(
-    repo_id: str, split: str | None, usual_splits: Sequence[str] = DEFAULT_SPLITS
-) -> tuple[str, datasets.IterableDataset]:
-    """The name of a data set on the Hub with its split, and its rows; without a split, the first usual one there is."""
-    try:
-        splits = datasets.load_dataset(repo_id, streaming=True)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"there is no folder {repo_id}, and the Hub does not give such a data set ({reason}): give {FORMS}."
-        ) from error
-    split = split or next((usual for usual in usual_splits if usual in splits), None)
-    if split is None or split not in splits:
-        raise DataError(
-            f"{repo_id} has the splits {', '.join(map(str, splits))}: name one, as {repo_id}:{next(iter(splits))}."
-        )
-    return f"{repo_id}:{split}", splits[split]
