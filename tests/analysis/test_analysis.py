@@ -375,7 +375,7 @@ def test_telemetry_leaves_a_training_run_as_it_is():
         ({"model": torch.nn.Linear(2, 2)}, "Linear cannot be read"),
         ({"model": timm.create_model("resnet18")}, "ResNet cannot be read"),
         ({"max_images": 0}, "max_images is 0"),
-        ({"cutof": 3.0}, "there is no option cutof; there are cutoff, block"),
+        ({"cutof": 3.0}, "there is no option cutof: choose from cutoff, block"),
         ({"cutoff": -1.0}, "cutoff is -1.0: give a norm above 0"),
         ({"cutoff": float("nan")}, "cutoff is nan"),
         ({"seed": -1}, "seed is -1"),

@@ -214,9 +214,9 @@ MISTAKES = {
     "--card records results in bundles' folders, but vit_nano_reg4 is none": ["analyze", "vit_nano_reg4", "--card"],
     "--img-size takes a side": ["analyze", "vit_nano_reg4", "--img-size", "big"],
     "max_images is -1": ["analyze", "vit_nano_reg4", "--max-images", "-1"],
-    "{tmp}/report.json is no report of `vitreg analyze`": ["analyze", "{tmp}/report.json"],
+    "{tmp}/report.json is not a report of `vitreg analyze`": ["analyze", "{tmp}/report.json"],
     "{tmp}/cat.png cannot be read as an image": ["attention", "vit_nano_reg4", "{tmp}/cat.png"],
-    "maps.jpg is to be a PNG": ["attention", "vit_nano_reg4", "{tmp}/cat.png", "--out", "maps.jpg"],
+    "maps.jpg does not end in .png": ["attention", "vit_nano_reg4", "{tmp}/cat.png", "--out", "maps.jpg"],
     "batch_size is 0": ["analyze", "vit_nano_reg4", "--batch-size", "0"],
 }
 

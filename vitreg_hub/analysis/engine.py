@@ -1,4 +1,4 @@
-"""One model and one set of images: a pass for the norms, and one for what depends on them."""
+"""One model and one set of images: a pass for the norms, and a pass for all that depends on them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ class Options(TypedDict, total=False):
         cutoff: Norm above which a patch token is an outlier; found per block from the norms by default.
         block: Block whose outliers count, negative from the end; the last by default.
         img_size: Side, or height and width, of the images in pixels, if not the model's own.
-        max_images: Use no more: a random choice, or the first ones of a stream.
+        max_images: Use at most this many: a random choice, or the first ones of a stream.
         batch_size: Images at a time and per process, 8 by default.
         num_workers: Processes that decode images, 0 by default.
         device: Where a model by name runs; a GPU if there is one.
@@ -56,7 +56,7 @@ class Options(TypedDict, total=False):
 
 
 class OutlierMeter(Protocol):
-    """Something that is measured in the second pass, in memory that does not grow with the number of images."""
+    """Measures something in the second pass. Its memory does not grow with the number of images."""
 
     @property
     def needs(self) -> Needs:
@@ -74,7 +74,7 @@ class OutlierMeter(Protocol):
 
 
 class OutlierMeters:
-    """Meters that are told, besides what they need, which patches are outliers: a meter of `run_pass` itself.
+    """A meter of `run_pass` that tells other meters which patches are outliers.
 
     Args:
         meters: By name.
@@ -199,7 +199,7 @@ class Study:
             num_images=self.norms.num_images,
             size=self.norms.image_size,
             grid=self.norms.order.grid,
-            preprocessing=self.opened.preprocessing if not isinstance(self.source.rows, Tensor) else "given as tensors",
+            preprocessing="given as tensors" if isinstance(self.source.rows, Tensor) else self.opened.preprocessing,
         )
 
     def _run(self, what: str, meter: AnyMeter) -> AnyMeter:
@@ -223,20 +223,16 @@ class Study:
 
 
 def _require_sensible(options: Options) -> None:
-    """Refuse what would be ignored, or fail after hours.
-
-    Raises:
-        DataError: An option does not exist, or has a value that makes no sense.
-    """
+    """Refuse what would be ignored, or fail after hours."""
     if unknown := options.keys() - Options.__annotations__.keys():
         raise DataError(
-            f"there is no option {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}."
+            f"there is no option {', '.join(sorted(unknown))}: choose from {', '.join(Options.__annotations__)}."
         )
     cutoff, seed = options.get("cutoff"), options.get("seed", 0)
     if cutoff is not None and not 0 < cutoff < math.inf:
         raise DataError(f"cutoff is {cutoff}: give a norm above 0, or leave it out to have it found.")
     if not 0 <= seed < 2**63:
-        raise DataError(f"seed is {seed}: give a whole number from 0 on.")
+        raise DataError(f"seed is {seed}: give a whole number of at least 0.")
     try:
         torch.empty(0, device=options.get("device"))
     except (RuntimeError, AssertionError) as error:

@@ -19,7 +19,7 @@ class Example:
         components: [rows, columns, 3] in [0, 1], the first principal components as colours (`pca_maps`).
     """
 
-    __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True}  # they are in no JSON
+    __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True}  # not stored as JSON
 
     image: np.ndarray
     norms: np.ndarray

@@ -17,9 +17,9 @@ from vitreg_hub.names import ModelName
 logger = logging.getLogger(__name__)
 
 STEP = re.compile(r"(?:^|/)(?:(?:step|checkpoint|iter|iteration|epoch)[-_]?)?(\d+)(?:/|$)")
-"""How a folder of a run tells its step, alone or in a path."""
+"""A folder that is named after a training step, alone or in a path."""
 MAX_DEPTH = 3
-"""How many folders below a run's folder its checkpoints may be."""
+"""How deep below a run's folder its checkpoints may be."""
 
 
 def analyze_all(
@@ -30,15 +30,15 @@ def analyze_all(
     Source: Darcet et al., section 2.1 and figure 4.
 
     Args:
-        models: Models as in `analyze`, folders of training runs, which stand for their checkpoints in the order of
-            their steps, and report.json files of earlier analyses, which are taken as they are.
+        models: Models as in `analyze`; folders of training runs, for all of their checkpoints in the order of their
+            steps; and report.json files of earlier analyses.
         images: Images as in `analyze`.
         **options: See `Options`.
 
     Raises:
         VitregError: A model or the images cannot be used; the message says why.
     """
-    planned: list[tuple[Model | ArtifactReport, int | None]] = []  # all of it first, so that mistakes show at once
+    planned: list[tuple[Model | ArtifactReport, int | None]] = []  # complete before any work, to show mistakes at once
     for model in models:
         if isinstance(model, str | Path) and Path(model).suffix == ".json":
             planned += [(report, None) for report in load_reports(model)]
@@ -57,7 +57,7 @@ def expand(model: Model) -> Iterator[tuple[Model, int | None]]:
     """Yield a model, or the checkpoints of a training run's folder, each with its step as far as it is known.
 
     A run's folder holds no model itself but folders of models with their step in their paths (``run/step_2000``,
-    ``run/checkpoint-2000/model``). Models without one, such as ``run/best``, are left out, which is said.
+    ``run/checkpoint-2000/model``). Models without one, such as ``run/best``, are left out, with a message.
 
     Raises:
         DataError: A folder holds neither a model nor checkpoints.
@@ -75,5 +75,5 @@ def expand(model: Model) -> Iterator[tuple[Model, int | None]]:
             "(step_1000): give a model's folder, or a run's."
         )
     if left_out := sorted(str(folder) for folder in found.keys() - steps.keys()):
-        logger.info("left out, for their names tell no step: %s", ", ".join(left_out))
+        logger.info("left out, because their names hold no step: %s", ", ".join(left_out))
     yield from sorted(steps.items(), key=lambda checkpoint: (checkpoint[1], str(checkpoint[0])))

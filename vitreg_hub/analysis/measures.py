@@ -37,7 +37,7 @@ LIBRARIES = ("vitreg_hub", "torch", "timm", "transformers", "scikit-learn")
 
 
 def patch_norms(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> tuple[BlockNorms, ...]:
-    """Norms of patch tokens, class token and registers after every block, and which of the patches are outliers.
+    """Norms of patch tokens, class token and registers after every block, and which patches are outliers.
 
     A token's norm is the L2 norm over its channels, before the final norm; the outliers of DINOv2 ViT-g have about ten
     times the norm of others. Source: Darcet et al., section 2.1 and figures 3 and 4.
@@ -65,14 +65,14 @@ def outlier_places(model: Model, images: Images = PHOTOS, **options: Unpack[Opti
 def neighbor_redundancy(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> Redundancy:
     """Cosine similarity of patches to their 4 neighbours right after the patch embedding, outliers against others.
 
-    Outliers are found in patches that are like their neighbours (Darcet et al., section 2.1 and figure 5a).
+    Outliers appear in patches that are similar to their neighbours (Darcet et al., section 2.1 and figure 5a).
     Arguments and errors as in `patch_norms`.
     """
     return _measured(model, images, options, lambda study: NeighborSimilarity())
 
 
 def local_information(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> LocalInformation:
-    """What linear probes read from a patch token about its position and its pixels, outliers against others.
+    """What linear probes find out from a patch token about its position and pixels, outliers against others.
 
     Outliers have lost much of both (Darcet et al., section 2.1 and figure 5b). Tokens are those of the last block
     after the final norm. Arguments and errors as in `patch_norms`.
@@ -81,9 +81,9 @@ def local_information(model: Model, images: Images = PHOTOS, **options: Unpack[O
 
 
 def global_information(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> GlobalInformation:
-    """How well one token alone tells the class of an image: class token, a normal patch, an outlier, each register.
+    """How well one token alone shows the class of an image: class token, a normal patch, an outlier, each register.
 
-    Outliers tell nearly as much as the class token (Darcet et al., section 2.1 and table 1). Tokens are those of the
+    Outliers do nearly as well as the class token (Darcet et al., section 2.1 and table 1). Tokens are those of the
     last block after the final norm; images need labels. Arguments and errors as in `patch_norms`.
     """
     return _measured(model, images, options, lambda study: TokenClassification(seed=study.seed))
@@ -119,8 +119,8 @@ def analyze(
 ) -> ArtifactReport:
     """Measure everything that section 2 of the paper measures of one model's artifacts.
 
-    The images pass through the model twice: once for the norms, which tell what is an outlier, once for all that
-    depends on it. Memory does not grow with the number of images, and the result does not depend on how they are
+    The images pass through the model twice: once for the norms, which show the outliers, and once for all that
+    depends on them. Memory does not grow with the number of images, and the result does not depend on how they are
     batched or shared among processes (`accelerate launch`), beyond rounding. A module is not changed.
 
     Args:
@@ -189,8 +189,8 @@ def _notes(study: Study) -> list[str]:
     elsewhere = [i for i, block in enumerate(blocks) if block.outlier_fraction]
     if elsewhere and not blocks[study.block].outlier_fraction:
         notes.append(
-            f"Blocks {', '.join(map(str, elsewhere))} have outliers, but block {study.block}, which is looked at more "
-            f"closely, has none: choose another one with `block`."
+            f"Blocks {', '.join(map(str, elsewhere))} have outliers, but the chosen block {study.block} has none: "
+            "choose another one with `block`."
         )
     if study.options.get("cutoff") is not None:
         notes.append("The cutoff was given and is the same for all blocks; it was not found from the norms.")

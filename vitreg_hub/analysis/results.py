@@ -15,13 +15,13 @@ class ModelFacts:
 
     Attributes:
         name: As it was given, or the class of a module.
-        num_params: Parameters of the network, without what is wrapped around it.
+        num_params: Parameters of the network, without any wrapper around it.
         depth: Number of blocks.
         embed_dim: Channels of a token.
         num_class_tokens: 0, 1, or 2 with a distillation token.
         num_registers: Registers of the model.
         patch_size: Height and width of a patch in pixels.
-        step: Training step of a checkpoint, where its folder's name tells it.
+        step: Training step of a checkpoint, if known.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ImageFacts:
 
     Attributes:
         name: As they were given.
-        num_images: How many.
+        num_images: Number of images.
         size: Height and width in pixels, after the model's preprocessing.
         grid: Rows and columns of patches.
         preprocessing: In words; "given as tensors" where there was none.
@@ -55,7 +55,7 @@ class ImageFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormHistogram:
-    """Counts of token norms in bins that are equally wide in log2 and the same for every model (`histogram.py`).
+    """Counts of token norms in bins that have the same width in log2, for every model (`histogram.py`).
 
     Attributes:
         first_bin: Index of the first bin that holds anything.
@@ -68,11 +68,11 @@ class NormHistogram:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cutoff:
-    """Above which norm a patch token is an outlier, in one block.
+    """The norm above which a patch token of one block is an outlier.
 
     Attributes:
         value: The norm; None if there are no outliers.
-        source: "given", "found" (between two modes), or "none": there are no outliers.
+        source: "given", "found" (between two modes), or "none" where there are no outliers.
         why: The reason in words.
         separation: Ashman's D of the two modes on log norms, where the cutoff was found.
         outlier_weight: Share of the tokens in the upper mode.
@@ -97,7 +97,7 @@ class BlockNorms:
         histogram: Of all patch tokens.
         quantiles: Norms of patch tokens at `QUANTILES`.
         mean: Mean norm of patch tokens.
-        cutoff: How outliers were told apart.
+        cutoff: What makes a patch token an outlier.
         outlier_fraction: Share of patch tokens above the cutoff.
         class_norms: Mean norm of each class token.
         register_norms: Mean norm of each register.
@@ -110,6 +110,10 @@ class BlockNorms:
     outlier_fraction: float
     class_norms: tuple[float, ...]
     register_norms: tuple[float, ...]
+
+    def quantile(self, share: float) -> float:
+        """Norm at one of `QUANTILES`."""
+        return self.quantiles[QUANTILES.index(share)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +146,7 @@ class Similarities:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Redundancy:
-    """How much patches are like their neighbours; `outlier` is None where there are no outliers."""
+    """How similar patches are to their neighbours; `outlier` is None where there are no outliers."""
 
     normal: Similarities | None
     outlier: Similarities | None
@@ -150,7 +154,7 @@ class Redundancy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalProbe:
-    """What linear probes read from the tokens of one group about their own place and pixels.
+    """What linear probes find out from the tokens of one group about their own place and pixels.
 
     Attributes:
         num_train: Tokens that the probes were fitted to.
@@ -175,7 +179,7 @@ class LocalProbe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalInformation:
-    """Both groups by probes fitted to equally many tokens; None where a group has too few tokens, and then why."""
+    """Probes of both groups, fitted to equally many tokens; None, and why, for a group that has too few."""
 
     normal: LocalProbe | None
     outlier: LocalProbe | None
@@ -221,13 +225,13 @@ class ArtifactReport:
         block: Block (from 0) whose outliers are located, probed and attended to.
         blocks: Norms after each block.
         places: Where the outliers of `block` are.
-        redundancy: Likeness to neighbours right after the patch embedding, outliers of `block` against others.
+        redundancy: Similarity to neighbours right after the patch embedding, outliers of `block` against others.
         local_information: Probes for position and pixels, on tokens of the last block after the final norm.
         global_information: Classification from one token, on tokens of the last block after the final norm.
         attention: Attention mass in `block`, per class token and register.
         notes: What a reader should know, in sentences.
         versions: Libraries that made it.
-        examples: Maps of some images, for figures; they are in no JSON.
+        examples: Maps of some images, for figures; not stored as JSON.
     """
 
     model: ModelFacts
@@ -242,6 +246,11 @@ class ArtifactReport:
     notes: tuple[str, ...]
     versions: dict[str, str]
     examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def chosen(self) -> BlockNorms:
+        """Norms after `block`."""
+        return self.blocks[self.block]
 
     @property
     def outlier_fraction(self) -> tuple[float, ...]:

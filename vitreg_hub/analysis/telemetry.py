@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from vitreg_hub.analysis.meters.attention import AttentionMeter
 from vitreg_hub.analysis.meters.norms import NormMeter
-from vitreg_hub.analysis.results import QUANTILES, AttentionMass, BlockNorms
+from vitreg_hub.analysis.results import AttentionMass, BlockNorms
 from vitreg_hub.tokens import observe
 
 ATTENTION_EVERY = 16
-"""Attention costs as much as everything else, so it is measured on one image of so many, the first ones of a batch."""
+"""Attention costs as much as everything else, so it is measured on one in so many images, the first of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,7 @@ class Telemetry:
 
     Attributes:
         blocks: Norms after each block, with outliers.
-        attention: Where class token and registers attend to in the last block, in one image of sixteen.
+        attention: What class token and registers attend to in the last block, in one image of sixteen.
     """
 
     blocks: tuple[BlockNorms, ...]
@@ -33,7 +33,7 @@ class Telemetry:
         for i, block in enumerate(self.blocks):
             numbers[f"artifacts/block_{i}/outlier_fraction"] = block.outlier_fraction
             for share in (0.5, 0.99, 1.0):
-                numbers[f"artifacts/block_{i}/norm_q{100 * share:g}"] = block.quantiles[QUANTILES.index(share)]
+                numbers[f"artifacts/block_{i}/norm_q{100 * share:g}"] = block.quantile(share)
             for register, norm in enumerate(block.register_norms, start=1):
                 numbers[f"artifacts/block_{i}/register_{register}_norm"] = norm
         for mass in self.attention:
@@ -50,12 +50,12 @@ def telemetry(model: nn.Module, images: Tensor, *, cutoff: float | None = None) 
 
     Args:
         model: A ViT of timm or transformers.
-        images: [B, 3, height, width], preprocessed. Outliers are found from 500 patches on, and few outliers are found
-            only if there are many more.
+        images: [B, 3, height, width], preprocessed. Outliers are found only among 500 patches or more, and rare ones
+            only among many more.
         cutoff: Norm above which a patch token is an outlier; found per block by default.
 
     Raises:
-        DataError: It is no ViT that can be read.
+        DataError: The model is not a ViT that can be read.
     """
     some = math.ceil(len(images) / ATTENTION_EVERY)
     seen = observe(model, images, norms=True, attention=(-1,), attention_images=some)

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 
-from vitreg_hub.analysis.results import QUANTILES, ArtifactReport
+from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.plotting import number
 
 LONGEST_NAME = 34
 
 
 def percent(share: float | None) -> str:
-    """A share in [0, 1] with three digits; what is not zero never reads as zero."""
+    """A share in [0, 1] with three digits; only zero reads as zero."""
     if share is None or not math.isfinite(share):
         return "-"
     return "under 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.3g} %"
@@ -25,22 +25,23 @@ def amount(count: int) -> str:
 
 
 def names(reports: Sequence[ArtifactReport]) -> tuple[str, ...]:
-    """Short and different names of the models, in one line each; long ones lose their middle."""
+    """Short, distinct names of the models, each in one line; long ones lose their middle."""
     found: list[str] = []
     for report in reports:
         name = "".join(c if c.isprintable() else " " for c in report.model.name).strip() or "unnamed"
         if len(name) > LONGEST_NAME:
             name = f"{name[:11]}…{name[12 - LONGEST_NAME :]}"
-        copies = 1
-        while (unique := name if copies == 1 else f"{name} ({copies})") in found:
+        unique, copies = name, 1
+        while unique in found:
             copies += 1
+            unique = f"{name} ({copies})"
         found.append(unique)
     return tuple(found)
 
 
 def verdict(report: ArtifactReport) -> str:
     """What the norms say about outliers, in one or two sentences."""
-    block = report.blocks[report.block]
+    block = report.chosen
     cutoff, first = block.cutoff, report.first_outlier_block
     if first is None:
         if cutoff.source == "given":
@@ -64,10 +65,5 @@ def verdict(report: ArtifactReport) -> str:
         low, high = number(min(norms)), number(max(norms))
         many = f"Its {len(norms)} registers have mean norms" if len(norms) > 1 else "Its register has a mean norm"
         span = f"of {low}" if low == high else f"from {low} to {high}"
-        sentence += f" {many} {span} there; the median patch has {number(median_norm(report))}."
+        sentence += f" {many} {span} there; the median patch has {number(block.quantile(0.5))}."
     return sentence
-
-
-def median_norm(report: ArtifactReport) -> float:
-    """Median norm of the patch tokens in the block that is looked at."""
-    return report.blocks[report.block].quantiles[QUANTILES.index(0.5)]

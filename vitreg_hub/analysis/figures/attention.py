@@ -18,12 +18,12 @@ TARGETS = (
     ("to_outliers", OUTLIER, "outliers"),
 )
 READABLE_SHARE = 0.07
-"""Share of a bar that a number fits into."""
+"""Smallest share of a bar that a number fits into."""
 
 
 def attention_mass_figure(reports: Sequence[ArtifactReport]) -> Figure:
-    """Shares of the attention of class tokens and registers that go to each kind of token, above the share of tokens
-    that are of this kind: where a bar differs from the first one, attention prefers some tokens."""
+    """Shares of the attention of class tokens and registers that go to each kind of token, below a bar of how many
+    tokens are of each kind: where a bar differs from that one, attention prefers some tokens."""
     most = max(len(report.attention) for report in reports)
     figure, axes = panels(
         reports, title="What class token and registers attend to", height=1.5 + 0.28 * most, share="x"
@@ -35,14 +35,13 @@ def attention_mass_figure(reports: Sequence[ArtifactReport]) -> Figure:
         rows = [token_shares(report), *report.attention]
         for place, row in enumerate(rows):
             left = 0.0
-            for share, colour in ((getattr(row, name), colour) for name, colour, _ in TARGETS):
+            for name, colour, _ in TARGETS:
+                share = getattr(row, name)
                 axis.barh(place, share, left=left, height=0.78, color=colour, alpha=0.55 if place == 0 else 1)
                 if share > READABLE_SHARE:
-                    light = colour in (NORMAL, OUTLIER, CLASS) and place
-                    said = f"{100 * share:.0f} %"
-                    axis.text(
-                        left + share / 2, place, said, ha="center", va="center", fontsize=7, color="w" if light else "k"
-                    )
+                    ink = "black" if place == 0 or colour == REGISTER else "white"
+                    middle, said = left + share / 2, f"{100 * share:.0f} %"
+                    axis.text(middle, place, said, ha="center", va="center", fontsize=7, color=ink)
                 left += share
         axis.spines["left"].set_visible(False)
         axis.axhline(0.5, color="black", linewidth=0.8)
@@ -72,15 +71,15 @@ def token_shares(report: ArtifactReport) -> AttentionMass:
 def attention_figure(examples: Sequence[Example], *, heads: bool = False) -> Figure:
     """Draw, per image, what the class token and each register attend to, as a mean over heads.
 
-    Every map has its own colour scale, from the smallest to the largest share of attention, which stand below it.
+    Every map has its own colour scale, from the smallest to the largest share of attention, given below it.
 
     Args:
         examples: One per image.
-        heads: Also draw the attention of the class token head by head; of the first register where there is no class
-            token. Heads are counted from 1.
+        heads: Also draw the attention of the class token head by head, or that of the first register if there is no
+            class token. Heads are counted from 1.
 
     Raises:
-        DataError: There is no class token and no register.
+        DataError: There is neither a class token nor a register.
 
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figures 1 and 9.
     """
@@ -89,23 +88,25 @@ def attention_figure(examples: Sequence[Example], *, heads: bool = False) -> Fig
 
 def attention_maps_of(example: Example) -> list[Map]:
     """Attention of class token and registers, mean over heads."""
-    maps = [] if example.class_attention is None else [Map(title="class token", values=example.class_attention.mean(0))]
-    registers = enumerate(example.register_attention, start=1)
-    return maps + [Map(title=f"register {number}", values=attention.mean(0)) for number, attention in registers]
+    maps = []
+    if example.class_attention is not None:
+        maps.append(Map(title="class token", values=example.class_attention.mean(0)))
+    for number, attention in enumerate(example.register_attention, start=1):
+        maps.append(Map(title=f"register {number}", values=attention.mean(0)))
+    return maps
 
 
 def _attention_lines(example: Example, heads: bool) -> list[list[Map]]:
     maps = attention_maps_of(example)
     if not maps:
         raise DataError(
-            "the model has neither class token nor registers, so there is no attention of theirs to draw; "
-            "choose a model that has either."
+            "the model has neither class token nor registers, so there is no attention to draw; "
+            "choose a model that has one of them."
         )
     lines = [[Map(title="input", values=example.image), *maps]]
     if heads:
-        by_head = example.register_attention[0] if example.class_attention is None else example.class_attention
-        name = "register 1" if example.class_attention is None else "class"
-        lines.append(
-            [Map(title=f"{name}, head {number}", values=values) for number, values in enumerate(by_head, start=1)]
-        )
+        name, by_head = "class", example.class_attention
+        if by_head is None:
+            name, by_head = "register 1", example.register_attention[0]
+        lines.append([Map(title=f"{name}, head {i}", values=values) for i, values in enumerate(by_head, start=1)])
     return lines

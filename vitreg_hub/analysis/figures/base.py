@@ -1,4 +1,4 @@
-"""What all figures share: colours, panels side by side, axes that stay readable, and the PNG."""
+"""What the figures of an analysis share: panels side by side, legends, and colour maps."""
 
 import math
 import textwrap
@@ -47,11 +47,9 @@ def panels(
 def say(axis: Axes, sentence: str) -> None:
     """Put a sentence where there is nothing to draw."""
     axis.set_axis_off()
-    axis.text(0.5, 0.5, plain(wrapped(sentence, 36)), transform=axis.transAxes, ha="center", va="center", fontsize=9)
-
-
-def wrapped(text: str, width: int) -> str:
-    return textwrap.fill(text, width)
+    axis.text(
+        0.5, 0.5, plain(textwrap.fill(sentence, 36)), transform=axis.transAxes, ha="center", va="center", fontsize=9
+    )
 
 
 def legend(figure: Figure, handles: Sequence[Artist]) -> None:
@@ -70,5 +68,4 @@ def line(colour: str, label: str, style: Literal["-", "--", ":"] = "-") -> Line2
 
 def colour_map(*colours: str) -> Colormap:
     """Colours that flow into each other; white where there is no value."""
-    made = LinearSegmentedColormap.from_list("", colours)
-    return made.with_extremes(bad="white", under="white")
+    return LinearSegmentedColormap.from_list("", colours).with_extremes(bad="white", under="white")

@@ -1,4 +1,4 @@
-"""Figure that compares models or checkpoints: when, where and from which size on there are outliers."""
+"""The figure that compares models or checkpoints: when, where and from which size on outliers appear."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from vitreg_hub.analysis.figures.base import legend, line
-from vitreg_hub.analysis.results import QUANTILES, ArtifactReport
+from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import amount, names
 from vitreg_hub.plotting import NORMAL, OUTLIER, log_axis, percent_axis, plain, positive_limits, whole_numbers
 
@@ -16,15 +16,20 @@ NORM_LINES = ((0.5, NORMAL, "o", "median"), (0.99, "#888888", "s", "99 % quantil
 
 
 def comparison_figure(reports: Sequence[ArtifactReport]) -> Figure:
-    """Share of outliers, norms, and blocks with outliers, over training steps where all models tell theirs, else over
+    """Share of outliers, norms, and blocks with outliers: over training steps if every model has its own, else over
     models from the fewest parameters to the most.
 
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figures 4b and 4c.
     """
     steps = in_training(reports)
-    ordered = sorted(reports, key=lambda report: report.model.step or 0 if steps else report.model.num_params)
-    places = [report.model.step for report in ordered] if steps else list(range(len(ordered)))
-    chosen = [report.blocks[report.block] for report in ordered]
+    named = list(zip(reports, names(reports), strict=True))
+    if steps:
+        named.sort(key=lambda pair: pair[0].model.step or 0)
+        places = [report.model.step for report, _ in named]
+    else:
+        named.sort(key=lambda pair: pair[0].model.num_params)
+        places = list(range(len(named)))
+    chosen = [report.chosen for report, _ in named]
     figure = Figure(figsize=(10.8, 3.9) if steps else (max(10.8, 0.8 * len(reports)), 4.8), layout="constrained")
     figure.suptitle("When outliers appear" if steps else "In which models outliers appear", fontsize=12)
     shares, norms, depths = figure.subplots(1, 3)
@@ -38,21 +43,21 @@ def comparison_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
     shown = []
     for quantile, colour, marker, label in NORM_LINES:
-        values = [block.quantiles[QUANTILES.index(quantile)] for block in chosen]
+        values = [block.quantile(quantile) for block in chosen]
         shown += norms.plot(places, values, marker, color=colour, label=f"norm: {label}", **style)
     low, high = positive_limits([value for line in shown for value in line.get_ydata()])
     norms.set(title="Norms of the patch tokens", ylabel="norm", yscale="log", ylim=(low, high))
     log_axis(norms.yaxis, low, high)
 
-    for place, report in zip(places, ordered, strict=True):
-        found = np.array(report.outlier_fraction) > 0
-        blocks = np.arange(len(found))
-        depths.plot([place] * len(found), blocks, "_", color="#bbbbbb", markersize=9, markeredgewidth=1)
-        depths.plot([place] * found.sum(), blocks[found], "s", color=OUTLIER, markersize=5, gid="with outliers")
+    for place, (report, _) in zip(places, named, strict=True):
+        found = np.flatnonzero(report.outlier_fraction)
+        depth = len(report.blocks)
+        depths.plot(np.full(depth, place), range(depth), "_", color="#bbbbbb", markersize=9, markeredgewidth=1)
+        depths.plot(np.full(len(found), place), found, "s", color=OUTLIER, markersize=5, gid="with outliers")
     depths.set(title="Blocks with outliers", ylabel="block (the first is 0)")
     whole_numbers(depths.yaxis)
 
-    labels = [f"{plain(name)}  {amount(report.model.num_params)}" for name, report in _named(reports, ordered)]
+    labels = [f"{plain(name)}  {amount(report.model.num_params)}" for report, name in named]
     for axis in (shares, norms, depths):
         axis.title.set_fontsize(10)
         axis.tick_params(labelsize=8)
@@ -73,11 +78,6 @@ def comparison_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 
 def in_training(reports: Sequence[ArtifactReport]) -> bool:
-    """Whether the models are checkpoints of one run: all tell their training step, each another one."""
+    """Whether the models are checkpoints of one run: each has a training step of its own."""
     steps = {report.model.step for report in reports}
     return None not in steps and len(steps) == len(reports)
-
-
-def _named(reports: Sequence[ArtifactReport], ordered: Sequence[ArtifactReport]) -> list[tuple[str, ArtifactReport]]:
-    by_identity = {id(report): name for report, name in zip(reports, names(reports), strict=True)}
-    return [(by_identity[id(report)], report) for report in ordered]

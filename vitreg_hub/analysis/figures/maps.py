@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from vitreg_hub.plotting import OUTLIER, number
 
 COLUMNS = 8
-"""Most pictures in a line; more go on in the next one."""
+"""Most pictures in a line; further ones continue in the next."""
 WIDTH = 1.35
 """Of a picture, in inches."""
 
@@ -21,10 +21,10 @@ class Map:
     """One small picture.
 
     Attributes:
-        title: Stands above it.
-        values: [rows, columns] numbers, whose range stands below it, or [height, width, 3] colours in [0, 1].
+        title: Text above it.
+        values: [rows, columns] numbers, whose range is given below it, or [height, width, 3] colours in [0, 1].
         outlined: [rows, columns] bool, places with a line around them.
-        limits: Numbers that are darkest and brightest; by default the smallest and the largest of `values`.
+        limits: Values of the darkest and the brightest colour; by default the smallest and the largest of `values`.
     """
 
     title: str
@@ -34,9 +34,9 @@ class Map:
 
 
 def draw_maps(images: Sequence[Sequence[Sequence[Map]]], *, title: str) -> Figure:
-    """Draw, per image, lines of pictures; lines that are too long go on below.
+    """Draw lines of pictures for each image; long lines continue below.
 
-    Titles stand above the pictures of the first image, or above all where those of one image fill several lines.
+    Only the pictures of the first image have titles, or all pictures if those of an image fill several lines.
     """
     wrapped = [
         [list(line[start : start + COLUMNS]) for line in lines for start in range(0, len(line), COLUMNS)]

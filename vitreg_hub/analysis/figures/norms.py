@@ -1,6 +1,7 @@
 """Figures of token norms and of how many tokens are outliers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -10,7 +11,7 @@ from matplotlib.patheffects import withStroke
 
 from vitreg_hub.analysis.figures.base import colour_map, legend, line, panels, patch, say
 from vitreg_hub.analysis.meters.histogram import EDGES, edges
-from vitreg_hub.analysis.results import QUANTILES, ArtifactReport, NormHistogram
+from vitreg_hub.analysis.results import ArtifactReport, NormHistogram
 from vitreg_hub.analysis.wording import percent
 from vitreg_hub.plotting import (
     CLASS,
@@ -25,7 +26,7 @@ from vitreg_hub.plotting import (
 )
 
 MERGED_BINS = 8
-"""Bins of a histogram that make one of a figure, which is 9 % wide."""
+"""Bins of a histogram that make one bin of a figure, which is 9 % wide."""
 NORM = "norm of the token"
 BLOCK = "block (the first is 0)"
 
@@ -50,12 +51,11 @@ def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
         depth = len(report.blocks)
         axis.pcolormesh(np.arange(depth + 1) - 0.5, heights, share, norm=density, cmap=colours)
         blocks = range(depth)
-        for token_norms, colour in (
-            *((norms, REGISTER) for norms in zip(*(b.register_norms for b in report.blocks), strict=True)),
-            *((norms, CLASS) for norms in zip(*(b.class_norms for b in report.blocks), strict=True)),
-        ):
-            axis.plot(blocks, token_norms, color=colour, linewidth=1.8 if colour == CLASS else 1.2, marker=".")
-        medians = [block.quantiles[QUANTILES.index(0.5)] for block in report.blocks]
+        for norms in np.array([block.register_norms for block in report.blocks]).T:
+            axis.plot(blocks, norms, color=REGISTER, linewidth=1.2, marker=".")
+        for norms in np.array([block.class_norms for block in report.blocks]).T:
+            axis.plot(blocks, norms, color=CLASS, linewidth=1.8, marker=".")
+        medians = [block.quantile(0.5) for block in report.blocks]
         axis.plot(blocks, medians, color=NORMAL, linewidth=2, path_effects=halo, gid="median")
         with_cutoff = [(i, b.cutoff.value) for i, b in enumerate(report.blocks) if b.cutoff.value is not None]
         if with_cutoff:
@@ -80,32 +80,30 @@ def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 
 def norm_distribution_figure(reports: Sequence[ArtifactReport]) -> Figure:
-    """How the norms of patch tokens are distributed in the block that is looked at, and the cutoff.
+    """How the norms of patch tokens are distributed in the chosen block, and the cutoff.
 
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 3.
     """
     figure, axes = panels(reports, title="Distribution of the norms of the patch tokens")
     spans = []
     for axis, report in zip(axes, reports, strict=True):
-        block = report.blocks[report.block]
-        cutoff = block.cutoff.value
+        block, cutoff = report.chosen, report.chosen.cutoff.value
         normal, outlier = _split(block.histogram, cutoff)
         (start, below), (_, above) = _merged(normal), _merged(outlier)
         at = EDGES[start * MERGED_BINS : (start + len(below)) * MERGED_BINS + 1 : MERGED_BINS]
         spans += [at[0], at[-1]]
         axis.bar(at[:-1], below, np.diff(at), align="edge", color=NORMAL)
         axis.bar(at[:-1], above, np.diff(at), bottom=below, align="edge", color=OUTLIER)
-        share = block.outlier_fraction
+        said = percent(block.outlier_fraction) if block.outlier_fraction else "no outliers"
         if cutoff is not None:
             axis.axvline(cutoff, color=OUTLIER, linestyle="--", linewidth=1.2)
             spans.append(cutoff)
-        above_it = "" if cutoff is None else f" above {number(cutoff)}"
-        said = (percent(share) if share else "no outliers") + above_it
+            said += f" above {number(cutoff)}"
         axis.text(0.98, 0.97, said, transform=axis.transAxes, ha="right", va="top", fontsize=9, color="black")
         axis.set(xlabel=f"{NORM} after block {report.block}", ylabel="number of patch tokens")
         axis.set(xscale="log", yscale="log")
     low, high = positive_limits(spans)
-    most = max(max(report.blocks[report.block].histogram.counts, default=1) for report in reports)
+    most = max(max(report.chosen.histogram.counts, default=1) for report in reports)
     axes[0].set(xlim=(low, high), ylim=(0.7, most * MERGED_BINS * 3))
     log_axis(axes[0].xaxis, low, high)
     log_axis(axes[0].yaxis, 0.7, most * MERGED_BINS * 3)
@@ -130,7 +128,7 @@ def outlier_share_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 
 def _merged(histogram: NormHistogram) -> tuple[int, np.ndarray]:
-    """The same counts in bins that are `MERGED_BINS` times wider: index of the first one, and counts."""
+    """The counts in bins that are `MERGED_BINS` times wider: the index of the first bin, and the counts."""
     start, lead = divmod(histogram.first_bin, MERGED_BINS)
     tail = -(lead + len(histogram.counts)) % MERGED_BINS
     return start, np.pad(np.array(histogram.counts, dtype=int), (lead, tail)).reshape(-1, MERGED_BINS).sum(axis=1)
@@ -145,8 +143,5 @@ def _split(histogram: NormHistogram, cutoff: float | None) -> tuple[NormHistogra
     """Counts below and above a cutoff; the bin that holds it goes where its middle is."""
     counts, at = np.array(histogram.counts, dtype=int), edges(histogram)
     above = np.sqrt(at[:-1] * at[1:]) > (np.inf if cutoff is None else cutoff)
-    below, beyond = (
-        NormHistogram(first_bin=histogram.first_bin, counts=tuple(np.where(side, counts, 0).tolist()))
-        for side in (~above, above)
-    )
-    return below, beyond
+    low, high = (tuple(np.where(side, counts, 0).tolist()) for side in (~above, above))
+    return replace(histogram, counts=low), replace(histogram, counts=high)

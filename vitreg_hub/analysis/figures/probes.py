@@ -1,19 +1,19 @@
-"""Figures of what patches look like and of what linear probes read from their tokens."""
+"""Figures of how similar patches are, and of what linear probes find out from their tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from vitreg_hub.analysis.figures.base import legend, line, panels, patch, say
-from vitreg_hub.analysis.results import ArtifactReport, LocalProbe
+from vitreg_hub.analysis.results import ArtifactReport, LocalInformation, Redundancy
 from vitreg_hub.analysis.wording import names, percent
 from vitreg_hub.plotting import CHANCE, CLASS, NORMAL, OUTLIER, REGISTER, number, percent_axis, plain
 
 CURVE_POINTS = 40
-"""About as many bins as a density shows; there may be few outliers to fill them."""
-GROUPS = (("normal", NORMAL), ("outlier", OUTLIER))
+"""About how many bins a density has; there may be few outliers to fill them."""
+COLOURS = {"normal": NORMAL, "outlier": OUTLIER}
 LOCAL_MEASURES = (
     ("Place found exactly", "share of tokens (higher is better)", "position_accuracy", "chance_accuracy"),
     ("Distance to the true place", "patches (lower is better)", "position_distance", "chance_distance"),
@@ -22,27 +22,22 @@ LOCAL_MEASURES = (
 
 
 def redundancy_figure(reports: Sequence[ArtifactReport]) -> Figure:
-    """Densities of the likeness of patches to their neighbours, of normal patches and of those that become outliers.
+    """Densities of the similarity of patches to their neighbours, for normal patches and those that become outliers.
 
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 5a.
     """
-    figure, axes = panels(reports, title="How much patches are like their neighbours")
-    groups = [g for r in reports for g in (r.redundancy.normal, r.redundancy.outlier) if g is not None]
-    lowest = min(2 * np.flatnonzero(group.counts)[0] / len(group.counts) - 1 for group in groups)
-    for axis, report in zip(axes, reports, strict=True):
-        drawn = 0
-        for name, colour in GROUPS:
-            group = getattr(report.redundancy, name)
-            if group is None:
-                continue
-            at, density = _density(group.counts, lowest)
-            axis.stairs(density, at, color=colour, fill=True, alpha=0.35)
-            axis.stairs(density, at, color=colour, linewidth=1.6)
-            axis.axvline(group.mean, color=colour, linestyle=":", linewidth=1.6)
-            drawn += 1
-        if not drawn:
+    figure, axes = panels(reports, title="How similar patches are to their neighbours")
+    measured = [_measured(report.redundancy) for report in reports]
+    lowest = min(2 * np.flatnonzero(g.counts)[0] / len(g.counts) - 1 for groups in measured for g in groups.values())
+    for axis, groups in zip(axes, measured, strict=True):
+        if not groups:
             say(axis, "Neighbours of patches were not compared.")
             continue
+        for name, group in groups.items():
+            at, density = _density(group.counts, lowest)
+            axis.stairs(density, at, color=COLOURS[name], fill=True, alpha=0.35)
+            axis.stairs(density, at, color=COLOURS[name], linewidth=1.6)
+            axis.axvline(group.mean, color=COLOURS[name], linestyle=":", linewidth=1.6)
         axis.set(xlabel="mean cosine similarity to the neighbours", ylabel="density of patches", xlim=(lowest, 1.0))
     shown = [patch(NORMAL, "normal patches")]
     if any(report.redundancy.outlier for report in reports):
@@ -52,25 +47,25 @@ def redundancy_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 
 def local_information_figure(reports: Sequence[ArtifactReport]) -> Figure:
-    """What linear probes read from a token about its own place and pixels, of normal tokens and of outliers."""
+    """What linear probes find out from a token about its own place and pixels, for normal tokens and for outliers."""
     figure = Figure(figsize=(10.8, 2.0 + 0.55 * len(reports)), layout="constrained")
     figure.suptitle("What a single patch token says about its own place and pixels", fontsize=12)
     axes = figure.subplots(1, len(LOCAL_MEASURES), sharey=True)
+    measured = [_measured(report.local_information) for report in reports]
     for axis, (title, unit, value, chance) in zip(axes, LOCAL_MEASURES, strict=True):
         say_number = percent if value == "position_accuracy" else number
-        most = max(getattr(probe, name) for probe in _local_probes(reports) for name in (value, chance)) or 1.0
-        for place, report in enumerate(reports):
-            for offset, (group, colour) in zip((-0.2, 0.2), GROUPS, strict=True):
-                probe = getattr(report.local_information, group)
-                if probe is None:
-                    axis.text(0, place + offset, " not measured", va="center", fontsize=7, color="#555555")
+        found = [getattr(probe, name) for probes in measured for probe in probes.values() for name in (value, chance)]
+        most = max(found) or 1.0
+        for row, probes in enumerate(measured):
+            for place, group in ((row - 0.2, "normal"), (row + 0.2, "outlier")):
+                if group not in probes:
+                    axis.text(0, place, " not measured", va="center", fontsize=7, color="#555555")
                     continue
-                (bar,) = bars = axis.barh(place + offset, getattr(probe, value), height=0.36, color=colour)
-                marks = axis.vlines(getattr(probe, chance), *_span(bar), color=CHANCE, linewidth=2.2)
-                inside = bar.get_width() > 0.5 * most
-                how = {"label_type": "center", "color": "white"} if inside else {"padding": 4}
-                axis.bar_label(bars, [say_number(bar.get_width())], fontsize=8, **how)
-                marks.set_gid("chance")
+                width, by_chance = getattr(probes[group], value), getattr(probes[group], chance)
+                bars = axis.barh(place, width, height=0.36, color=COLOURS[group])
+                axis.vlines(by_chance, place - 0.18, place + 0.18, color=CHANCE, linewidth=2.2, gid="chance")
+                how = {"label_type": "center", "color": "white"} if width > 0.5 * most else {"padding": 4}
+                axis.bar_label(bars, [say_number(width)], fontsize=8, **how)
         axis.set_title(title, fontsize=10)
         axis.set(xlabel=unit, xlim=(0, 1.12 * most), ylim=(len(reports) - 0.45, -0.55))
         axis.set_yticks(range(len(reports)), [plain(name) for name in names(reports)], fontsize=8)
@@ -111,24 +106,21 @@ def global_information_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 def token_colour(token: str) -> str:
     """The colour of a kind of token, by the token's name in a report."""
-    kinds = {"class": CLASS, "register": REGISTER, "outlier": OUTLIER}
-    return next((colour for kind, colour in kinds.items() if token.startswith(kind)), NORMAL)
+    kind = token.partition(" ")[0]
+    return {"class": CLASS, "register": REGISTER, "outlier": OUTLIER}.get(kind, NORMAL)
 
 
 def _density(counts: Sequence[int], lowest: float) -> tuple[np.ndarray, np.ndarray]:
     """Edges in [-1, 1] and a density that integrates to 1, in about `CURVE_POINTS` bins above the lowest similarity."""
     shown = len(counts) * (1 - lowest) / 2
     merged = max(1, int(shown // CURVE_POINTS))
-    # Full bins end at 1, where similarities crowd; what does not fill a bin is at -1.
+    # Bins are full from 1 down, where most similarities are; what does not fill a bin is at -1.
     padded = np.pad(np.array(counts, dtype=float), (-len(counts) % merged, 0)).reshape(-1, merged).sum(axis=1)
     width = 2 * merged / len(counts)
     return 1 - width * np.arange(len(padded), -1, -1), padded / (padded.sum() * width)
 
 
-def _local_probes(reports: Sequence[ArtifactReport]) -> list[LocalProbe]:
-    groups = [group for r in reports for group in (r.local_information.normal, r.local_information.outlier)]
-    return [probe for probe in groups if probe is not None]
-
-
-def _span(bar: Rectangle) -> tuple[float, float]:
-    return bar.get_y(), bar.get_y() + bar.get_height()
+def _measured(result: Redundancy | LocalInformation) -> dict[str, Any]:
+    """What was measured in each group of patches."""
+    groups = {"normal": result.normal, "outlier": result.outlier}
+    return {name: group for name, group in groups.items() if group is not None}

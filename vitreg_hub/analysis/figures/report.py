@@ -29,7 +29,7 @@ class ReportFigure:
     Attributes:
         section: Key of the section that it belongs to (`tables.py`).
         name: Of its file, without the ending; lower case letters, digits and underscores.
-        alt: What it shows, for those who cannot see it.
+        alt: What it shows, for readers who cannot see it.
         caption: How to read it.
         png: The file.
     """
@@ -75,7 +75,7 @@ def report_figures(
         add("global", "global_information", GLOBAL, global_information_figure(reports))
     if any(report.attention for report in reports):
         add("attention", "attention_mass", ATTENTION, attention_mass_figure(reports))
-    for index, (name, shown) in enumerate(zip(names(reports), examples, strict=bool(examples)), start=1):
+    for index, (name, shown) in enumerate(zip(names(reports), examples, strict=False), start=1):
         if shown:
             add("examples", f"examples_{index}", EXAMPLES, examples_figure(shown, name=name), of=f"{len(shown)} images")
     return tuple(drawn)
@@ -85,7 +85,7 @@ def token_figure(vit: nn.Module, images: Tensor, *, file: str | Path) -> Path:
     """Draw, per image, the input, the norms of its patch tokens and what the class token and the registers attend to.
 
     Norms are those after the last block, before the final norm; attention is that of the last block, mean over heads.
-    Every map has its own colour scale, from the smallest to the largest value that stand below it.
+    Every map has its own colour scale, from its smallest to its largest value, given below it.
 
     Args:
         vit: A ViT of timm or transformers.
@@ -128,7 +128,7 @@ LOCATIONS = (
 )
 OUTLIERS_PER_IMAGE = "How many images have how many outliers."
 REDUNDANCY = (
-    "How alike patches are to their neighbours before the first block; 1 means the same direction. If outliers lie "
+    "How similar patches are to their neighbours before the first block; 1 means the same direction. If outliers lie "
     "further right than normal patches, the model makes outliers of patches that add nothing to their neighbours. "
     "Dotted lines are means."
 )

@@ -1,4 +1,4 @@
-"""Local information: what linear probes read from a patch token about its own place and pixels."""
+"""Local information: what linear probes find out from a patch token about its own place and pixels."""
 
 import warnings
 from dataclasses import dataclass

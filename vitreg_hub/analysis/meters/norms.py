@@ -1,4 +1,4 @@
-"""Norms of all tokens after every block: the first pass, which tells whether there are outliers."""
+"""Norms of all tokens after every block: the first pass, which shows whether there are outliers."""
 
 import math
 

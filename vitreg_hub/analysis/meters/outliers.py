@@ -62,21 +62,21 @@ def find_cutoff(
     fits = deep & apart & (share >= SHARES[0]) & (share <= SHARES[1])
     if not fits.any():
         return Cutoff(value=None, source="none", why="the norms have one mode")
+    checks = []
     if image_peaks is not None:
         patches = np.cumsum(image_peaks[::-1])[::-1][1:] * patches_per_image  # of the images with any norm above
-        rejected, fits = fits, fits & (number_up <= SHARES[1] * patches)
-        if not fits.any():
-            above = EDGES[_middle_of_lowest(valley, rejected) + 1]
-            why = f"the norms have a second mode above {above:.3g}, but it fills large parts of few images"
-            return Cutoff(value=None, source="none", why=why)
+        checks.append((number_up <= SHARES[1] * patches, "it fills large parts of few images"))
     if input_logs is not None:
         before_low = np.cumsum(input_logs)[:-1] / np.maximum(number_low, 1)
         before_up = np.cumsum(input_logs[::-1])[::-1][1:] / np.maximum(number_up, 1)
-        rejected, fits = fits, fits & (before_up - before_low < MAX_INPUT_SHARE * distance)
-        if not fits.any():
-            above = EDGES[_middle_of_lowest(valley, rejected) + 1]
-            why = f"the norms have a second mode above {above:.3g}, but it is there before the first block already"
+        made_inside = before_up - before_low < MAX_INPUT_SHARE * distance
+        checks.append((made_inside, "it is there before the first block already"))
+    for holds, objection in checks:
+        if not (fits & holds).any():
+            above = EDGES[_middle_of_lowest(valley, fits) + 1]
+            why = f"the norms have a second mode above {above:.3g}, but {objection}"
             return Cutoff(value=None, source="none", why=why)
+        fits = fits & holds
     at = _middle_of_lowest(valley, fits)
     return Cutoff(
         value=float(EDGES[at + 1]),

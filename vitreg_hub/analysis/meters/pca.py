@@ -7,16 +7,16 @@ from torch import Tensor
 from vitreg_hub.errors import DataError
 
 QUANTILES = (0.01, 0.99)
-"""Shares of the patches that are fully dark and below fully bright, so that single outliers do not flatten the rest."""
+"""Shares of the patches below full darkness and full brightness, so that single outliers do not flatten the rest."""
 SMALLEST_VARIANCE = 1e-12
-"""Against the first component; what varies less is rounding of float32."""
+"""Relative to the first component; what varies less is float32 rounding."""
 
 
 def pca_maps(patches: Tensor, grid: tuple[int, int]) -> np.ndarray:
     """Show each patch by the first three principal components of its token, as red, green and blue.
 
     One decomposition is fitted to the patches of all images together, after subtracting their mean; thus equal colours
-    mean like tokens, also in different images. Each component is scaled on its own: its 1 % quantile becomes 0, its
+    mean similar tokens, also in different images. Each component is scaled on its own: its 1 % quantile becomes 0, its
     99 % quantile 1, and what lies outside is clipped. Its sign makes its largest loading positive. A component in which
     the tokens do not differ is 0.5 everywhere.
 

@@ -40,7 +40,7 @@ def is_test(indices: Tensor) -> Tensor:
 
 
 class Sample:
-    """The items of smallest priority among all that were ever added, in whatever order and portions.
+    """The items of smallest priority among all that were ever added, in any order and any portions.
 
     With priorities that are hashes of what an item is, this is a uniform sample without replacement that does not
     depend on batches or processes. At most twice `size` items are held at any time.

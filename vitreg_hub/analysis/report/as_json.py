@@ -32,13 +32,13 @@ def load_reports(file: str | Path) -> tuple[ArtifactReport, ...]:
     """Read a report.json.
 
     Raises:
-        DataError: It is not one, or of another version.
+        DataError: It is not one, or has another version.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         form, reports = content["form"], content["reports"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is no report of `vitreg analyze` ({error}): give its report.json.") from error
+        raise DataError(f"{file} is not a report of `vitreg analyze` ({error}): give its report.json.") from error
     if form != FORM:
         raise DataError(f"{file} has form {form!r}, this reads form {FORM}: analyze the models again.")
     return read(tuple[ArtifactReport, ...], reports, called=f"{file}: reports", error=DataError, unknown="ignore")

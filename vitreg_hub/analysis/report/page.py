@@ -22,7 +22,7 @@ INTRODUCTION = (
 )
 SOURCE = (
     "“The paper” is Darcet, Oquab, Mairal and Bojanowski, “Vision Transformers Need Registers”, ICLR 2024; what is "
-    "said of it is about its models, and need not be so for those below."
+    "said of it is about its models and need not hold for those below."
 )
 CSS_PIXELS_PER_INCH = 96
 STYLE = """
@@ -139,20 +139,12 @@ def _list(sentences: Iterable[str]) -> str:
 
 def _about(reports: Sequence[ArtifactReport]) -> str:
     named = list(zip(names(reports), reports, strict=True))
-    images = Table(
-        title="Images",
-        head=("model", "images", "number", "pixels", "preprocessing"),
-        rows=tuple(
-            (
-                name,
-                r.images.name,
-                f"{r.images.num_images:,}",
-                " x ".join(map(str, r.images.size)),
-                r.images.preprocessing,
-            )
-            for name, r in named
-        ),
-    )
+    rows = []
+    for name, report in named:
+        seen = report.images
+        size = f"{seen.size[0]} x {seen.size[1]}"
+        rows.append((name, seen.name, f"{seen.num_images:,}", size, seen.preprocessing))
+    images = Table(title="Images", head=("model", "images", "number", "pixels", "preprocessing"), rows=tuple(rows))
     by_note: dict[str, list[str]] = {}
     for name, report in named:
         for note in report.notes:

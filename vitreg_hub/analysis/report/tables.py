@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from vitreg_hub.analysis.results import QUANTILES, ArtifactReport, LocalProbe, Similarities
+from vitreg_hub.analysis.results import QUANTILES, ArtifactReport, Similarities
 from vitreg_hub.analysis.wording import amount, names, percent
 from vitreg_hub.plotting import number
 
@@ -16,7 +16,7 @@ class Table:
         title: What the numbers are.
         head: One entry per column.
         rows: The first entry of each names it.
-        folded: Long, thus shown only on demand.
+        folded: Whether it is long and shown only on demand.
     """
 
     title: str
@@ -30,9 +30,9 @@ class Section:
     """One thing that was measured.
 
     Attributes:
-        key: Under which figures belong to it.
+        key: What its figures refer to it by.
         title: Heading.
-        meaning: In one sentence, for someone who has not read the paper.
+        meaning: In one sentence, for readers who do not know the paper.
         definition: How it is measured.
         tables: The numbers.
         remarks: Why something is missing.
@@ -56,24 +56,25 @@ def summary(reports: Sequence[ArtifactReport]) -> Table:
         ("grid of patches", lambda r: " x ".join(map(str, r.images.grid))),
         ("class tokens", lambda r: str(r.model.num_class_tokens)),
         ("registers", lambda r: str(r.model.num_registers)),
-        ("training step", lambda r: "-" if r.model.step is None else f"{r.model.step:,}"),
-        ("block looked at", lambda r: str(r.block)),
+        ("training step", lambda r: _or("-", r.model.step)),
+        ("chosen block", lambda r: str(r.block)),
         ("share of outliers in that block", lambda r: percent(r.outlier_fraction[r.block])),
-        ("cutoff in that block", lambda r: number(r.cutoff[r.block])),
-        ("largest norm in that block", lambda r: number(r.blocks[r.block].quantiles[-1])),
-        ("median norm in that block", lambda r: number(r.blocks[r.block].quantiles[QUANTILES.index(0.5)])),
-        (
-            "first block with outliers",
-            lambda r: "none" if r.first_outlier_block is None else str(r.first_outlier_block),
-        ),
+        ("cutoff in that block", lambda r: number(r.chosen.cutoff.value)),
+        ("largest norm in that block", lambda r: number(r.chosen.quantile(1.0))),
+        ("median norm in that block", lambda r: number(r.chosen.quantile(0.5))),
+        ("first block with outliers", lambda r: _or("none", r.first_outlier_block)),
     )
     rows = [(name, *(read(report) for report in reports)) for name, read in facts]
     known = tuple(row for row in rows if set(row[1:]) != {"-"})
     return Table(title="Models side by side", head=("", *names(reports)), rows=known)
 
 
+def _or(otherwise: str, value: int | None) -> str:
+    return otherwise if value is None else f"{value:,}"
+
+
 def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
-    """Everything that was measured, in the order in which it is told."""
+    """Everything that was measured, in the order of the page."""
     named = tuple(zip(names(reports), reports, strict=True))
     made = (
         Section(
@@ -89,8 +90,8 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             meaning="Outliers are patch tokens whose vectors are several times longer than those around them.",
             definition="L2 norm over channels of each patch token after a block, before the final norm. The cutoff is "
             "given, or found: the bottom of the valley between two modes of the logarithms of the norms, if there are "
-            "two that are well apart; otherwise there are no outliers. Nor are there where the upper mode fills large "
-            "parts of images or is there before the first block: then it comes from the images. Blocks are counted "
+            "two that are well apart; otherwise there are no outliers. Nor are there any where the upper mode fills "
+            "large parts of images or exists before the first block: then it comes from the images. Blocks are counted "
             "from 0.",
             tables=(_cutoffs(named), *(_norms_by_block(name, report) for name, report in named)),
         ),
@@ -100,7 +101,7 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             meaning="Outliers that follow the image sit elsewhere in each one; those that follow the grid of "
             "positions sit in the same places.",
             definition="Share of the images in which the patch at a place is an outlier, and number of outliers per "
-            "image, in the block that is looked at.",
+            "image, in the chosen block.",
             tables=_some(_places(named)),
         ),
         Section(
@@ -108,8 +109,8 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             title="Redundancy",
             meaning="In the paper, patches that look like their neighbours become outliers: little is lost there.",
             definition="Mean cosine similarity of a patch to its up to four neighbours right after the patch "
-            "embedding, before positions are added; patches are called outliers by their norm in the block that is "
-            "looked at.",
+            "embedding, before positions are added; patches are called outliers by their norm in the chosen "
+            "block.",
             tables=_some(_redundancy(named)),
         ),
         Section(
@@ -137,8 +138,8 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             key="attention",
             title="Attention",
             meaning="Outliers and registers can attract far more attention than their number explains.",
-            definition="Share of the attention of a token that goes to each kind of token in the block that is looked "
-            "at, mean over heads and images.",
+            definition="Share of the attention of a token that goes to each kind of token in the chosen block, mean "
+            "over heads and images.",
             tables=_some(_attention(named)),
         ),
         Section(
@@ -146,8 +147,8 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             title="Single images",
             meaning="With outliers, maps of norms and attention show bright spots in empty places; without, the "
             "objects.",
-            definition="Maps of the block that is looked at; attention is the mean over heads. Principal components "
-            "are fitted to the tokens of all images of a model together.",
+            definition="Maps of the chosen block; attention is the mean over heads. Principal components are fitted "
+            "to the tokens of all images of a model together.",
             tables=(),
         ),
     )
@@ -169,20 +170,19 @@ def _cutoffs(named: Named) -> Table:
     head = ("model", "block", "cutoff", "how", "separation", "normal norm", "outlier norm", "share above", "why")
     rows = []
     for name, report in named:
-        block = report.blocks[report.block]
-        cut = block.cutoff
+        cut = report.chosen.cutoff
         norms = (number(cut.separation), number(cut.normal_norm), number(cut.outlier_norm))
-        share = percent(block.outlier_fraction)
+        share = percent(report.chosen.outlier_fraction)
         rows.append((name, str(report.block), number(cut.value), cut.source, *norms, share, cut.why))
     title = "The cutoff (separation: Ashman's D of the two modes; norms: at their centres)"
     return Table(title=title, head=head, rows=tuple(rows))
 
 
 def _norms_by_block(name: str, report: ArtifactReport) -> Table:
-    facts, blocks = report.model, report.blocks
-    head = ["block", *(_quantile(q) for q in QUANTILES), "cutoff", "outliers"]
-    head += ["class token", "class token 2"][: facts.num_class_tokens]
-    head += [f"register {i}" for i in range(1, facts.num_registers + 1)]
+    extremes = {0.0: "smallest", 0.5: "median", 1.0: "largest"}
+    head = ["block", *(extremes.get(share, percent(share)) for share in QUANTILES), "cutoff", "outliers"]
+    head += ["class token", "class token 2"][: report.model.num_class_tokens]
+    head += [f"register {i}" for i in range(1, report.model.num_registers + 1)]
     rows = tuple(
         (
             str(i),
@@ -191,18 +191,10 @@ def _norms_by_block(name: str, report: ArtifactReport) -> Table:
             percent(block.outlier_fraction),
             *(number(norm) for norm in (*block.class_norms, *block.register_norms)),
         )
-        for i, block in enumerate(blocks)
+        for i, block in enumerate(report.blocks)
     )
-    return Table(
-        title=f"{name}: norms by block (quantiles of patches, means of others)",
-        head=tuple(head),
-        rows=rows,
-        folded=True,
-    )
-
-
-def _quantile(share: float) -> str:
-    return {0.0: "smallest", 0.5: "median", 1.0: "largest"}.get(share, percent(share))
+    title = f"{name}: norms by block (quantiles of patches, means of others)"
+    return Table(title=title, head=tuple(head), rows=rows, folded=True)
 
 
 def _places(named: Named) -> Table:
@@ -216,14 +208,8 @@ def _places(named: Named) -> Table:
         never = sum(share == 0 for share in cells) / len(cells)
         with_any = 1 - counts[0] / images
         rows.append((name, percent(with_any), number(mean), str(len(counts) - 1), percent(max(cells)), percent(never)))
-    head = (
-        "model",
-        "images with any",
-        "mean per image",
-        "most in one image",
-        "most frequent place",
-        "places without any",
-    )
+    of_images = ("images with any", "mean per image", "most in one image")
+    head = ("model", *of_images, "most frequent place", "places without any")
     return Table(title="Outliers in images and places", head=head, rows=tuple(rows))
 
 
@@ -241,28 +227,27 @@ def _redundancy(named: Named) -> Table:
 
 
 def _local(named: Named) -> Table:
-    def row(name: str, group: str, probe: LocalProbe) -> tuple[str, ...]:
-        pairs = (
-            (percent, probe.position_accuracy, probe.chance_accuracy),
-            (number, probe.position_distance, probe.chance_distance),
-            (number, probe.pixel_error, probe.chance_error),
-        )
-        cells = (f"{say(value)} ({say(chance)})" for say, value, chance in pairs)
-        return name, group, *cells, f"{probe.num_train:,}", f"{probe.num_test:,}"
-
-    rows = tuple(
-        row(name, group, probe)
-        for name, report in named
-        for group, probe in (("normal", report.local_information.normal), ("outlier", report.local_information.outlier))
-        if probe is not None
-    )
+    rows = []
+    for name, report in named:
+        found = report.local_information
+        for group, probe in (("normal", found.normal), ("outlier", found.outlier)):
+            if probe is None:
+                continue
+            cells = (
+                f"{percent(probe.position_accuracy)} ({percent(probe.chance_accuracy)})",
+                f"{number(probe.position_distance)} ({number(probe.chance_distance)})",
+                f"{number(probe.pixel_error)} ({number(probe.chance_error)})",
+            )
+            rows.append((name, group, *cells, f"{probe.num_train:,}", f"{probe.num_test:,}"))
     head = ("model", "tokens", "place found", "distance in patches", "pixel error", "fitted to", "scored on")
-    return Table(title="Linear probes (in brackets: chance)", head=head, rows=rows)
+    return Table(title="Linear probes (in brackets: chance)", head=head, rows=tuple(rows))
 
 
 def _global(named: Named) -> Table:
-    tokens = list(dict.fromkeys(t.token for _, report in named for t in report.global_information.tokens))
     measured = [(name, report.global_information) for name, report in named if report.global_information.tokens]
+    if not measured:
+        return Table(title="Accuracy from one token", head=(), rows=())
+    tokens = dict.fromkeys(token.token for _, found in measured for token in found.tokens)  # each once, in order
     accuracy = [{t.token: percent(t.accuracy) for t in found.tokens} for _, found in measured]
     rows = [(token, *(by_token.get(token, "-") for by_token in accuracy)) for token in tokens]
     rows += [
@@ -271,8 +256,8 @@ def _global(named: Named) -> Table:
         ("images fitted to", *(f"{found.num_train:,}" for _, found in measured)),
         ("images scored on", *(f"{found.num_test:,}" for _, found in measured)),
     ]
-    title = "Accuracy from one token"
-    return Table(title=title, head=("token", *(name for name, _ in measured)), rows=tuple(rows) if measured else ())
+    head = ("token", *(name for name, _ in measured))
+    return Table(title="Accuracy from one token", head=head, rows=tuple(rows))
 
 
 def _attention(named: Named) -> Table:

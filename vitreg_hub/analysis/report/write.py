@@ -1,4 +1,4 @@
-"""What an analysis leaves on the disk: report.json, one PNG per figure, and a page that holds everything."""
+"""What an analysis writes: report.json, one PNG per figure, and a page that holds everything."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ REPORT_PAGE = "report.html"
 
 
 def write_report(reports: Sequence[ArtifactReport], out: str | Path) -> Path:
-    """Write the reports of one or more models, side by side, to a new folder, which appears complete or not at all.
+    """Write the reports of one or more models, side by side, to a new folder, which appears whole or not at all.
 
     Args:
         reports: In the order in which the models stand side by side.
@@ -62,11 +62,11 @@ def draw_attention(
         **options: See `Options`; `block` is the block whose attention is drawn, the last by default.
 
     Raises:
-        DataError: A file is no image, `out` is no PNG, or the model has neither class token nor registers.
+        DataError: A file is not an image, `out` is not a PNG, or the model has neither class token nor registers.
         BundleError: `out` exists or cannot be written.
     """
     if Path(out).suffix.lower() != ".png":
-        raise DataError(f"{out} is to be a PNG: give a name that ends in .png.")
+        raise DataError(f"the figure is a PNG, but {out} does not end in .png: give a name that does.")
     require_absent(Path(out))
     pictures = [_opened(file) for file in images]
     examples = token_examples(model, pictures, number=len(pictures), **options)
