@@ -26,7 +26,7 @@ from vitreg_hub.network.layout import unwrapped
 from vitreg_hub.remote.client import hub_errors
 
 UNKNOWN = "unknown"
-"""Preprocessing of a module that tells nothing about it."""
+"""Preprocessing of a module that does not say what it needs."""
 
 FITTED = {"center": "to cover", "border": "to fit into", "squash": "to"}
 """How timm's crop modes resize before they crop."""
@@ -34,14 +34,14 @@ FITTED = {"center": "to cover", "border": "to fit into", "squash": "to"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnyVit:
-    """A network that was opened, and what it needs to see an image.
+    """A network that was opened, and the preprocessing of its images.
 
     Attributes:
         name: As it was given, or the class of a module; says if the weights are untrained.
-        model: The network: of a name, in evaluation mode; a module as it was given.
+        model: The network; in evaluation mode, unless it was given as a module.
         transform: Makes a tensor [3, H, W] of an RGB image; None where it is unknown.
         preprocessing: The transform in words.
-        untrained: Whether the weights are random because the name asks for none.
+        untrained: Whether the weights are random, since the name asks for none.
     """
 
     name: str
@@ -57,14 +57,14 @@ class ProcessorTransform:
 
     Attributes:
         processor: The image processor.
-        overrides: Settings that it is called with.
+        overrides: Settings to call it with.
     """
 
     processor: Any  # each kind has settings of its own
     overrides: dict[str, Any]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """[3, H, W] of an RGB image."""
+        """Make a tensor [3, H, W] of an RGB image."""
         return self.processor(image, return_tensors="pt", **self.overrides).pixel_values[0]
 
 
@@ -83,9 +83,9 @@ def open_vit(
             (``vit_nano_reg4.digits``) for its weights. Without a tag, the weights are those that ship with this
             package, or else random and the same every time.
         device: Where a model by name is put, the CPU by default. A module stays where it is.
-        dtype: Of a model by name, float32 by default.
-        img_size: Side, or height and width, of the images in pixels, where it is not the native one. Positions are
-            resampled; models of transformers do so when they are called.
+        dtype: Number type of a model by name, float32 by default.
+        img_size: Side, or height and width, of the images in pixels, if not the native one. Positions are resampled;
+            models of transformers do so when they are called.
 
     Raises:
         UnknownArchError: No such architecture or tag.
@@ -151,14 +151,14 @@ def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, B
         if "model_type" not in config and "architecture" in config:
             return _create(name.given if name.repo_id else f"local-dir:{where}", size, pretrained=True), None
         config = AutoConfig.from_pretrained(where, revision=revision)
-        config = getattr(config, "vision_config", config)  # of CLIP and its like, the images' side only
+        config = getattr(config, "vision_config", config)  # of CLIP and the like, only the image side
         model = AutoModel.from_pretrained(where, revision=revision, config=config)
         return model, _processor(where, revision=revision)
 
 
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
-    """Turn what the libraries raise for a folder that holds no model of theirs into one sentence."""
+    """Turn what the libraries raise for a folder without a model of theirs into one sentence."""
     try:
         yield
     except VitregError:
@@ -173,16 +173,16 @@ def _load_errors(name: str) -> Iterator[None]:
 
 def _processor_of(model: nn.Module) -> BaseImageProcessor | None:
     """The image processor beside the weights of a module of transformers; None for one built from a configuration."""
-    source = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
-    if not source or hasattr(model, "timm_model"):
+    where = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
+    if not where or hasattr(model, "timm_model"):
         return None
-    return _processor(source)
+    return _processor(where)
 
 
-def _processor(source: str, *, revision: str | None = None) -> BaseImageProcessor | None:
+def _processor(where: str, *, revision: str | None = None) -> BaseImageProcessor | None:
     """The image processor that is stored beside weights, if there is one."""
     try:
-        return AutoImageProcessor.from_pretrained(source, revision=revision)
+        return AutoImageProcessor.from_pretrained(where, revision=revision)
     except (OSError, ValueError):
         return None
 
@@ -204,8 +204,8 @@ def _preprocessing(
     if size and patch_size:
         require_divisible(size, patch_size)
     if cfg := getattr(config, "pretrained_cfg", None) or getattr(network, "pretrained_cfg", None):
-        args = {"input_size": (3, *shape)} if (shape := size or native) else {}
-        config = resolve_data_config(args, pretrained_cfg=cfg)
+        size = size or native
+        config = resolve_data_config({"input_size": (3, *size)} if size else {}, pretrained_cfg=cfg)
         transform = create_transform(**config)
         return transform, _timm_words(config)  # pyright: ignore[reportReturnType]  # not asked for in parts
     if processor is None:
@@ -215,8 +215,8 @@ def _preprocessing(
 
 
 def _overrides(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Settings for another size of the images; what is cut off is the same share."""
-    exact = dict(zip(("height", "width"), size, strict=True))
+    """Settings for another size of the images, of which the same share is cut off."""
+    exact = {"height": size[0], "width": size[1]}
     if not processor.do_center_crop:
         return {"do_resize": True, "size": exact}
     crop, resized = processor.crop_size, dict(processor.size)
@@ -235,16 +235,16 @@ def _timm_words(config: dict[str, Any]) -> str:
 
 
 def _processor_words(settings: dict[str, Any]) -> str:
-    size, crop = dict(settings["size"]), settings["crop_size"]
-    resize = (
-        f"shorter side to {size['shortest_edge']}" if "shortest_edge" in size else "to {height}x{width}".format(**size)
-    )
-    return _words(
-        resize if settings["do_resize"] else None,
-        Image.Resampling(settings["resample"]).name.lower(),
-        (crop["height"], crop["width"]) if settings["do_center_crop"] else None,
-        *((settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else (None, None)),
-    )
+    resize = crop = mean = std = None
+    if settings["do_resize"]:
+        size = dict(settings["size"])
+        edge = size.get("shortest_edge")
+        resize = f"shorter side to {edge}" if edge else f"to {size['height']}x{size['width']}"
+    if settings["do_center_crop"]:
+        crop = (settings["crop_size"]["height"], settings["crop_size"]["width"])
+    if settings["do_normalize"]:
+        mean, std = settings["image_mean"], settings["image_std"]
+    return _words(resize, Image.Resampling(settings["resample"]).name.lower(), crop, mean, std)
 
 
 def _words(
@@ -254,8 +254,11 @@ def _words(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> str:
-    steps = [f"resize {resize} ({interpolation})"] if resize else []
-    steps += [f"crop {crop[0]}x{crop[1]} from the centre"] if crop else []
+    steps = []
+    if resize:
+        steps.append(f"resize {resize} ({interpolation})")
+    if crop:
+        steps.append(f"crop {crop[0]}x{crop[1]} from the centre")
     if mean and std:
         means, deviations = (", ".join(f"{value:.3g}" for value in values) for values in (mean, std))
         steps.append(f"mean ({means}), std ({deviations})")

@@ -1,6 +1,6 @@
 """What AutoConfig holds for timm's models until it reads or makes the first configuration of one.
 
-Only then are our classes and timm imported. Earlier would be too early: transformers imports its auto classes in the
+Only then are our classes and timm imported. Before that they cannot be: transformers imports its auto classes in the
 middle of modules that our classes need.
 """
 
@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 
 class LazyVitRegConfig(PreTrainedConfig):
-    """Stands for `VitRegConfig` and is never instantiated; importing `hf_models` puts the class itself in its place."""
+    """Stands in for `VitRegConfig` and is never instantiated; importing `hf_models` replaces it by the real class."""
 
     model_type = "timm_wrapper"
 

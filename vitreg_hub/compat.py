@@ -1,4 +1,4 @@
-"""Private parts of other libraries that this package relies on, each with the reason and the version it was seen in."""
+"""Private parts of other libraries that this package relies on, with the reason and the versions each was seen in."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Import one module right after another, whoever imports that one, whenever and however."""
+"""Import one module right after another, however and whenever that other one is imported."""
 
 import sys
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ def import_after(module: str, follower: str) -> None:
     """Import `follower` as soon as `module` has been imported: now, if it has been or is about to be.
 
     Args:
-        module: Dotted name of a module inside a package. An import of it returns when both are there, unless somebody
-            began with the follower.
+        module: Dotted name of a module inside a package. Its import returns when both are there, unless the import of
+            the follower began first.
         follower: Dotted name of the module to import, which may import `module` itself.
     """
     hook = _Hook(module, follower)
     sys.meta_path.insert(0, hook)
-    # The package and not the module is looked for: another thread that has found the module already, without this
-    # hook, may not have entered it into sys.modules yet.
+    # Look for the package, not the module: another thread that has already found the module, without this hook, may
+    # not have entered it into sys.modules yet.
     if module.rpartition(".")[0] in sys.modules:
         import_module(module.partition(".")[0])  # waits for a thread that is in the middle of the whole library
         hook.finish()
 
 
 class _Hook(MetaPathFinder):
-    """Finds the module as the other finders do, and has the follower imported behind it. Touches no other module."""
+    """Finds the module as the other finders do, and imports the follower after it. Leaves all other modules alone."""
 
     def __init__(self, module: str, follower: str) -> None:
         self.module, self.follower = module, follower
@@ -45,14 +45,14 @@ class _Hook(MetaPathFinder):
         return None
 
     def finish(self) -> None:
-        if self.follower not in sys.modules:  # else a thread that waits for this module may be importing it
+        if self.follower not in sys.modules:  # otherwise a thread that waits for this module may be importing it
             import_module(self.follower)
-        # In a new list, because other threads may be walking through the old one and would miss a finder.
+        # A new list, because other threads may be walking through the old one and would miss a finder.
         sys.meta_path = [f for f in sys.meta_path if not (isinstance(f, _Hook) and f.module == self.module)]
 
 
 class _Loader(Loader):
-    """Loads the module with its own loader, which is the only one that the module gets to see, then finishes."""
+    """Loads the module with its own loader, the only one that the module sees, and then calls the hook."""
 
     def __init__(self, loader: Loader, hook: _Hook) -> None:
         self.loader, self.hook = loader, hook

@@ -9,13 +9,11 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-# Told apart also by colour-blind readers. Source: Okabe and Ito, "Color Universal Design", 2008.
+# Colours that colour-blind readers can distinguish. Source: Okabe and Ito, "Color Universal Design", 2008.
 NORMAL, OUTLIER, CLASS, REGISTER, CHANCE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
-
 
 COLUMNS = 3
 """Most panels in a row."""
-
 
 DPI = 144
 
@@ -28,7 +26,7 @@ def png(figure: Figure) -> bytes:
 
 
 def plain(text: str) -> str:
-    """Text in which a dollar sign is a dollar sign and starts no formula."""
+    """Text in which a dollar sign does not start a formula."""
     return text.replace("$", r"\$")
 
 
@@ -38,6 +36,7 @@ def percent_axis(axis: Axis) -> None:
 
 
 def whole_numbers(axis: Axis, most: int = 9) -> None:
+    """Ticks at whole numbers only."""
     axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 

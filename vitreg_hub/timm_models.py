@@ -1,4 +1,4 @@
-"""Every row of the table as a timm model: entrypoints, pretrained cfgs and tags. Importing registers, as timm's do."""
+"""Every row of the table as a timm model: entrypoints, pretrained cfgs and tags. Importing it registers them."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def _default_cfgs() -> dict[str, DefaultCfg]:
     return tagged | generate_default_cfgs({n: eval_cfg(spec) for n, spec in ARCHS.items() if n not in tagged})
 
 
-default_cfgs = _default_cfgs()  # timm's decorator looks it up by this name, in the module of the entrypoint
+default_cfgs = _default_cfgs()  # timm's decorator looks for this name in the module of the entrypoint
 
 
 def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
@@ -68,9 +68,7 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
             pretrained_cfg = get_pretrained_cfg(f"{spec.name}.{pretrained_cfg}" if pretrained_cfg else spec.name)
         args = spec.model_args() | kwargs
         require_whole_patches(args)
-        row(
-            spec.family, spec.size, args[kind_of(spec).registers_argument]
-        )  # refuses registers where there is no room for any
+        row(spec.family, spec.size, args[kind_of(spec).registers_argument])  # refuses registers where there can be none
         model = model_entrypoint(spec.base)(pretrained, pretrained_cfg=pretrained_cfg, **args)
         if not pretrained:
             init_registers(model)
@@ -82,7 +80,7 @@ def _entrypoint(spec: ArchSpec) -> Callable[..., nn.Module]:
 
 
 def init_registers(model: nn.Module) -> None:
-    """Draw the registers of a new model from N(0, `REGISTER_INIT_STD`^2), so that no two are alike."""
+    """Draw the registers of a new model from N(0, `REGISTER_INIT_STD`^2), so that no two are equal."""
     for name, parameter in model.named_parameters():
         if is_registers(name):
             nn.init.normal_(parameter, std=REGISTER_INIT_STD)

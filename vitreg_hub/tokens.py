@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitreg_hub.errors import DataError
 from vitreg_hub.network.layout import VitLayout, attention_weights, evaluating
 
-# Letters: B images, N = C + R + P tokens: C class tokens, R registers, P patches; D channels, H heads.
+# Shapes: B images; N = C + R + P tokens, of which C class tokens, R registers and P patches; D channels; H heads.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class Tokens:
     """Tokens by name.
 
     Attributes:
-        cls: [B, C, D] class token; [B, 0, D] without one; [B, 2, D] with a distillation token, which comes second.
+        cls: [B, C, D]; C is 1, 0 without a class token, or 2 with a distillation token, which comes second.
         registers: [B, R, D].
         patches: [B, P, D], row by row.
     """
@@ -35,7 +35,7 @@ class Attention:
     """Attention weights of one block.
 
     Attributes:
-        weights: [B, H, N, N]; N tokens: class, registers, patches; every row sums to 1.
+        weights: [B, H, N, N] in the order class, registers, patches; every row sums to 1.
         cls: [B, H, C, rows, columns] from class tokens to patches.
         registers: [B, H, R, rows, columns] from registers to patches.
     """
@@ -47,7 +47,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenOrder:
-    """Which token is what: class tokens, registers, patches. By default there are none, as before anything was seen.
+    """Which token is what: class tokens, then registers, then patches. By default there are none: nothing was seen yet.
 
     Attributes:
         num_class: Class tokens.
@@ -96,17 +96,17 @@ NO_TOKENS = Tokens(cls=NOTHING, registers=NOTHING, patches=NOTHING)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """What one forward pass showed of one batch; what was not asked for is empty.
+    """What one forward pass showed of one batch; anything that was not asked for is empty.
 
     Attributes:
         images: [B, 3, height, width] as the network saw them.
         order: Which token is what.
         norms: [blocks, B, N] float32 L2 norms of all tokens after every block, before the final norm.
         input_norms: [B, N] float32 L2 norms of the tokens that enter the first block.
-        tokens: Tokens after the blocks asked for, before the final norm, under the indices that were given.
+        tokens: Tokens after the blocks asked for, before the final norm, by the indices that were given.
         normed: Tokens of the last block after the final norm.
         embedded: [B, P, D] patch embeddings, before positions are added.
-        attention: Attention of the blocks asked for, under the indices that were given.
+        attention: Attention of the blocks asked for, by the indices that were given.
     """
 
     images: Tensor
@@ -120,7 +120,7 @@ class Observation:
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
-"""Takes what a hook is given, (module, arguments, keyword arguments, output), and gives what is to be kept."""
+"""Takes what a hook is given, (module, arguments, keyword arguments, output), and returns what to keep."""
 
 
 def observe(
@@ -134,9 +134,9 @@ def observe(
     attention: Sequence[int] = (),
     attention_images: int | None = None,
 ) -> Observation:
-    """Run a ViT on images once and record what is asked for, and nothing else.
+    """Run a ViT on images once and record only what is asked for.
 
-    The network runs without gradients and in evaluation mode; whatever it was before, it is afterwards.
+    The network runs without gradients and in evaluation mode; its own modes are restored afterwards.
 
     Args:
         model: A ViT of timm or transformers, with or without a head, also compiled or in training.
@@ -146,11 +146,11 @@ def observe(
         normed: Record the tokens of the last block after the final norm.
         embedded: Record the patch embeddings.
         attention: Blocks whose attention is recorded; negative indices count from the end.
-        attention_images: Record the attention of the first so many images only, because it costs most; of all by
-            default.
+        attention_images: Record the attention, which costs most, of only so many images, the first ones; by default of
+            all.
 
     Raises:
-        DataError: The model is no ViT that can be read, or a block does not exist.
+        DataError: The model is not a ViT that can be read, or a block does not exist.
     """
     layout = VitLayout.of(model)
     depth = len(layout.blocks)
@@ -165,11 +165,13 @@ def observe(
 
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
-        for index in range(depth) if norms else ():
-            record("norms", index, layout.blocks[index], _norms)
         if norms:
             record("input_norms", 0, layout.blocks[0], _input_norms)
-        for index in {*blocks, -1} if normed else set(blocks):
+            for index, block in enumerate(layout.blocks):
+                record("norms", index, block, _norms)
+        if normed:
+            record("tokens", -1, layout.blocks[-1], _output)
+        for index in set(blocks):
             record("tokens", index, layout.blocks[index], _output)
         for index in set(attention):
             record("attention", index, layout.attention(index), partial(_weights, number=attention_images))
@@ -205,7 +207,7 @@ def block_tokens(model: nn.Module, images: Tensor, *, blocks: Sequence[int] = (-
         blocks: Indices of blocks, negative ones from the end.
 
     Returns:
-        Tokens by block, under the indices that were given.
+        Tokens by block, by the indices that were given.
 
     Raises:
         DataError: As `observe`.
@@ -216,7 +218,7 @@ def block_tokens(model: nn.Module, images: Tensor, *, blocks: Sequence[int] = (-
 def attention_maps(model: nn.Module, images: Tensor, *, blocks: Sequence[int] = (-1,)) -> dict[int, Attention]:
     """Attention of chosen blocks, whichever kernel the model uses.
 
-    Fused kernels never form the weights, so they are computed once more, for these blocks alone.
+    Fused kernels never form the weights, so they are computed again, only for these blocks.
 
     Args:
         model: A ViT of timm or transformers; nothing of it is changed.
@@ -224,7 +226,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, blocks: Sequence[int] = 
         blocks: Indices of blocks, negative ones from the end.
 
     Returns:
-        Attention by block, under the indices that were given: `weights` of all tokens, and the maps of the class token
+        Attention by block, by the indices that were given: `weights` of all tokens, and the maps of the class token
         (`cls`) and of each register (`registers`) over the patches.
 
     Raises:

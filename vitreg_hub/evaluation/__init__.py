@@ -1,1 +1,1 @@
-"""What features are good for: how well a ViT's tokens serve to recognise, without training the ViT."""
+"""How much a ViT's tokens help to recognise things, without training the ViT."""

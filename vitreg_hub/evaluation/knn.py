@@ -18,13 +18,13 @@ def class_features(tokens: Tokens) -> Tensor:
 def knn_classes(features: Tensor, *, train: Tensor, labels: Tensor, neighbors: int, temperature: float) -> Tensor:
     """Classes [Q] by the votes of the nearest neighbours, each weighted by exp(cosine / temperature).
 
-    Source: dinov2/eval/knn.py; the softmax over more neighbours than vote, which it takes, changes no class.
+    Source: dinov2/eval/knn.py, whose softmax covers more neighbours than vote; this changes no class.
 
     Args:
         features: [Q, D] of length 1.
         train: [T, D] of length 1.
         labels: [T], from 0.
-        neighbors: Votes; all if there are fewer.
+        neighbors: How many vote; all if there are fewer.
         temperature: Of the votes.
     """
     chosen = []
