@@ -322,6 +322,7 @@ def test_no_names_no_score():
     ("changes", "sentence"),
     [
         ({"text_heads": 3}, "3 heads do not divide"),
+        ({"text_heads": 0}, "0 heads do not divide"),
         ({"logit_scale": 0.5}, "from 1 to 100"),
         ({"templates": ()}, "at least one sentence"),
         ({"templates": ("a {}", "a photo")}, "'a photo', which has no {}"),

@@ -41,7 +41,7 @@ class Contrastive(TaskSettings):
 
     def problems(self, *, batch_size: int) -> Iterator[str]:
         """Yield widths that heads do not divide, a scale out of range, and templates without a place for a name."""
-        if self.text_width % self.text_heads:
+        if self.text_heads < 1 or self.text_width % self.text_heads:
             yield (
                 f"task.text_width is {self.text_width}, which {self.text_heads} heads do not divide: change it or "
                 "task.text_heads."
