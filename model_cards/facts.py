@@ -18,8 +18,8 @@ CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")
 """Of conversions, whose network can be of any family."""
 SOURCES = {
     "digits": "scikit-learn's load_digits: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository",
-    "photos": "tiles of pictures in scikit-learn and scikit-image, see vitreg_hub/datasets.py",
-    "scenes": "drawn by vitreg_hub/datasets.py",
+    "photos": "tiles of pictures in scikit-learn and scikit-image, see vitreg_hub/images/embedded.py",
+    "scenes": "drawn by vitreg_hub/images/embedded.py",
 }
 """Where the embedded data sets come from."""
 CUSTOM = "custom"

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitreg_hub import environment
 from vitreg_hub.environment import command, commit, duration, hardware, now, public_text, versions
 
 ROOT = Path(__file__).parents[1]
@@ -129,8 +128,8 @@ def git(folder: Path, *args: str) -> str:
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch) -> Path:
-    """A checkout with this package's folders, in which `environment` believes to be."""
+def checkout(tmp_path) -> Path:
+    """A checkout with this package's folders."""
     for name in ("vitreg_hub", "training"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
@@ -138,36 +137,36 @@ def checkout(tmp_path, monkeypatch) -> Path:
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "first")
     git(tmp_path, "tag", "v1")
-    monkeypatch.setattr(environment, "PACKAGE", tmp_path / "vitreg_hub")
     return tmp_path
 
 
 def test_commit_of_a_checkout(checkout):
     head = git(checkout, "rev-parse", "HEAD")
-    assert commit() == head
+    assert commit(checkout) == head
     (checkout / "notes.txt").write_text("not tracked")
-    assert commit() == head
+    assert commit(checkout) == head
     (checkout / "training/__init__.py").write_text("changed = True\n")
-    assert commit() == f"{head}-dirty"
+    assert commit(checkout) == f"{head}-dirty"
+    assert commit() == commit(ROOT)
 
 
 def test_no_commit_outside_a_checkout(checkout):
     shutil.rmtree(checkout / ".git")
-    assert commit() is None
+    assert commit(checkout) is None
 
 
 def test_no_commit_of_the_project_that_a_wheel_was_installed_into(checkout):
     (checkout / "training").rename(checkout / "vitreg_hub/training")
-    assert commit() is None
+    assert commit(checkout) is None
 
 
 def test_no_commit_without_git_or_with_a_broken_repository(checkout, monkeypatch):
     with monkeypatch.context() as path:
         path.setenv("PATH", str(checkout))
-        assert commit() is None
-    assert commit() is not None
+        assert commit(checkout) is None
+    assert commit(checkout) is not None
     (checkout / ".git/HEAD").write_text("nonsense")
-    assert commit() is None
+    assert commit(checkout) is None
 
 
 def test_versions_are_those_that_are_installed():

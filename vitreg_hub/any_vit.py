@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from timm.layers import to_2tuple
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
@@ -60,7 +60,7 @@ class ProcessorTransform:
         overrides: Settings that it is called with.
     """
 
-    processor: BaseImageProcessor
+    processor: Any  # each kind has settings of its own
     overrides: dict[str, Any]
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -93,7 +93,7 @@ def open_vit(
         HubError: The Hub refused or cannot be reached.
         DataError: The model cannot take images of this size.
     """
-    size = None if img_size is None else to_2tuple(img_size)
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     untrained = False
     if isinstance(model, nn.Module):
         name, network, processor = type(unwrapped(model)).__name__, model, _processor_of(unwrapped(model))
@@ -204,16 +204,17 @@ def _preprocessing(
     if size and patch_size:
         require_divisible(size, patch_size)
     if cfg := getattr(config, "pretrained_cfg", None) or getattr(network, "pretrained_cfg", None):
-        args = {"input_size": (3, *(size or native))} if size or native else {}
-        config = timm.data.resolve_data_config(args, pretrained_cfg=cfg)
-        return timm.data.create_transform(**config), _timm_words(config)
+        args = {"input_size": (3, *shape)} if (shape := size or native) else {}
+        config = resolve_data_config(args, pretrained_cfg=cfg)
+        transform = create_transform(**config)
+        return transform, _timm_words(config)  # pyright: ignore[reportReturnType]  # not asked for in parts
     if processor is None:
         return None, UNKNOWN
     transform = ProcessorTransform(processor=processor, overrides=_overrides(processor, size) if size else {})
     return transform, _processor_words(vars(processor) | transform.overrides)
 
 
-def _overrides(processor: BaseImageProcessor, size: tuple[int, int]) -> dict[str, Any]:
+def _overrides(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Settings for another size of the images; what is cut off is the same share."""
     exact = dict(zip(("height", "width"), size, strict=True))
     if not processor.do_center_crop:
@@ -256,6 +257,6 @@ def _words(
     steps = [f"resize {resize} ({interpolation})"] if resize else []
     steps += [f"crop {crop[0]}x{crop[1]} from the centre"] if crop else []
     if mean and std:
-        mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (mean, std))
-        steps.append(f"mean ({mean}), std ({std})")
+        means, deviations = (", ".join(f"{value:.3g}" for value in values) for values in (mean, std))
+        steps.append(f"mean ({means}), std ({deviations})")
     return ", ".join(steps)

@@ -30,4 +30,4 @@ def move_towards(averages: Sequence[Tensor], values: Sequence[Tensor], weight: f
 
     Seen in torch 2.14 and 2.15; torch's own `swa_utils` calls it as well.
     """
-    torch._foreach_lerp_(averages, values, weight)
+    torch._foreach_lerp_(list(averages), list(values), weight)

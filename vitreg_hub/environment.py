@@ -115,9 +115,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def commit() -> str | None:
-    """The commit of this package's source, with `-dirty` if it was changed since; None if it is no checkout."""
-    root = PACKAGE.parent
+def commit(root: Path = PACKAGE.parent) -> str | None:
+    """The commit of this package's source, with `-dirty` if it was changed since; None if it is no checkout.
+
+    Args:
+        root: What may be the checkout.
+    """
     if not (root / ".git").exists() or not (root / "training").exists():  # a wheel has that folder in the package
         return None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

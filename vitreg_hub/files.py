@@ -80,7 +80,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def write_file(target: Path, write: Callable[[Path], None], *, replace: bool = False) -> Path:
+def write_file(target: Path, write: Callable[[Path], object], *, replace: bool = False) -> Path:
     """Run `write` on a file in a temporary folder beside the target and rename it into place.
 
     Args:

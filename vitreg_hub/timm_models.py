@@ -35,7 +35,7 @@ def eval_cfg(spec: ArchSpec) -> PretrainedCfg:
         mean=spec.lineage.mean,
         std=spec.lineage.std,
         first_conv=STEM,
-        classifier=kind_of(spec).classifier,
+        classifier=kind_of(spec).classifier,  # pyright: ignore[reportArgumentType]  # timm has several as well
     )
 
 
@@ -44,10 +44,12 @@ def _weights() -> Iterator[tuple[str, PretrainedCfg]]:
     for size in DINOV2_SIZES:
         repo = f"vit_{size}_patch14_reg4_dinov2.lvd142m"
         cfg = get_pretrained_cfg(repo)
-        yield f"vit_{size}_reg4.dinov2_lvd142m", dataclasses.replace(cfg, hf_hub_id=f"timm/{repo}", url=None)
+        yield f"vit_{size}_reg4.dinov2_lvd142m", dataclasses.replace(cfg, hf_hub_id=f"timm/{repo}", url=None)  # pyright: ignore[reportArgumentType]  # there is one
     for folder in sorted(SHIPPED_WEIGHTS.glob("*.*")):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()
+        }
         cfg = PretrainedCfg(**fields, label_names=config.get("label_names"))
         yield folder.name, dataclasses.replace(cfg, file=str(folder / "model.safetensors"))
 

@@ -47,7 +47,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenOrder:
-    """Which token is what: class tokens, registers, patches.
+    """Which token is what: class tokens, registers, patches. By default there are none, as before anything was seen.
 
     Attributes:
         num_class: Class tokens.
@@ -55,9 +55,9 @@ class TokenOrder:
         grid: Rows and columns of patches.
     """
 
-    num_class: int
-    num_registers: int
-    grid: tuple[int, int]
+    num_class: int = 0
+    num_registers: int = 0
+    grid: tuple[int, int] = (0, 0)
 
     @property
     def num_prefix(self) -> int:
@@ -90,9 +90,13 @@ class TokenOrder:
         )
 
 
+NOTHING = torch.empty(0)
+NO_TOKENS = Tokens(cls=NOTHING, registers=NOTHING, patches=NOTHING)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """What one forward pass showed of one batch; what was not asked for is None or empty.
+    """What one forward pass showed of one batch; what was not asked for is empty.
 
     Attributes:
         images: [B, 3, height, width] as the network saw them.
@@ -107,11 +111,11 @@ class Observation:
 
     images: Tensor
     order: TokenOrder
-    norms: Tensor | None = None
-    input_norms: Tensor | None = None
+    norms: Tensor = NOTHING
+    input_norms: Tensor = NOTHING
     tokens: dict[int, Tokens] = field(default_factory=dict)
-    normed: Tokens | None = None
-    embedded: Tensor | None = None
+    normed: Tokens = NO_TOKENS
+    embedded: Tensor = NOTHING
     attention: dict[int, Attention] = field(default_factory=dict)
 
 
@@ -173,7 +177,8 @@ def observe(
             record("embedded", 0, layout.embedding, _output)
         record("order", 0, layout.blocks[0], _count)
         layout.run(images)
-        after_norm = layout.norm(found["tokens", -1]) if normed else None
+        if normed:
+            found["normed", 0] = layout.norm(found["tokens", -1])
 
     def unscaled(stream: Tensor) -> Tensor:
         return stream if layout.residual_scale == 1 else stream / layout.residual_scale
@@ -182,11 +187,11 @@ def observe(
     return Observation(
         images=images,
         order=order,
-        norms=unscaled(torch.stack([found["norms", i] for i in range(depth)])) if norms else None,
-        input_norms=unscaled(found["input_norms", 0]) if norms else None,
+        norms=unscaled(torch.stack([found["norms", i] for i in range(depth)])) if norms else NOTHING,
+        input_norms=unscaled(found["input_norms", 0]) if norms else NOTHING,
         tokens={i: order.split(unscaled(found["tokens", i])) for i in blocks},
-        normed=order.split(after_norm) if normed else None,
-        embedded=unscaled(found["embedded", 0]).flatten(2).transpose(1, 2) if embedded else None,
+        normed=order.split(found["normed", 0]) if normed else NO_TOKENS,
+        embedded=unscaled(found["embedded", 0]).flatten(2).transpose(1, 2) if embedded else NOTHING,
         attention={i: order.attention(found["attention", i]) for i in attention},
     )
 

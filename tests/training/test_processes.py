@@ -8,6 +8,8 @@ from training_runs import STEPS, TINY, in_processes, lines, losses
 from vitreg_hub.training.loop import train
 from vitreg_hub.training.run.best import read_best
 
+pytestmark = pytest.mark.long
+
 TOLERANCE = 1e-4
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.recipes.settings import Augment, CropAugment, MultiCrop, ThreeAugment
@@ -77,13 +77,13 @@ def _crop_augment(settings: CropAugment, img_size: int, target: dict[str, Any]) 
                 f"augment.rand_augment is {settings.rand_augment!r}, which timm does not read: give something like "
                 "rand-m9-mstd0.5-inc1, or null for none."
             ) from error
-    return create_transform(
+    return create_transform(  # pyright: ignore[reportReturnType]  # not asked for in parts
         input_size=img_size,
         is_training=True,
         scale=settings.scale,
         ratio=settings.ratio,
         hflip=settings.hflip,
-        color_jitter=None,
+        color_jitter=None,  # pyright: ignore[reportArgumentType]  # timm reads it so
         auto_augment=settings.rand_augment,
         re_prob=settings.erasing,
         re_mode="pixel",  # noise, as in DeiT and OpenCLIP
@@ -93,7 +93,7 @@ def _crop_augment(settings: CropAugment, img_size: int, target: dict[str, Any]) 
 
 def _three_augment(settings: ThreeAugment, img_size: int, target: dict[str, Any]) -> transforms.Compose:
     """timm's policy "3a" is DeiT-III's choice of three; "src" changes what comes before it only."""
-    crop, colors, to_tensor = create_transform(
+    crop, colors, to_tensor = create_transform(  # pyright: ignore[reportGeneralTypeIssues]  # asked for in parts
         input_size=img_size,
         is_training=True,
         hflip=settings.hflip,
@@ -105,7 +105,7 @@ def _three_augment(settings: ThreeAugment, img_size: int, target: dict[str, Any]
     if settings.crop == "src":
         crop = transforms.Compose(
             [
-                transforms.Resize(img_size, str_to_interp_mode(target["interpolation"])),
+                transforms.Resize(img_size, InterpolationMode(target["interpolation"])),
                 transforms.RandomCrop(img_size, padding=4, padding_mode="reflect"),
                 transforms.RandomHorizontalFlip(settings.hflip),
             ]
@@ -131,7 +131,7 @@ def _crop(
     jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, scale, settings.ratio, str_to_interp_mode(interpolation)),
+            transforms.RandomResizedCrop(size, scale, settings.ratio, InterpolationMode(interpolation)),
             transforms.RandomHorizontalFlip(settings.hflip),
             transforms.RandomApply([jitter], settings.color_jitter),
             transforms.RandomGrayscale(settings.gray),

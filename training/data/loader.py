@@ -1,10 +1,11 @@
 """Global batches for one process of several. What is in a batch depends on the seed and the step alone."""
 
 import signal
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -133,7 +134,11 @@ class TrainLoader:
                 f"{self.data.name} is a stream at step {self._next_step} and cannot begin at step {start_step}: go on "
                 "from a checkpoint, or start anew."
             )
-        pieces = self._streamed() if self.data.is_stream else self._looked_up(start_step, stop_step)
+        rows = self.data.rows
+        if isinstance(rows, datasets.Dataset):
+            pieces = self._looked_up(rows, start_step, stop_step)
+        else:
+            pieces = self._streamed(rows)
         with closing(pieces):
             for step in range(start_step, stop_step):
                 for part in range(self.accumulate):
@@ -203,10 +208,10 @@ class TrainLoader:
             if piece.crops:
                 return piece, corrupt
 
-    def _looked_up(self, start_step: int, stop_step: int) -> Iterator[Piece | DataError]:
+    def _looked_up(self, rows: datasets.Dataset, start_step: int, stop_step: int) -> Generator[Piece | DataError]:
         yield from DataLoader(
-            _Rows(self._reader, self.seed),
-            batch_sampler=self._draws(start_step, stop_step),
+            _Rows(self._reader, rows, self.seed),
+            batch_sampler=self._draws(len(rows), start_step, stop_step),
             num_workers=self.num_workers,
             collate_fn=handed_over,
             worker_init_fn=outlive_sigterm,
@@ -214,26 +219,27 @@ class TrainLoader:
             generator=torch.Generator(),  # else it would move the global one
         )
 
-    def _draws(self, start_step: int, stop_step: int) -> Iterator[list[tuple[int, int, int]]]:
+    def _draws(self, num_rows: int, start_step: int, stop_step: int) -> Iterator[list[tuple[int, int, int]]]:
         """Yield (step, position, row) of all images of each piece."""
-        known, order = None, None
+        known, order = None, np.empty(0, dtype=int)
         for step in range(start_step, stop_step):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if epoch != known:
                 known = epoch
-                order = np.random.default_rng(seed_of(self.seed, epoch)).permutation(self.data.num_images)
+                order = np.random.default_rng(seed_of(self.seed, epoch)).permutation(num_rows)
             for part in range(self.accumulate):
                 positions = self._share(part)
                 rows = order[(step_of_epoch * self.batch_size + positions) // self.repeats]
                 yield [(step, int(position), int(row)) for position, row in zip(positions, rows, strict=True)]
 
-    def _streamed(self) -> Iterator[Piece | DataError]:
+    def _streamed(self, rows: datasets.IterableDataset) -> Generator[Piece | DataError]:
         """Take from the readers in turn. Each has a torch loader of its own, so that a run can go on at any turn."""
         readers = [
             iter(
                 DataLoader(
                     Stream(
                         self._reader,
+                        rows,
                         batch_size=self.batch_size // (self.world_size * self.accumulate),
                         seed=self.seed,
                         repeats=self.repeats,
@@ -269,8 +275,8 @@ def outlive_sigterm(worker: int) -> None:
 class _Rows(Dataset):
     """What runs in the workers where rows can be looked up."""
 
-    def __init__(self, reader: SampleReader, seed: int) -> None:
-        self.reader, self.seed = reader, seed
+    def __init__(self, reader: SampleReader, rows: datasets.Dataset, seed: int) -> None:
+        self.reader, self.rows, self.seed = reader, rows, seed
 
     def __getitems__(self, draws: Sequence[tuple[int, int, int]]) -> Piece | DataError:
         try:
@@ -280,12 +286,12 @@ class _Rows(Dataset):
 
     def _piece(self, draws: Sequence[tuple[int, int, int]]) -> Piece | DataError:
         """Samples of all rows, another row in the place of each that cannot be read."""
-        rows, samples, corrupt = self.reader.data.rows, [], []
+        samples, corrupt = [], []
         for step, position, number in draws:
             for attempt in range(TRIES + 1):
                 if attempt:
-                    number = seed_of(self.seed, step, position, attempt) % len(rows)
-                sample = self.reader.read(rows[number], number, (self.seed, step, position))
+                    number = seed_of(self.seed, step, position, attempt) % len(self.rows)
+                sample = self.reader.read(self.rows[number], number, (self.seed, step, position))
                 if isinstance(sample, Sample):
                     samples.append(sample)
                     break

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import datasets
 import pyarrow.compute
+from datasets.exceptions import DatasetsError
 
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.embedded import TRAINING_SETS, Split
@@ -56,7 +57,7 @@ MAX_SHARDS = 64
 # IndexError: its builder takes the first sample of an archive without any.
 UNREADABLE = (
     *(OSError, ValueError, RuntimeError, EOFError, IndexError),
-    *(tarfile.TarError, datasets.exceptions.DatasetsError),
+    *(tarfile.TarError, DatasetsError),
 )
 
 
@@ -166,7 +167,7 @@ def as_image_source(data: TrainingData, *, max_images: int | None = None, seed: 
     """
     rows = data.rows
     if rows.features:
-        usual = {data.image_column: "image"} | ({data.label_column: "label"} if data.has_labels else {})
+        usual = {data.image_column: "image"} | ({data.label_column: "label"} if data.label_column else {})
         renamed = {old: new for old, new in usual.items() if old != new}
         rows = rows.select_columns(list(usual)).rename_columns(renamed)
     return open_images(rows, name=data.name, max_images=max_images, seed=seed)
@@ -192,7 +193,7 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
     if num_images == 0:
         raise DataError(f"{called} holds no images.")
     if training and settings.streaming and isinstance(rows, datasets.Dataset):
-        rows = rows.to_iterable_dataset(num_shards=min(num_images, MAX_SHARDS))
+        rows = rows.to_iterable_dataset(num_shards=min(len(rows), MAX_SHARDS))
     features = features_of(rows)
 
     def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:
@@ -214,7 +215,7 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
         kept = [image, label, text, "__key__", "__url__"]
         rows = rows.select_columns([name for name in kept if name in features])
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    names = tuple(getattr(features.get(label), "names", None) or ()) or None
+    names = tuple(getattr(features[label], "names", None) or ()) or None if label else None
     return TrainingData(
         name=called,
         rows=rows,
@@ -231,14 +232,14 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
 
 def _told_by_stream(rows: datasets.IterableDataset) -> int | None:
     splits = rows.info.splits or {}
-    return splits[rows.split].num_examples or None if rows.split in splits else None
+    return splits[rows.split].num_examples or None if rows.split is not None and rows.split in splits else None
 
 
 def _count_classes(rows: Rows, label: str | None) -> int | None:
     """One more than the largest number, if the rows are at hand."""
     if label is None or not isinstance(rows, datasets.Dataset):
         return None
-    largest = pyarrow.compute.max(rows.data.column(label)).as_py()
+    largest = pyarrow.compute.call_function("max", [rows.data.column(label)]).as_py()
     return None if largest is None else largest + 1
 
 
@@ -266,7 +267,8 @@ def _rows(name: str, split: Split, streaming: bool) -> tuple[str, Rows]:
     if Path(name).is_dir():
         return name, image_folder(Path(name))
     if on_hub := ON_HUB.fullmatch(name.removeprefix(HUB_PREFIX)):
-        return hub_stream(*on_hub.groups(), HUB_SPLITS[split])
+        repo_id, named = on_hub.groups()
+        return hub_stream(repo_id, named, HUB_SPLITS[split])
     near = difflib.get_close_matches(name, TRAINING_SETS, n=1)
     hint = f", did you mean {near[0]!r}" if near else ""
     raise DataError(f"there are no training data {name!r}{hint}: give {FORMS}.")
@@ -335,7 +337,7 @@ def _braces(pattern: str) -> Iterator[str]:
 def _numbered_as(training: TrainingData, held_out: TrainingData) -> TrainingData:
     """Held-out data with the training's numbers of classes."""
     wanted, own, label = training.label_names, held_out.label_names, held_out.label_column
-    if not (wanted and own):
+    if not (wanted and own and label):
         if training.num_classes and held_out.num_classes and held_out.num_classes > training.num_classes:
             raise DataError(
                 f"{held_out.name} has labels up to {held_out.num_classes - 1}, but {training.name} has "
@@ -355,7 +357,9 @@ def _numbered_as(training: TrainingData, held_out: TrainingData) -> TrainingData
         labels = [renumber({label: number})[label] for number in held_out.rows[label]]
         rows = held_out.rows.remove_columns(label).add_column(label, labels, feature=feature)
     else:
-        rows = held_out.rows.map(renumber, features=datasets.Features(held_out.rows.features | {label: feature}))
+        rows = held_out.rows.map(
+            renumber, features=datasets.Features({**(held_out.rows.features or {}), label: feature})
+        )
     return replace(held_out, rows=rows, label_names=wanted, num_classes=len(wanted))
 
 

@@ -99,7 +99,7 @@ class SampleReader:
 
     def _label(self, row: dict[str, Any], name: str) -> int:
         data = self.data
-        label = row[data.label_column] if data.has_labels else None
+        label = row[data.label_column] if data.label_column else None
         if label is None or label == -1:  # which sets on the Hub write for none
             if "labels" in self.needs:
                 raise DataError(f"{name} of {data.name} has no label, which this task needs: leave such images out.")
@@ -112,7 +112,7 @@ class SampleReader:
         return int(label)
 
     def _text(self, row: dict[str, Any], name: str, key: Sequence[int]) -> str:
-        text = row[self.data.text_column] if self.data.has_texts else None
+        text = row[self.data.text_column] if self.data.text_column else None
         if isinstance(text, list):
             texts = [one for one in text if one]
             text = texts[seed_of(*key, 0) % len(texts)] if texts else None
@@ -134,7 +134,7 @@ class SampleReader:
         )
 
 
-def handed_over(piece: Piece | DataError) -> Piece | DataError:
+def handed_over(piece: Any) -> Any:
     """In place of torch's collation: pieces are ready. Errors are returned, for raised in a worker they would arrive
     with a traceback in their text."""
     return piece

@@ -50,6 +50,7 @@ class Stream(torch.utils.data.IterableDataset):
 
     Args:
         reader: Makes samples of rows.
+        rows: All of them.
         batch_size: Images per piece.
         seed: Decides the order, and what the transform draws.
         repeats: Times that each row comes in a row.
@@ -63,6 +64,7 @@ class Stream(torch.utils.data.IterableDataset):
     def __init__(
         self,
         reader: SampleReader,
+        rows: datasets.IterableDataset,
         *,
         batch_size: int,
         seed: int,
@@ -73,7 +75,8 @@ class Stream(torch.utils.data.IterableDataset):
         num_workers: int,
         position: dict[str, Any] | None,
     ) -> None:
-        self.reader, self.batch_size, self.seed, self.repeats = reader, batch_size, seed, repeats
+        self.reader, self.rows = reader, rows
+        self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.key = (seed, rank, worker)
         self.number, self.num_readers = rank * num_workers + worker, world_size * num_workers
         self.position = position
@@ -132,7 +135,7 @@ class Stream(torch.utils.data.IterableDataset):
 
     def _epoch(self, position: Position) -> datasets.IterableDataset:
         """This reader's rows of an epoch, from the block on at which it is."""
-        data = self.reader.data.rows
+        data = self.rows
         whole = data.num_shards % self.num_readers == 0 or data.num_shards >= WHOLE_SHARDS * self.num_readers
         data = split_dataset_by_node(data, self.number, self.num_readers, "shards" if whole else "examples")
         # It is all that `datasets` seeds the order of the shards with. Of 31 bits, for it computes with it.
@@ -142,7 +145,7 @@ class Stream(torch.utils.data.IterableDataset):
         return data
 
 
-def _read(rows: Iterator[dict[str, Any]], count: int, name: str) -> list[dict[str, Any]]:
+def _read(rows: Iterator[dict[str, Any]], count: int, name: str) -> list[Any]:
     try:
         return list(islice(rows, count))
     except UNREADABLE as error:

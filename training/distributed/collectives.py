@@ -45,7 +45,7 @@ def _running() -> bool:
 
 
 @torch.no_grad()
-def _all_reduced(x: Tensor, op: distributed.ReduceOp) -> Tensor:
+def _all_reduced(x: Tensor, op: distributed.ReduceOp.RedOpType) -> Tensor:
     reduced = x.detach().clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(reduced, op=op)
     return reduced
@@ -62,7 +62,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # one output
         own = grad.new_empty(grad.shape[0] // distributed.get_world_size(), *grad.shape[1:])
         distributed.reduce_scatter_tensor(own, grad.contiguous())
         return own

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vitreg_hub.errors import RecipeError
+from vitreg_hub.training.distributed.parallel import full
 from vitreg_hub.training.optim.param_groups import param_groups
 from vitreg_hub.training.recipes.settings import OptimSettings
 from vitreg_hub.training.schedules import CosineSchedule, Span
@@ -96,4 +97,4 @@ def clip_gradients(network: nn.Module, settings: OptimSettings) -> Tensor | None
         parts = [list(child.parameters()) for child in network.children()]
         parts.append(list(network.parameters(recurse=False)))
     norms = [torch.nn.utils.clip_grad_norm_(part, settings.clip) for part in parts if part]
-    return torch.stack([norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]).max()
+    return torch.stack([full(norm) for norm in norms]).max()

@@ -1,6 +1,7 @@
 """The ViT of a run: drawn at random or taken from a bundle, with its registers, and the part of it that is trained."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 import timm
 import torch
@@ -38,7 +39,9 @@ def build_backbone(
         BundleError: The start is no bundle.
     """
     get_arch(settings.arch)  # refuses unknown names
-    size = {name: value for name in ("img_size", "patch_size") if (value := getattr(settings, name)) is not None}
+    size: dict[str, Any] = {
+        name: value for name in ("img_size", "patch_size") if (value := getattr(settings, name)) is not None
+    }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, BACKBONE_STREAM))
         if settings.start is None:
@@ -47,10 +50,9 @@ def build_backbone(
                     f"model.trainable is {settings.trainable}, but there is no model.start: all else would stay random."
                 )
             bundle = None
-            layer_scale = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
-            model = timm.create_model(
-                settings.arch, num_classes=num_classes, dynamic_img_size=True, **size, **layer_scale
-            )
+            layer_scale: dict[str, Any] = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
+            options = size | layer_scale
+            made = timm.create_model(settings.arch, num_classes=num_classes, dynamic_img_size=True, **options)
         else:
             bundle = with_registers_of(settings.arch, ModelBundle.load(settings.start), called=settings.start)
             if settings.trainable != "all" and num_classes not in (0, bundle.num_classes):
@@ -58,7 +60,8 @@ def build_backbone(
                     f"model.trainable is {settings.trainable}, but model.start {settings.start} has "
                     f"{bundle.num_classes} classes and the data have {num_classes}: a new head needs all to be trained."
                 )
-            model = bundle.build(num_classes=num_classes, dynamic_img_size=True, **size)
+            made = bundle.build(num_classes=num_classes, dynamic_img_size=True, **size)
+    model = cast(VisionTransformer, made)
     if settings.drop_path:
         set_drop_path(model, settings.drop_path)
     set_trainable(model, settings.trainable)

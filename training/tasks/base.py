@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from timm.models import VisionTransformer
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.training.schedules import Span
 from vitreg_hub.training.tasks.settings import TaskSettings
+
+Network = TypeVar("Network", bound=nn.Module)
 
 Scorer = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 """Takes images [B, 3, H, W] and labels [B] (-1: unknown); gives scores [B] by name, NaN where an image has none."""
@@ -73,7 +75,7 @@ class RunFacts:
     label_names: Sequence[str] | None = None
 
 
-class Task(ABC):
+class Task(ABC, Generic[Network]):
     """An objective with its modules.
 
     Attributes:
@@ -84,8 +86,8 @@ class Task(ABC):
         hold: Steps at the start in which parameters keep their values, by kind: "backbone", or "last_layer" of heads.
     """
 
-    network: nn.Module
-    frozen: Mapping[str, nn.Module]
+    network: Network
+    frozen: dict[str, nn.Module]
     hold: Mapping[str, int] = MappingProxyType({})
 
     @classmethod
@@ -106,7 +108,7 @@ class Task(ABC):
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Losses of one batch. `network` is `self.network`, wrapped for several processes."""
 
-    def after_step(self, step: int) -> None:  # noqa: B027
+    def after_step(self, step: int) -> None:
         """What follows the optimiser's step `step` (from 0): averaged weights, clamps; nothing by default."""
 
     @property
@@ -114,7 +116,7 @@ class Task(ABC):
     def published(self) -> nn.Module:
         """What is evaluated and exported, part of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
 
-    def write_beside(self, model: nn.Module, bundle: ModelBundle, folder: Path) -> None:  # noqa: B027
+    def write_beside(self, model: Any, bundle: ModelBundle, folder: Path) -> None:
         """Write what belongs to the model but has no place in its bundle, beside that; nothing by default.
 
         Args:
@@ -123,7 +125,7 @@ class Task(ABC):
             folder: Where the bundle will be, in the place of an older one.
         """
 
-    def scorer(self, model: nn.Module) -> Scorer:
+    def scorer(self, model: Any) -> Scorer:
         """Scores of held-out images by a copy of `published`, on one device and in evaluation mode.
 
         None by default but k-NN accuracy, which every model gets.

@@ -98,7 +98,7 @@ def evaluate(
 
     results = {}
     found = rows(held_out, scorer)
-    if neighbours:
+    if train is not None and neighbours:
         results |= _knn_accuracy(found, rows(train, None), settings, device)
     for name, scores in found.items():
         if name.startswith("eval/") and not scores.isnan().all():

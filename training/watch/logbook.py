@@ -174,7 +174,8 @@ class Logbook:
             try:
                 tracker.log(dict(metrics), step=step)
             except OSError as error:  # its server, or its own files: the run has metrics.jsonl
-                logger.warning("tracker %s failed and gets nothing more: %s", tracker.name, error)
+                name = tracker.name  # pyright: ignore[reportAttributeAccessIssue]  # every kind has one
+                logger.warning("tracker %s failed and gets nothing more: %s", name, error)
                 self._trackers.remove(tracker)
 
 

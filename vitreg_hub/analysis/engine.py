@@ -240,4 +240,6 @@ def _require_sensible(options: Options) -> None:
     try:
         torch.empty(0, device=options.get("device"))
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"device {options['device']!r} cannot be used here: give cpu, or cuda with a GPU.") from error
+        raise DataError(
+            f"device {options.get('device')!r} cannot be used here: give cpu, or cuda with a GPU."
+        ) from error

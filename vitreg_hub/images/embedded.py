@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
+from sklearn.utils import Bunch
 
 Split = Literal["train", "test"]
 
@@ -88,7 +89,7 @@ def digits(split: Split) -> datasets.Dataset:
     Returns:
         Columns `image` (RGB) and `label`.
     """
-    source = load_digits()
+    source: Bunch = load_digits()  # pyright: ignore[reportAssignmentType]  # a tuple on request only
     held_out = np.arange(len(source.target)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     chosen = held_out if split == "test" else ~held_out
     pixels = np.round(source.images[chosen] * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16

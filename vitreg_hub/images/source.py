@@ -12,6 +12,7 @@ from typing import Any, Self
 import datasets
 import numpy as np
 import torch
+from datasets.exceptions import DatasetsError
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -218,10 +219,10 @@ class _Reader(torch.utils.data.Dataset):
             path = file_of(picture)
             file = f" ({path})" if path else ""
             raise UnreadableError(f"image {index} of {self.source.name}{file} cannot be read: {error}.") from error
-        return self.transform(image)
+        return self.transform(image)  # pyright: ignore[reportOptionalCall]  # tensors alone go without
 
 
-def _unchanged(batch: Batch | DataError) -> Batch | DataError:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -318,7 +319,7 @@ def _of_data_set(data: datasets.Dataset | datasets.IterableDataset) -> ImageSour
         name=data.info.dataset_name or "data set",
         num_images=len(data) if isinstance(data, datasets.Dataset) else None,
         has_labels=label is not None,
-        label_names=tuple(getattr(features.get(label), "names", ())) or None,
+        label_names=tuple(getattr(features[label], "names", ())) or None if label else None,
         rows=data,
         image_column=image,
         label_column=label,
@@ -347,7 +348,7 @@ def features_of(data: datasets.Dataset | datasets.IterableDataset) -> Mapping[st
 
 def _by_name(name: str | Path) -> tuple[str, datasets.Dataset | datasets.IterableDataset]:
     """What the images are called, and the images."""
-    if name in EMBEDDED:
+    if isinstance(name, str) and name in EMBEDDED:
         return name, EMBEDDED[name]()
     if Path(name).is_dir():
         return str(name), image_folder(Path(name))
@@ -355,7 +356,8 @@ def _by_name(name: str | Path) -> tuple[str, datasets.Dataset | datasets.Iterabl
         raise DataError(f"{name} is a file: give its folder, or the opened image in a list.")
     on_hub = ON_HUB.fullmatch(str(name).removeprefix(HUB_PREFIX))
     if on_hub and isinstance(name, str):
-        return hub_stream(*on_hub.groups())
+        repo_id, split = on_hub.groups()
+        return hub_stream(repo_id, split)
     near = difflib.get_close_matches(str(name), EMBEDDED, n=1)
     hint = f", did you mean {near[0]!r}" if near else ""
     raise DataError(f"there are no images {str(name)!r}{hint}: give {FORMS}.")
@@ -374,7 +376,7 @@ def image_folder(root: Path) -> datasets.Dataset:
     classes = sorted({top for (top,) in tops}) if all(tops) else []
     if classes and set(classes) <= SPLIT_FOLDERS:
         raise DataError(f"{root} holds the splits {', '.join(classes)}: give one of them, {root / classes[-1]}.")
-    features = {"image": datasets.Image()}
+    features: dict[str, Any] = {"image": datasets.Image()}
     if len(classes) < 2:
         return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features(features))
     features["label"] = datasets.ClassLabel(names=classes)
@@ -389,12 +391,14 @@ def hub_stream(
     """The name of a data set on the Hub with its split, and its rows; without a split, the first usual one there is."""
     try:
         splits = datasets.load_dataset(repo_id, streaming=True)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
             f"there is no folder {repo_id}, and the Hub does not give such a data set ({reason}): give {FORMS}."
         ) from error
     split = split or next((usual for usual in usual_splits if usual in splits), None)
-    if split not in splits:
-        raise DataError(f"{repo_id} has the splits {', '.join(splits)}: name one, as {repo_id}:{next(iter(splits))}.")
+    if split is None or split not in splits:
+        raise DataError(
+            f"{repo_id} has the splits {', '.join(map(str, splits))}: name one, as {repo_id}:{next(iter(splits))}."
+        )
     return f"{repo_id}:{split}", splits[split]

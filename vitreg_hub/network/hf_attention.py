@@ -6,7 +6,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from transformers import TimmWrapperConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,12 +27,10 @@ class AttentionKernel(nn.Module):
     is_causal = False  # read by transformers' kernels
     gradient_checkpointing = False  # set by transformers, here as in the blocks
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.config: TimmWrapperConfig | None = None  # the model's, set by it
+    config: PreTrainedConfig  # the model's, set by it
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float):
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", _eager_attention)
         attended, weights = attend(self, query, key, value, None, scaling=scaling, dropout=dropout)
         if attend is not _eager_attention and wants_attentions():
             # fused kernels never form the weights, and a checkpointed block is run again without a collector
@@ -48,7 +46,7 @@ class VitRegAttention(Attention):
         super().__init__(*args, **kwargs)
         self.kernel = AttentionKernel()
 
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)

@@ -37,7 +37,7 @@ class VitLayout:
         residual_scale: How many times larger the network's residual stream is than its model's (`residual_scale.py`).
     """
 
-    network: nn.Module
+    network: Any  # a module, whose parts have no types
     blocks: tuple[nn.Module, ...]
     norm: nn.Module
     embedding: nn.Conv2d
@@ -51,7 +51,8 @@ class VitLayout:
         Raises:
             DataError: It is no ViT that keeps all its tokens from block to block.
         """
-        network, scale = unwrapped(model), 1.0
+        network: Any = unwrapped(model)
+        scale = 1.0
         if hasattr(network, "timm_model"):
             scale = getattr(network.config, "residual_scale", 1.0)
             network = network.timm_model
@@ -107,9 +108,13 @@ class VitLayout:
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches that images [B, 3, height, width] are cut into."""
-        if hasattr(patch_embed := getattr(self.network, "patch_embed", None), "dynamic_feat_size"):
-            return tuple(patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
-        return tuple(side // stride for side, stride in zip(images.shape[-2:], self.embedding.stride, strict=True))
+        height, width = images.shape[-2:]
+        cut = getattr(getattr(self.network, "patch_embed", None), "dynamic_feat_size", None)
+        if cut is not None:
+            rows, columns = cut((height, width))
+            return rows, columns
+        down, right = self.embedding.stride
+        return height // down, width // right
 
     def attention(self, block: int) -> nn.Module:
         """The attention layer of a block, whose calls `attention_weights` understands.
@@ -118,14 +123,14 @@ class VitLayout:
             DataError: The block keeps its attention in a way of its own.
         """
         for name in ("attn", *HF_ATTENTIONS, None):
-            layer = self.blocks[block] if name is None else getattr(self.blocks[block], name, None)
+            layer: Any = self.blocks[block] if name is None else getattr(self.blocks[block], name, None)
             layer = getattr(layer, "kernel", layer)  # of our transformers models, where users choose it
             if hasattr(layer, "attn_drop") or hasattr(layer, "config"):
                 return layer
         raise DataError(f"the attention of a {type(self.blocks[block]).__name__} cannot be read: {SUPPORTED}.")
 
 
-def attention_weights(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Attention weights [B, H, N, N] of a call, by the library's own code that forms them.
 
     Fused kernels never form the weights, so the layer is run once more, unfused and without dropout. It is afterwards
@@ -195,7 +200,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module below torch.compile and data-parallel training, in whichever order they were applied."""
     while True:
         if hasattr(model, "_orig_mod"):  # OptimizedModule, whose import takes a second
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, nn.DataParallel | DistributedDataParallel):
             model = model.module
         else:

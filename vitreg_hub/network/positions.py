@@ -11,7 +11,7 @@ from vitreg_hub.errors import BundleError
 from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
 
 
-class _FollowsRule:
+class _FollowsRule(VisionTransformer):
     """A timm ViT that resamples its positions by a rule of its own wherever timm does."""
 
     position_rule: PositionRule
@@ -27,7 +27,9 @@ class _FollowsRule:
     def _pos_embed(self, x: Tensor) -> Tensor:
         if self.pos_embed is None or not self.dynamic_img_size:
             return super()._pos_embed(x)
-        table = self.position_rule.resample(self.pos_embed, old=self.patch_embed.grid_size, new=tuple(x.shape[1:3]))
+        table = self.position_rule.resample(
+            self.pos_embed, old=self.patch_embed.grid_size, new=(x.shape[1], x.shape[2])
+        )
         x = x.flatten(1, 2)
         tokens = (self.cls_token, getattr(self, "dist_token", None), self.reg_token)
         others = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
@@ -36,7 +38,7 @@ class _FollowsRule:
         return self.pos_drop(torch.cat([*others, x], dim=1) + table)
 
 
-class RuledVisionTransformer(_FollowsRule, VisionTransformer):
+class RuledVisionTransformer(_FollowsRule):
     """`VisionTransformer` with a position rule."""
 
 

@@ -47,7 +47,7 @@ class Tree:
 
     commit: str
     private: bool
-    checksums: Mapping[str, str]
+    checksums: Mapping[str, str | None]
 
     def changed(self, files: Files) -> Files:
         """Those files that the commit does not have, has with another content, or has and is not to have."""
@@ -87,7 +87,7 @@ def read_refs(api: hf.HfApi, repo_id: str) -> Refs | None:
 def read_tree(api: hf.HfApi, repo_id: str, commit: str) -> Tree:
     """The files of a commit, with the checksums that the Hub has of them."""
     info = patiently(partial(api.model_info, repo_id, revision=commit, files_metadata=True))
-    checksums = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings}
+    checksums = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
     return Tree(commit=commit, private=bool(info.private), checksums=checksums)
 
 

@@ -120,7 +120,7 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str], *, re
         listing = _listing(repo_id, commit)
         names = required if listing is None else [name for name in listing if _fits(name, patterns)]
         for name in names:  # where the Hub fails, the client gives what is cached, be it a part
-            fetch_file(repo_id, name, commit, listed=listing and listing[name], cached=folder / name)
+            fetch_file(repo_id, name, commit, listed=listing[name] if listing else None, cached=folder / name)
     return folder
 
 
@@ -133,7 +133,8 @@ def _commit(repo_id: str, revision: str | None) -> tuple[str, bool]:
         return revision, True
     api = hf.HfApi(library_name="vitreg_hub")
     try:
-        return patiently(partial(api.model_info, repo_id, revision=revision)).sha, True
+        told = patiently(partial(api.model_info, repo_id, revision=revision))
+        return told.sha, True  # pyright: ignore[reportReturnType]  # only listings leave it out
     except (httpx.TransportError, hf_errors.HfHubHTTPError, hf_errors.OfflineModeIsEnabled) as error:
         offline = isinstance(error, hf_errors.OfflineModeIsEnabled)
         if not (offline or is_transient(error)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, write_folder
@@ -18,7 +18,7 @@ RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 """open_clip's words for timm's crop modes."""
 
 
-def save_open_clip(towers: nn.Module, folder: str | Path, *, bundle: ModelBundle, trunk: str | None = None) -> Path:
+def save_open_clip(towers: Any, folder: str | Path, *, bundle: ModelBundle, trunk: str | None = None) -> Path:
     """Write both towers to a new folder, which plain open_clip loads as ``local-dir:FOLDER``.
 
     open_clip hands neither registers nor an image size to timm, but the image tower's name only; timm, though, takes a
@@ -45,7 +45,7 @@ def save_open_clip(towers: nn.Module, folder: str | Path, *, bundle: ModelBundle
     return write_folder(folder, fill)
 
 
-def _tensors(towers: nn.Module, bundle: ModelBundle) -> Iterator[tuple[str, Tensor]]:
+def _tensors(towers: Any, bundle: ModelBundle) -> Iterator[tuple[str, Tensor]]:
     """Yield weights under the names of open_clip's `CustomTextCLIP`. The trunk's are the bundle's, as timm has them."""
     for name, tensor in bundle.state_dict.items():
         if not bundle.kind.is_of_head(name):
@@ -60,7 +60,7 @@ def _stored(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _config(towers: nn.Module, bundle: ModelBundle, *, trunk: str) -> dict[str, Any]:
+def _config(towers: Any, bundle: ModelBundle, *, trunk: str) -> dict[str, Any]:
     images, text = bundle.preprocess, towers.text
     if images.crop_pct != 1:
         logger.warning(

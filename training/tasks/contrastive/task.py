@@ -58,7 +58,7 @@ class TwoTowers(nn.Module):
         return image_features, self.encode_text(tokens, normalize=True), self.logit_scale.exp()
 
 
-class ContrastiveTask(Task):
+class ContrastiveTask(Task[TwoTowers]):
     """Each image of the global batch is to find its caption, and each caption its image."""
 
     def __init__(
@@ -76,7 +76,7 @@ class ContrastiveTask(Task):
         """
         self.settings, self.label_names = settings, tuple(label_names or ())
         self.network = TwoTowers(backbone, settings)
-        self.frozen: dict[str, nn.Module] = {}
+        self.frozen = {}
 
     @classmethod
     def build(cls, settings: Contrastive, backbone: VisionTransformer, run: RunFacts) -> Self:

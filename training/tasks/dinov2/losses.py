@@ -110,7 +110,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, *, iterations: int = 3) -
     Source: SwAV, arXiv 2006.09882, section 3.1; dinov2/loss/dino_clstoken_loss.py (Apache-2.0).
     """
     scaled = logits.float() / temperature
-    rows = scaled.new_zeros(len(scaled), 1)
+    rows, prototypes = scaled.new_zeros(len(scaled), 1), scaled.new_zeros(scaled.shape[1])
     for _ in range(iterations):
         prototypes = -_global_logsumexp(scaled + rows)
         rows = -(scaled + prototypes).logsumexp(dim=1, keepdim=True)
@@ -130,6 +130,9 @@ class RunningCentre(nn.Module):
     Source: dinov2/loss/dino_clstoken_loss.py, ibot_patch_loss.py (Apache-2.0). Upstream weighs processes equally in
     iBOT's centre, here all patches weigh the same, so that the number of processes changes nothing.
     """
+
+    center: Tensor
+    next_center: Tensor
 
     def __init__(self, num_prototypes: int, *, momentum: float = 0.9) -> None:
         super().__init__()

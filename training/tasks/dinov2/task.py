@@ -94,7 +94,7 @@ def hidden_patches(backbone: VisionTransformer, masks: Tensor | None) -> Iterato
 
     def hide(module: nn.Module, args: tuple[Tensor, ...], patches: Tensor) -> Tensor:
         hidden = masks.view(*patches.shape[:-1], 1)  # a ViT for any image size has the patches on their grid
-        return torch.where(hidden, backbone.mask_token.to(patches.dtype), patches)
+        return torch.where(hidden, backbone.get_parameter("mask_token").to(patches.dtype), patches)
 
     handle = backbone.patch_embed.register_forward_hook(hide)
     try:
@@ -124,7 +124,7 @@ def load_heads(network: DinoNetwork, checkpoint: Path) -> None:
         )
 
 
-class DinoV2Task(Task):
+class DinoV2Task(Task[DinoNetwork]):
     """Student, teacher and their losses.
 
     Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
@@ -159,14 +159,12 @@ class DinoV2Task(Task):
         # only what sees hidden patches has a token for them; upstream starts it at zero too (vision_transformer.py)
         backbone.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
         self.frozen = {"teacher": self.teacher}
+        self.centers: dict[str, RunningCentre] = {}
         if settings.centering == "running_mean":
-            patch_head = settings.ibot_head or settings.dino_head
-            self.frozen["centers"] = nn.ModuleDict(
-                {
-                    name: RunningCentre(head.prototypes, momentum=settings.center_momentum)
-                    for name, head in (("dino", settings.dino_head), ("ibot", patch_head))
-                }
-            )
+            heads = {"dino": settings.dino_head, "ibot": settings.ibot_head or settings.dino_head}
+            for name, head in heads.items():
+                self.centers[name] = RunningCentre(head.prototypes, momentum=settings.center_momentum)
+            self.frozen["centers"] = nn.ModuleDict(self.centers)
         self.masks = BlockMasks(
             grid=backbone.patch_embed.grid_size, probability=settings.mask_probability, ratio=settings.mask_ratio
         )
@@ -218,10 +216,13 @@ class DinoV2Task(Task):
             terms["dino_local"] = dino_local_loss(by_crop, targets, **sharp) * settings.dino_weight
         if settings.koleo_weight:
             halves = student["class_tokens"].chunk(GLOBAL_CROPS)
-            koleo = sum(koleo_loss(half, global_batch=settings.koleo_global) for half in halves)
+            koleo = sum(
+                (koleo_loss(half, global_batch=settings.koleo_global) for half in halves), start=torch.zeros(())
+            )
             terms["koleo"] = koleo * settings.koleo_weight
         return StepOutput(
-            loss=sum(terms.values()), metrics={f"loss_{name}": term.detach() for name, term in terms.items()}
+            loss=sum(terms.values(), start=torch.zeros(())),
+            metrics={f"loss_{name}": term.detach() for name, term in terms.items()},
         )
 
     @torch.no_grad()
@@ -229,11 +230,10 @@ class DinoV2Task(Task):
         """The teacher's probabilities of class tokens [2, B, K] and of the patches that are hidden from the student."""
         seen = self.teacher(global_crops, masked)
         logits = {"dino": seen["global_logits"], "ibot": seen["patch_logits"]}
-        if self.settings.centering == "running_mean":
-            centers = self.frozen["centers"]
-            targets = {name: centers[name](values, temperature) for name, values in logits.items()}
+        if self.centers:
+            targets = {name: self.centers[name](values, temperature) for name, values in logits.items()}
             for name, values in logits.items():
-                centers[name].update(values)
+                self.centers[name].update(values)
         else:
             targets = {
                 name: sinkhorn_knopp(values, temperature, iterations=self.settings.sinkhorn_iterations)
@@ -246,7 +246,7 @@ class DinoV2Task(Task):
         plan = self.masks.plan(GLOBAL_CROPS * self.batch_size, seed=self.seed, step=batch.step)
         drawn = [
             self.masks.mask(
-                plan[crop * self.batch_size + position],
+                int(plan[crop * self.batch_size + position]),
                 seed=self.seed,
                 step=batch.step,
                 position=position,

@@ -1,7 +1,7 @@
 """Token-wise distillation: a student with registers learns the patch tokens of a frozen teacher."""
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,21 +27,22 @@ class Teacher:
             RecipeError: It is untrained, or has another grid of patches.
             VitregError: It cannot be opened.
         """
-        size = tuple(student.patch_embed.img_size)
-        vit = open_vit(name, img_size=size)
+        height, width = student.patch_embed.img_size
+        vit = open_vit(name, img_size=(height, width))
         if vit.untrained:
             raise RecipeError(f"task.teacher {name} has no weights: give a bundle, or an architecture with a tag.")
         layout = VitLayout.of(vit.model)
-        probe = torch.empty(1, 3, *size, device="meta")
+        probe = torch.empty(1, 3, height, width, device="meta")
         grid, wanted = layout.grid(probe), VitLayout.of(student).grid(probe)
         if grid != wanted:
             raise RecipeError(
-                f"task.teacher {name} cuts images of {size[0]}x{size[1]} pixels into {grid[0]}x{grid[1]} patches, the "
+                f"task.teacher {name} cuts images of {height}x{width} pixels into {grid[0]}x{grid[1]} patches, the "
                 f"student into {wanted[0]}x{wanted[1]}: take one with the student's patch size."
             )
         self.model = vit.model.requires_grad_(False)
         self.embed_dim = layout.embedding.out_channels
-        mean, std = (_column(student.pretrained_cfg[key]) for key in ("mean", "std"))
+        images = cast(dict[str, Any], student.pretrained_cfg)
+        mean, std = _column(images["mean"]), _column(images["std"])
         own_mean, own_std = _normalisation_of(vit) or (mean, std)
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
 
@@ -77,7 +78,7 @@ class DistillNetwork(nn.Module):
         return self.projection(tokens[:, : self.num_class]), self.projection(patches)
 
 
-class DistillTask(Task):
+class DistillTask(Task[DistillNetwork]):
     """Registers and, without a weight of its own, the class token take no loss. The teacher never changes."""
 
     def __init__(self, *, settings: Distill, backbone: VisionTransformer, target: Target = plain_target) -> None:
@@ -95,7 +96,7 @@ class DistillTask(Task):
         self.settings, self.target = settings, target
         self.teacher = Teacher(settings.teacher, student=backbone)
         self.network = DistillNetwork(backbone, teacher_dim=self.teacher.embed_dim)
-        self.frozen: dict[str, nn.Module] = {}  # the teacher is no state: its name says all of it
+        self.frozen = {}  # the teacher is no state: its name says all of it
 
     @classmethod
     def build(cls, settings: Distill, backbone: VisionTransformer, run: RunFacts) -> Self:
@@ -156,7 +157,7 @@ def _normalisation_of(vit: AnyVit) -> tuple[Tensor, Tensor] | None:
         if not processor.do_normalize:
             return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
         return _column(processor.image_mean), _column(processor.image_std)
-    normalize = vit.transform.transforms[-1]  # of timm
+    normalize = vit.transform.transforms[-1]  # pyright: ignore[reportFunctionMemberAccess]  # timm's, a Compose
     return _column(normalize.mean), _column(normalize.std)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from vitreg_hub.errors import DataError
 from vitreg_hub.training.distributed.parallel import average_into
 from vitreg_hub.training.tasks.base import Batch, RunFacts, Scorer, StepOutput, Task, correct
 from vitreg_hub.training.tasks.supervised.mixing import mix
@@ -26,13 +27,13 @@ class SupervisedNetwork(nn.Module):
         return self.backbone(images)
 
 
-class SupervisedTask(Task):
+class SupervisedTask(Task[SupervisedNetwork]):
     """Images and their classes. What is published are the averaged weights, if any are kept."""
 
     def __init__(self, *, settings: Supervised, backbone: VisionTransformer, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self.network = SupervisedNetwork(backbone)
-        self.frozen: dict[str, nn.Module] = {}
+        self.frozen = {}
         if settings.ema is not None:
             self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
 
@@ -42,7 +43,13 @@ class SupervisedTask(Task):
         return cls(settings=settings, backbone=backbone, seed=run.seed)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Cross-entropy, of every class on its own or of all together, with the targets of mixed images."""
+        """Cross-entropy, of every class on its own or of all together, with the targets of mixed images.
+
+        Raises:
+            DataError: The batch has no labels.
+        """
+        if batch.labels is None:
+            raise DataError("supervised training needs labels: give data.label_column, or data that have some.")
         images, targets = mix(
             batch.crops[0],
             batch.labels,
@@ -56,7 +63,7 @@ class SupervisedTask(Task):
 
     def after_step(self, step: int) -> None:
         """Move the averaged weights."""
-        if "ema" in self.frozen:
+        if self.settings.ema is not None:
             average_into(self.frozen["ema"], self.network, self.settings.ema)
 
     @property

@@ -3,10 +3,11 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Literal
 
-import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -63,11 +64,11 @@ def patch(colour: str, label: str) -> Patch:
     return Patch(color=colour, label=label)
 
 
-def line(colour: str, label: str, style: str = "-") -> Line2D:
+def line(colour: str, label: str, style: Literal["-", "--", ":"] = "-") -> Line2D:
     return Line2D([], [], color=colour, label=label, linestyle=style, linewidth=1.8)
 
 
-def colour_map(*colours: str) -> matplotlib.colors.Colormap:
+def colour_map(*colours: str) -> Colormap:
     """Colours that flow into each other; white where there is no value."""
-    made = matplotlib.colors.LinearSegmentedColormap.from_list("", colours)
+    made = LinearSegmentedColormap.from_list("", colours)
     return made.with_extremes(bad="white", under="white")

@@ -22,7 +22,7 @@ def comparison_figure(reports: Sequence[ArtifactReport]) -> Figure:
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figures 4b and 4c.
     """
     steps = in_training(reports)
-    ordered = sorted(reports, key=lambda report: report.model.step if steps else report.model.num_params)
+    ordered = sorted(reports, key=lambda report: report.model.step or 0 if steps else report.model.num_params)
     places = [report.model.step for report in ordered] if steps else list(range(len(ordered)))
     chosen = [report.blocks[report.block] for report in ordered]
     figure = Figure(figsize=(10.8, 3.9) if steps else (max(10.8, 0.8 * len(reports)), 4.8), layout="constrained")

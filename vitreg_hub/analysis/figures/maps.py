@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from vitreg_hub.plotting import OUTLIER, number
 
@@ -46,8 +47,8 @@ def draw_maps(images: Sequence[Sequence[Sequence[Map]]], *, title: str) -> Figur
     one_line = len(wrapped[0]) == 1
     rows, cols = lines[0][0].values.shape[:2]
     height = WIDTH * min(2.5, max(0.4, rows / cols)) + (0.22 if one_line else 0.42)
-    figure = Figure(figsize=(max(3.2, WIDTH * columns), height * len(lines) + 0.7), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0.01, wspace=0.01)
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, hspace=0.01, wspace=0.01)
+    figure = Figure(figsize=(max(3.2, WIDTH * columns), height * len(lines) + 0.7), layout=layout)
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(len(lines), columns, squeeze=False)
     for index, (row, line) in enumerate(zip(axes, lines, strict=True)):
@@ -58,7 +59,7 @@ def draw_maps(images: Sequence[Sequence[Sequence[Map]]], *, title: str) -> Figur
             if picture.values.ndim == 2:
                 axis.set_xlabel(f"{number(picture.values.min())} to {number(picture.values.max())}", fontsize=7)
             if picture.outlined is not None:
-                axis.add_collection(LineCollection(outline(picture.outlined), colors=OUTLIER, linewidths=1.1))
+                axis.add_collection(LineCollection(list(outline(picture.outlined)), colors=OUTLIER, linewidths=1.1))
             if index == 0 or not one_line:
                 axis.set_title(picture.title, fontsize=8.5, pad=3)
         for axis in row[len(line) :]:

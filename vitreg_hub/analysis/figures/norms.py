@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -44,11 +45,10 @@ def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
     others = [n for report in reports for b in report.blocks for n in (*b.class_norms, *b.register_norms)]
     low, high = positive_limits([heights[0], heights[-1], *others])
     halo = [withStroke(linewidth=4, foreground="white")]
+    colours = colour_map("#e4e4e4", "#333333")
     for axis, report, share in zip(axes, reports, shares, strict=True):
         depth = len(report.blocks)
-        mesh = axis.pcolormesh(
-            np.arange(depth + 1) - 0.5, heights, share, norm=density, cmap=colour_map("#e4e4e4", "#333333")
-        )
+        axis.pcolormesh(np.arange(depth + 1) - 0.5, heights, share, norm=density, cmap=colours)
         blocks = range(depth)
         for token_norms, colour in (
             *((norms, REGISTER) for norms in zip(*(b.register_norms for b in report.blocks), strict=True)),
@@ -64,7 +64,9 @@ def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
         axis.set(yscale="log", xlabel=BLOCK, ylabel=NORM, xlim=(-0.5, depth - 0.5), ylim=(low, high))
         whole_numbers(axis.xaxis)
     log_axis(axes[0].yaxis, low, high)
-    bar = figure.colorbar(mesh, ax=axes, label="share of the block's patch tokens", pad=0.02)
+    bar = figure.colorbar(
+        ScalarMappable(density, colours), ax=axes, label="share of the block's patch tokens", pad=0.02
+    )
     percent_axis(bar.ax.yaxis)
     shown = [line(NORMAL, "median patch")]
     if any(value is not None for report in reports for value in report.cutoff):
@@ -143,7 +145,8 @@ def _split(histogram: NormHistogram, cutoff: float | None) -> tuple[NormHistogra
     """Counts below and above a cutoff; the bin that holds it goes where its middle is."""
     counts, at = np.array(histogram.counts, dtype=int), edges(histogram)
     above = np.sqrt(at[:-1] * at[1:]) > (np.inf if cutoff is None else cutoff)
-    return tuple(
+    below, beyond = (
         NormHistogram(first_bin=histogram.first_bin, counts=tuple(np.where(side, counts, 0).tolist()))
         for side in (~above, above)
     )
+    return below, beyond

@@ -24,8 +24,8 @@ class AttentionMeter:
         self.needs = Needs(attention=(block,))
         self._block = block
         self._num_images = 0
-        self._order: TokenOrder | None = None
-        self._sums: Tensor | None = None  # [prefix, 4] float64
+        self._order = TokenOrder()
+        self._sums = torch.empty(0)  # [prefix, 4] float64
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
         """Add a batch, or those of its images whose attention was observed; outliers [B, P]."""
@@ -47,9 +47,9 @@ class AttentionMeter:
             self._add(other._num_images, other._order, other._sums)
 
     def _add(self, num_images: int, order: TokenOrder, sums: Tensor) -> None:
-        self._num_images += num_images
+        self._sums = self._sums + sums if self._num_images else sums
         self._order = order
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._num_images += num_images
 
     def result(self) -> tuple[AttentionMass, ...]:
         """One entry per class token and register; none for a model that has neither."""

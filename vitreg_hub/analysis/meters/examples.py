@@ -23,7 +23,7 @@ class ExampleMeter:
     def __init__(self, *, block: int, chosen: Collection[int]) -> None:
         self.needs = Needs(normed=True, attention=(block,))
         self._block, self._chosen = block, frozenset(chosen)
-        self._order: TokenOrder | None = None
+        self._order = TokenOrder()
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
@@ -44,7 +44,8 @@ class ExampleMeter:
 
     def merge(self, other: Self) -> None:
         """Add what another process saw."""
-        self._order = other._order or self._order
+        if other._kept:
+            self._order = other._order
         self._kept = self._kept | other._kept
 
     def result(self) -> tuple[Example, ...]:

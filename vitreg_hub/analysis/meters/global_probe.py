@@ -39,7 +39,7 @@ class TokenClassification:
         """Choose the most images that are kept, to fit and to score."""
         self._seed = seed
         self._train, self._test = Sample(train_size), Sample(test_size)
-        self._order: TokenOrder | None = None
+        self._order = TokenOrder()
         self._unlabelled = False
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
@@ -70,7 +70,8 @@ class TokenClassification:
         """Add what another process saw."""
         self._train.merge(other._train)
         self._test.merge(other._test)
-        self._order = self._order or other._order
+        if other._order != TokenOrder():
+            self._order = other._order
         self._unlabelled |= other._unlabelled
 
     def result(self) -> GlobalInformation:

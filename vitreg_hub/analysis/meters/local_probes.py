@@ -130,7 +130,7 @@ class PatchTokens:
 def probe(train: PatchTokens, test: PatchTokens) -> LocalProbe:
     """Fit both probes to some tokens and score them on others. Features are standardised on the former."""
     scaler = StandardScaler().fit(train.tokens)
-    features, test_features = scaler.transform(train.tokens), scaler.transform(test.tokens)
+    features, test_features = (np.asarray(scaler.transform(part.tokens)) for part in (train, test))
     found = _found_cells(features, train.cells, test_features)
     likeliest, nearest = constant_cells(train.cells)
     return LocalProbe(
@@ -153,7 +153,7 @@ def constant_cells(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     places, counts = np.unique(cells, axis=0, return_counts=True)
     (top, left), (bottom, right) = places.min(axis=0), places.max(axis=0)
-    between = np.stack(np.mgrid[top : bottom + 1, left : right + 1], axis=-1).reshape(-1, 2)
+    between = np.moveaxis(np.mgrid[top : bottom + 1, left : right + 1], 0, -1).reshape(-1, 2)
     return places[counts.argmax()], between[(euclidean_distances(between, places) @ counts).argmin()]
 
 

@@ -1,7 +1,6 @@
 """Norms of all tokens after every block: the first pass, which tells whether there are outliers."""
 
 import math
-from typing import Self
 
 import numpy as np
 
@@ -26,15 +25,15 @@ class NormMeter:
     def __init__(self, *, cutoff: float | None = None) -> None:
         self.cutoff = cutoff
         self.num_images = 0
-        self.order: TokenOrder | None = None
-        self.image_size: tuple[int, int] | None = None
-        self._counts: np.ndarray | int = 0  # [blocks, NUM_BINS]
-        self._image_peaks: np.ndarray | int = 0  # [blocks, NUM_BINS] of each image's largest patch norm
-        self._input_logs: np.ndarray | int = 0  # [blocks, NUM_BINS] log2 norms before the first block, summed
-        self._above: np.ndarray | int = 0  # [blocks] patches above the given cutoff
-        self._sums: np.ndarray | int = 0  # [blocks, prefix + 1] of each prefix token, and of all patches
-        self._smallest: np.ndarray | float = np.inf  # [blocks] patch norms
-        self._largest: np.ndarray | float = -np.inf
+        self.order = TokenOrder()
+        self.image_size = (0, 0)
+        self._counts = np.zeros((), dtype=np.int64)  # [blocks, NUM_BINS]
+        self._image_peaks = np.zeros((), dtype=np.int64)  # [blocks, NUM_BINS] of each image's largest patch norm
+        self._input_logs = np.zeros(())  # [blocks, NUM_BINS] log2 norms before the first block, summed
+        self._above = np.zeros((), dtype=np.int64)  # [blocks] patches above the given cutoff
+        self._sums = np.zeros(())  # [blocks, prefix + 1] of each prefix token, and of all patches
+        self._smallest = np.full((), np.inf, dtype=np.float32)  # [blocks] patch norms
+        self._largest = np.full((), -np.inf, dtype=np.float32)
 
     def update(self, seen: Observation, batch: Batch | None = None) -> None:
         """Add a batch that was observed with `norms=True`; what else is known of its images is not needed."""
@@ -46,7 +45,7 @@ class NormMeter:
         bins = bins_of(patches)
         added = NormMeter(cutoff=self.cutoff)
         added.num_images = len(seen.images)
-        added.order, added.image_size = seen.order, tuple(seen.images.shape[-2:])
+        added.order, added.image_size = seen.order, (seen.images.shape[-2], seen.images.shape[-1])
         added._counts = bin_sums(bins)
         added._image_peaks = bin_sums(bins_of(by_image.max(-1)))
         added._input_logs = bin_sums(bins, np.log2(np.maximum(inputs, EDGES[0])))
@@ -56,10 +55,11 @@ class NormMeter:
         added._smallest, added._largest = patches.min(1), patches.max(1)
         self.merge(added)
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "NormMeter") -> None:
         """Add what another meter saw."""
         self.num_images += other.num_images
-        self.order, self.image_size = other.order or self.order, other.image_size or self.image_size
+        if other.num_images:
+            self.order, self.image_size = other.order, other.image_size
         self._counts = self._counts + other._counts
         self._image_peaks = self._image_peaks + other._image_peaks
         self._input_logs = self._input_logs + other._input_logs

@@ -17,8 +17,8 @@ class PlaceMeter:
 
     def __init__(self) -> None:
         self._num_images = 0
-        self._per_position: np.ndarray | None = None  # [rows, columns]
-        self._per_image: np.ndarray | None = None  # [patches + 1]
+        self._per_position = np.empty(0)  # [rows, columns]
+        self._per_image = np.empty(0)  # [patches + 1]
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
         """Add a batch; outliers [B, P]."""
@@ -32,10 +32,9 @@ class PlaceMeter:
             self._add(other._num_images, other._per_position, other._per_image)
 
     def _add(self, num_images: int, per_position: np.ndarray, per_image: np.ndarray) -> None:
-        first = self._per_position is None
+        self._per_position = self._per_position + per_position if self._num_images else per_position
+        self._per_image = self._per_image + per_image if self._num_images else per_image
         self._num_images += num_images
-        self._per_position = per_position if first else self._per_position + per_position
-        self._per_image = per_image if first else self._per_image + per_image
 
     def result(self) -> OutlierPlaces:
         """Shares per position, and how many images have 0, 1, 2, ... outliers."""

@@ -1,0 +1,14 @@
+"""What the tests of the README share."""
+
+from collections.abc import Iterator
+
+import pytest
+from hub_server import HubServer
+from readme_code import Reader
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """Somebody who follows the README in an empty folder."""
+    with HubServer({"hf_reader_of_this": "your-name"}) as hub:
+        yield Reader(tmp_path_factory.mktemp("readme"), hub)
