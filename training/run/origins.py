@@ -61,7 +61,7 @@ class Source:
 def sources_of(recipe: Recipe) -> tuple[Source, ...]:
     """The start and the teacher of a run, if it has them. Both were opened before, so nothing large is fetched."""
     start = {} if recipe.model.start is None else {START: recipe.model.start}
-    return tuple(_source(setting, name) for setting, name in (start | recipe.task.teachers()).items())
+    return tuple(_source(setting, name) for setting, name in {**start, **recipe.task.teachers()}.items())
 
 
 def license_of(recipe: Recipe, sources: Sequence[Source], *, published: bool) -> str | None:
