@@ -30,7 +30,7 @@ from vitreg_hub.training.recipes.files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.recipes.settings import WatchSettings
 from vitreg_hub.training.run import folders, trainer
 from vitreg_hub.training.run.best import Best, better, read_best
-from vitreg_hub.training.run.folders import checkpoints
+from vitreg_hub.training.run.folders import checkpoints, restore_folders
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.publisher import Publisher
 from vitreg_hub.training.run.trainer import Trainer
@@ -405,7 +405,7 @@ def test_kill_between_two_renames_leaves_the_old_folder(renamed, tmp_path, monke
         patched.setattr(Path, "rename", renaming(renamed, 1))
         with pytest.raises(Killed):
             replace_folder(tmp_path / "best", write("new"))
-    folders.restore_folders(tmp_path)
+    restore_folders(tmp_path)
     assert (tmp_path / "best" / "file").read_text() == "old"
     replace_folder(tmp_path / "best", write("new"))
     assert (tmp_path / "best" / "file").read_text() == "new"
