@@ -12,6 +12,7 @@ from vitreg_hub.model_cards.facts import (
     count,
     in_words,
     measured_on,
+    objective_of,
     output,
     scores,
 )
@@ -83,7 +84,7 @@ def summary(bundle: ModelBundle, *, title: str) -> str:
     _, height, width = bundle.preprocess.input_size
     params = sum(tensor.numel() for tensor in bundle.state_dict.values())
     size = f"{params / 1e6:.1f} M" if params >= 1e6 else f"{params / 1e3:.1f} K"
-    measured = ", ".join(f"{in_words(name)} {value:.4f}" for name, value in scores(bundle)) or "not measured"
+    measured = ", ".join(f"{in_words(bundle, name)} {value:.4f}" for name, value in scores(bundle)) or "not measured"
     number = bundle.num_registers
     head = f" Its head projects onto embeddings of width {bundle.num_classes:,}." * (output(bundle) == EMBEDDINGS)
     return f"""\
@@ -124,9 +125,9 @@ def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers
         _plugin_usage(bundle, imports=_imports(plugin, _from_transformers(bundle)), name=name),
     ]
     if towers is None:
-        conversion, run = bundle.provenance.conversion, bundle.provenance.run
+        conversion, objective = bundle.provenance.conversion, objective_of(bundle.provenance.run)
         kept = conversion is not None and KEPT_TOWER in conversion.dropped
-        towers = kept or (run is not None and run.told.task.kind == "Contrastive")
+        towers = kept or (objective is not None and objective.text_tower)
     if towers:
         parts += ["### open_clip", _towers(repo + TOWER_SUFFIX, revision)]
     return "\n\n".join(parts)
@@ -170,7 +171,7 @@ def _plugin_usage(bundle: ModelBundle, *, imports: str, name: str, folder: str =
 
 
 def _from_transformers(bundle: ModelBundle) -> str:
-    classifier = ", AutoModelForImageClassification" * (output(bundle) == LOGITS)
+    classifier = ", AutoModelForImageClassification" if output(bundle) == LOGITS else ""
     return f"from transformers import AutoImageProcessor, AutoModel{classifier}"
 
 

@@ -114,8 +114,9 @@ def _shipped_card(name: str, shipped: Mapping[str, ModelBundle]) -> str:
 
 def _comparison(shipped: Mapping[str, ModelBundle]) -> str:
     """The shipped models side by side."""
-    metrics = sorted({metric for bundle in shipped.values() for metric, _ in scores(bundle)})
-    titles = ("model", "registers", *map(in_words, metrics), "outliers", "class token's attention on registers")
+    told = {metric: in_words(bundle, metric) for bundle in shipped.values() for metric, _ in scores(bundle)}
+    metrics = dict(sorted(told.items()))
+    titles = ("model", "registers", *metrics.values(), "outliers", "class token's attention on registers")
     rows = []
     for name, bundle in sorted(shipped.items(), key=lambda item: item[1].num_registers):
         found, measured = bundle.provenance.artifacts, dict(scores(bundle))

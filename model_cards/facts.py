@@ -6,19 +6,20 @@ from typing import Any, Self
 
 from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import DataOfRun
+from vitreg_hub.bundle.provenance import DataOfRun, TrainingRun
 from vitreg_hub.environment import without_folders
 from vitreg_hub.images.data_sets import ON_HUB
 from vitreg_hub.images.embedded import TRAINING_SETS
 from vitreg_hub.names import HUB_PREFIX
+from vitreg_hub.objectives import ACCURACY, KNN_ACCURACY, ZERO_SHOT_ACCURACY, Objective, Score
 
 CLIP_FAMILIES = ("clip", "clip_quickgelu")
 CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")
 """Of conversions, whose network can be of any family."""
 SOURCES = {
     "digits": "scikit-learn's load_digits: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository",
-    "photos": "tiles of pictures in scikit-learn and scikit-image, see vitreg_hub/datasets.py",
-    "scenes": "drawn by vitreg_hub/datasets.py",
+    "photos": "tiles of pictures in scikit-learn and scikit-image, see vitreg_hub/images/embedded.py",
+    "scenes": "drawn by vitreg_hub/images/embedded.py",
 }
 """Where the embedded data sets come from."""
 CUSTOM = "custom"
@@ -28,30 +29,25 @@ KEPT_TOWER = "text tower; kept beside the bundle, in open_clip's own form"
 LOGITS, EMBEDDINGS, FEATURES = "logits", "embeddings", "features"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """A metric of a bundle.
-
-    Attributes:
-        words: What people call it.
-        task: The Hub's name of its task.
-        metric: The Hub's name of its kind.
-    """
-
-    words: str
-    task: str
-    metric: str
-
-
-SCORES = {
-    "accuracy": Score(words="top-1 accuracy", task="image-classification", metric="accuracy"),
-    "knn_accuracy": Score(words="k-NN accuracy", task="image-classification", metric="accuracy"),
-    "zero_shot_accuracy": Score(words="zero-shot accuracy", task="zero-shot-image-classification", metric="accuracy"),
-    "patch_cosine": Score(
-        words="patch cosine to the teacher", task="image-feature-extraction", metric="cosine_similarity"
+OLDER_OBJECTIVES = {
+    "Supervised": Objective(words="classification", score=ACCURACY),
+    "DinoV2": Objective(words="self-distillation as in DINOv2", score=KNN_ACCURACY),
+    "Contrastive": Objective(
+        words="matching images with captions as in CLIP", score=ZERO_SHOT_ACCURACY, text_tower=True
+    ),
+    "Distill": Objective(
+        words="distillation of tokens",
+        score=Score(
+            name="patch_cosine",
+            words="patch cosine to the teacher",
+            task="image-feature-extraction",
+            metric="cosine_similarity",
+        ),
     ),
 }
-"""Metrics that the tasks of training measure."""
+"""What runs trained for that do not tell it, by the kind of their task."""
+SCORES = {score.name: score for score in (ACCURACY, KNN_ACCURACY, ZERO_SHOT_ACCURACY)}
+"""Metrics that any model may have; a run tells those that are its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,12 +71,12 @@ def output(bundle: ModelBundle) -> str:
     """What a model makes of an image: logits of classes, embeddings in a space shared with texts, or bare features.
 
     Both kinds of head are counted as classes by timm. A CLIP model's is a projection, unless it has names of classes or
-    was trained to tell them apart.
+    was trained here, where a head is always one that tells classes apart.
     """
     if not bundle.num_classes:
         return FEATURES
     run, conversion = bundle.provenance.run, bundle.provenance.conversion
-    if bundle.label_names or (run and run.told.task.kind == "Supervised"):
+    if bundle.label_names or run:
         return LOGITS
     of_clip = get_arch(bundle.arch).family in CLIP_FAMILIES or (conversion and conversion.format in CLIP_FORMATS)
     return EMBEDDINGS if of_clip else LOGITS
@@ -91,9 +87,22 @@ def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
     return sorted(bundle.provenance.metrics.items())
 
 
-def in_words(metric: str) -> str:
-    """What people call a metric."""
-    return SCORES[metric].words if metric in SCORES else metric.replace("_", " ")
+def objective_of(run: TrainingRun | None) -> Objective | None:
+    """What a run trained for, as far as it or the kind of its task tells."""
+    return run and (run.objective or OLDER_OBJECTIVES.get(run.told.task.kind))
+
+
+def score_of(bundle: ModelBundle, metric: str) -> Score | None:
+    """What is known of a metric of a bundle."""
+    objective = objective_of(bundle.provenance.run)
+    own = {objective.score.name: objective.score} if objective else {}
+    return (SCORES | own).get(metric)
+
+
+def in_words(bundle: ModelBundle, metric: str) -> str:
+    """What people call a metric of a bundle."""
+    score = score_of(bundle, metric)
+    return score.words if score else metric.replace("_", " ")
 
 
 def measured_on(bundle: ModelBundle) -> Images | None:

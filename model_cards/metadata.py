@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vitreg_hub import licenses
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.model_cards.facts import LOGITS, SCORES, measured_on, on_the_hub, output, scores
+from vitreg_hub.model_cards.facts import LOGITS, measured_on, on_the_hub, output, score_of, scores
 
 SOURCE = "vitreg_hub"
 """Source of the results that this package writes into a model-index, by which it knows them again."""
@@ -58,19 +58,19 @@ def _results(bundle: ModelBundle, page: str) -> list[EvalResult]:
         return []
     return [
         EvalResult(
-            task_type=SCORES[name].task,
+            task_type=score.task,
             dataset_type=images.dataset,
             dataset_name=images.name,
             dataset_split=images.split,
-            metric_type=SCORES[name].metric,
-            metric_name=SCORES[name].words,
+            metric_type=score.metric,
+            metric_name=score.words,
             metric_value=value,
             metric_args=_how(bundle, name) or None,
             source_name=SOURCE,
             source_url=page,
         )
         for name, value in scores(bundle)
-        if name in SCORES
+        if (score := score_of(bundle, name))
     ]
 
 

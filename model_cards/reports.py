@@ -3,25 +3,19 @@
 from collections.abc import Mapping, Sequence
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import BestModel, Conversion, TaskOfRun, TrainingRun
+from vitreg_hub.bundle.provenance import Conversion, TrainingRun
 from vitreg_hub.environment import duration, without_folders
 from vitreg_hub.files import ARTIFACTS_FIGURE, CURVES_FIGURE, METRICS_FILE, RECIPE_FILE
-from vitreg_hub.model_cards.facts import SOURCES, count, in_words, measured_on, scores
+from vitreg_hub.model_cards.facts import SOURCES, count, in_words, measured_on, objective_of, scores
 
 NOT_MEASURED = "Not measured."
 
-OBJECTIVES = {
-    "Supervised": "classification",
-    "DinoV2": "self-distillation as in DINOv2",
-    "Contrastive": "matching images with captions as in CLIP",
-    "Distill": "distillation of tokens",
-}
 AUGMENTS = {
     "CropAugment": "random resized crops",
     "ThreeAugment": "DeiT-III's 3-Augment",
     "MultiCrop": "DINOv2's multi-crop",
 }
-"""A recipe's kinds in words."""
+"""How images were augmented, in words."""
 
 
 def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
@@ -34,18 +28,19 @@ def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") 
     """
     told = bundle.provenance
     if told.run:
-        return _training(told.run, told.best, files, folder)
+        return _training(bundle, told.run, files, folder)
     return _conversion(told.conversion) if told.conversion else ""
 
 
-def _training(run: TrainingRun, best: BestModel | None, files: Sequence[str], folder: str) -> str:
-    told, step, total = run.told, run.step, run.total_steps
+def _training(bundle: ModelBundle, run: TrainingRun, files: Sequence[str], folder: str) -> str:
+    told, step, total, best = run.told, run.step, run.total_steps, bundle.provenance.best
     data, optim, start = told.data, told.optim, told.model.start
     needed = (told.name, told.task.kind, data.train, told.augment.kind, optim.opt, optim.lr, optim.weight_decay)
     if None in (*needed, told.batch_size, told.seed, step, total):  # an older bundle tells less
         return ""
     if best:
-        steps = f"the best of the run's evaluations by {in_words(best.score)}, after {best.step:,} of {total:,} steps"
+        score = in_words(bundle, best.score)
+        steps = f"the best of the run's evaluations by {score}, after {best.step:,} of {total:,} steps"
     else:
         steps = f"{total:,} steps" if step == total else f"**{step:,} of {total:,} steps, not finished**,"
     rate, decay = f"{optim.lr:g}", f"{optim.weight_decay:g}"
@@ -60,7 +55,7 @@ def _training(run: TrainingRun, best: BestModel | None, files: Sequence[str], fo
     if start:
         lines.append(f"- Started from {without_folders(start)}; trained: {told.model.trainable.replace('+', ' and ')}.")
     lines.append(f"- Optimiser: {optim.opt}, peak learning rate {rate}; weight decay {decay}.")
-    lines.append(f"- Objective: {_objective(told.task)}.")
+    lines.append(f"- Objective: {_objective(run)}.")
     lines.append(f"- Images were augmented by {AUGMENTS.get(told.augment.kind, told.augment.kind)}.")
     if RECIPE_FILE in files:
         lines.append(f"- Every setting: [{RECIPE_FILE}]({folder}{RECIPE_FILE}).")
@@ -71,9 +66,10 @@ def _training(run: TrainingRun, best: BestModel | None, files: Sequence[str], fo
     return "\n".join(lines)
 
 
-def _objective(task: TaskOfRun) -> str:
+def _objective(run: TrainingRun) -> str:
     """What was trained for, with what was on of label smoothing, mixing of images and averaging of weights."""
-    words = OBJECTIVES.get(task.kind, task.kind)
+    task, objective = run.told.task, objective_of(run)
+    words = objective.words if objective else task.kind
     if task.teacher:
         words += f", from the teacher {without_folders(task.teacher)}"
     extras = (
@@ -102,11 +98,11 @@ def results(bundle: ModelBundle) -> str:
     lines = ["## Results", ""]
     if found := scores(bundle):
         lines += ["| measure | value |", "|---|---|"]
-        lines += [f"| {in_words(name)} | {value:.4f} |" for name, value in found]
+        lines += [f"| {in_words(bundle, name)} | {value:.4f} |" for name, value in found]
         on = images.words if images else "images of which the bundle does not tell"
         lines += ["", f"Measured on {on}{_how(told.run, knn='knn_accuracy' in told.metrics) if told.run else ''}."]
         if told.best:
-            lines += ["", _chosen(in_words(told.best.score))]
+            lines += ["", _chosen(in_words(bundle, told.best.score))]
     else:
         lines.append(NOT_MEASURED)
     lines += ["", "### Parity", ""]

@@ -19,7 +19,7 @@ PACKAGES = {
     "vitreg_hub.training": "training",
 }
 LAYERS = [
-    {"errors", "import_hook"},
+    {"errors", "import_hook", "objectives"},
     {"arch", "compat", "console", "docstrings", "environment", "licenses", "plotting", "tags", "tested", "typed"},
     {"network"},
     {"timm_models", "files", "names"},

@@ -29,7 +29,6 @@ from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.origins import license_of
 from vitreg_hub.training.run.publisher import Publisher
 from vitreg_hub.training.run.trainer import Trainer
-from vitreg_hub.training.tasks.contrastive.settings import Contrastive
 from vitreg_hub.training.watch.curves import draw_curves
 from vitreg_hub.training.watch.first_batch import draw_first_batch
 from vitreg_hub.training.watch.logbook import Logbook, require_trackers
@@ -137,7 +136,7 @@ def train(
     publisher = None
     if push and accelerator.is_main_process:
         publisher = instruments.publisher(push, private=private, license=recipe.license)  # fails if there is no token
-        publisher.ask(towers=isinstance(recipe.task, Contrastive))
+        publisher.ask(towers=recipe.task.objective.text_tower)
     if (out / MODEL).exists():
         return _finished(recipe, out, publisher)
     with torch.random.fork_rng(), publisher or nullcontext():

@@ -20,6 +20,7 @@ from vitreg_hub.licenses import IDENTIFIERS
 from vitreg_hub.model_cards.artifacts import summary
 from vitreg_hub.model_cards.card import render, with_doors
 from vitreg_hub.model_cards.metadata import base_model
+from vitreg_hub.objectives import Objective, Score
 from vitreg_hub.training.loop import train
 
 REPO = "lab/some-model"
@@ -191,6 +192,29 @@ def test_scores_of_every_task_are_told_in_words_and_to_the_hub(task):
         assert f"| {words} | {value:.4f} |" in card
     assert f"the held-out part of {TINY[task].data.train}, at most {watch.eval_images} images; k-NN among" in card
     assert f"k-NN among at most {watch.eval_images} training images, with up to {watch.knn_neighbors} neighbors" in card
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_a_run_that_tells_its_objective_has_the_card_of_an_older_one(task):
+    older = trained(TINY[task], metrics=METRICS[task])
+    assert older.provenance.run.objective is None
+    assert render(made_otherwise(older, objective=TINY[task].task.objective)) == render(older)
+
+
+def test_an_objective_is_told_in_its_own_words():
+    objective = Objective(
+        words="sorting",
+        score=Score(name="sorted", words="share sorted", task="object-sorting", metric="share"),
+        text_tower=True,
+    )
+    bundle = made_otherwise(trained(TINY["distill"], metrics={"sorted": 0.5}), objective=objective)
+    card = render(best_of_its_run(bundle, "sorted"), repo=REPO)
+    assert "- Objective: sorting, from the teacher" in card
+    assert "| share sorted | 0.5000 |" in card
+    assert "the best of the run's evaluations by share sorted" in card
+    assert "### open_clip" in card
+    (result,) = ModelCard(card).data.eval_results
+    assert (result.task_type, result.metric_type, result.metric_name) == ("object-sorting", "share", "share sorted")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitreg_hub.errors import DataError, RecipeError
 from vitreg_hub.training.data.opening import TrainingData
-from vitreg_hub.training.data.samples import Need, Piece, Sample, SampleReader, Transform, handed_over
+from vitreg_hub.training.data.samples import Piece, Sample, SampleReader, Transform, handed_over
 from vitreg_hub.training.data.streams import Stream
 from vitreg_hub.training.distributed.randomness import seed_of
 from vitreg_hub.training.tasks.base import Batch
+from vitreg_hub.training.tasks.settings import Need
 
 TRIES = 16
 """Images that are tried in the place of an unreadable one."""

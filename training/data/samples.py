@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -12,8 +12,8 @@ from vitreg_hub.errors import DataError
 from vitreg_hub.images.source import BROKEN, read_rgb
 from vitreg_hub.training.data.opening import TrainingData
 from vitreg_hub.training.distributed.randomness import seed_of, seeded
+from vitreg_hub.training.tasks.settings import Need
 
-Need = Literal["labels", "texts"]
 Transform = Callable[[Image.Image], tuple[Tensor, ...]]
 
 

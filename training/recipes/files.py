@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,14 +14,13 @@ from vitreg_hub.environment import public_text
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.files import RECIPE_FILE, write_file
 from vitreg_hub.training.recipes.settings import Augment, Recipe, to_dict
-from vitreg_hub.training.tasks import TaskSettings
+from vitreg_hub.training.tasks import TASKS
 
 KIND = "kind"
 """Key that tells which dataclass `task` and `augment` are."""
 
 KINDS: Mapping[str, Mapping[str, type]] = {
-    part: {kind.__name__: kind for kind in get_args(union)}
-    for part, union in (("task", TaskSettings), ("augment", Augment))
+    part: {kind.__name__: kind for kind in kinds} for part, kinds in (("task", TASKS), ("augment", get_args(Augment)))
 }
 MAY_CHANGE = (
     *("name", "license"),
@@ -187,7 +186,8 @@ def _types(kinds: Mapping[str, type]) -> dict[str, Any]:
 
 
 def _types_in(group: type, kinds: Mapping[str, type], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, hint in (get_type_hints(group) | kinds).items():
+    hints = get_type_hints(group) | kinds
+    for name, hint in ((field.name, hints[field.name]) for field in fields(group)):
         yield f"{prefix}{name}", hint
         for inner in filter(is_dataclass, (hint, *get_args(hint))):
             yield from _types_in(inner, {}, f"{prefix}{name}.")

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vitreg_hub.errors import RecipeError
-from vitreg_hub.training.tasks import TaskSettings
-from vitreg_hub.training.tasks.dinov2.settings import DinoV2
-from vitreg_hub.training.tasks.supervised.settings import Supervised
+from vitreg_hub.training.tasks.settings import TaskSettings
 
 Trainable = Literal["all", "registers", "registers+norms"]
 
@@ -328,24 +326,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name, value in (("model.drop_path", recipe.model.drop_path), ("data.max_corrupt", recipe.data.max_corrupt)):
         if not 0 <= value < 1:
             yield f"{name} is {value}, give a share from 0 to below 1."
-    if isinstance(task, DinoV2) != isinstance(augment, MultiCrop):
+    if task.multi_crop != isinstance(augment, MultiCrop):
         yield (
-            f"task {type(task).__name__} does not go with {type(augment).__name__}: MultiCrop is for DinoV2, and "
-            "DinoV2 needs it."
+            f"task {type(task).__name__} does not go with {type(augment).__name__}: a task that compares several crops "
+            "of an image needs MultiCrop, and no other takes it."
         )
-    if isinstance(task, Supervised):
-        yield from _supervised_problems(task, recipe.batch_size)
+    yield from task.problems(batch_size=recipe.batch_size)
     if recipe.optim.layer_decay <= 0:
         yield f"optim.layer_decay is {recipe.optim.layer_decay}, give a factor above 0, 1 for none."
-
-
-def _supervised_problems(task: Supervised, batch_size: int) -> Iterator[str]:
-    if task.loss == "bce" and task.smoothing:
-        yield (
-            f"task.smoothing is {task.smoothing} under the loss bce, whose targets above 0 all become a yes: set it to "
-            "0, or task.loss to ce."
-        )
-    if (task.mixup or task.cutmix) and batch_size % 2:
-        yield f"batch_size is {batch_size}, but mixup and cutmix take images in pairs: give an even one."
-    if task.ema is not None and not 0 < task.ema < 1:
-        yield f"task.ema is {task.ema}, give a decay between 0 and 1, or null for none."

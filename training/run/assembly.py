@@ -1,6 +1,6 @@
 """From a recipe to the parts of a run: processes, data, network, task, optimiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -22,14 +22,7 @@ from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.backbone import build_backbone
 from vitreg_hub.training.run.origins import Source, sources_of
 from vitreg_hub.training.schedules import Span
-from vitreg_hub.training.tasks.base import Task
-from vitreg_hub.training.tasks.contrastive.settings import Contrastive
-from vitreg_hub.training.tasks.dinov2.settings import DinoV2
-from vitreg_hub.training.tasks.distill.settings import Distill
-from vitreg_hub.training.tasks.supervised.settings import Supervised
-
-NEEDS = {Supervised: ("labels",), Contrastive: ("texts",)}
-"""What every image must have for a task."""
+from vitreg_hub.training.tasks.base import RunFacts, Task, build_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +32,8 @@ class Parts:
     Attributes:
         data: What is trained on.
         held_out: What scores are measured on, if anything.
-        looked_at: What artifacts are looked for in: held-out images, else the first or some of training.
-        reference: Training images without augmentation, among which evaluation seeks neighbours.
+        eval_images: What the model is evaluated on: held-out images, else those of training, for artifacts alone.
+        knn_images: Training images without augmentation, among which the neighbours of held-out ones are sought.
         loader: Batches of `data`.
         transform: What an image goes through in evaluation.
         mean: Of the normalisation in training and evaluation, by channel.
@@ -53,8 +46,8 @@ class Parts:
 
     data: TrainingData
     held_out: ImageSource | None
-    looked_at: ImageSource
-    reference: ImageSource | None
+    eval_images: ImageSource
+    knn_images: ImageSource | None
     loader: TrainLoader
     transform: Callable[[Image.Image], Tensor]
     mean: tuple[float, ...]
@@ -100,7 +93,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         BundleError: The start or the teacher is no bundle.
     """
     data = open_training_data(recipe.data)
-    num_classes = _num_classes(data) if isinstance(recipe.task, Supervised) else 0
+    num_classes = _num_classes(data) if recipe.task.classifies else 0
     backbone, _ = build_backbone(recipe.model, num_classes=num_classes, seed=recipe.seed)
     config = resolve_model_data_config(backbone)
     config["input_size"] = (3, *backbone.patch_embed.img_size)
@@ -122,13 +115,18 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         repeats=getattr(recipe.augment, "repeats", 1),
         num_workers=recipe.data.num_workers,
         max_corrupt=recipe.data.max_corrupt,
-        needs=NEEDS.get(type(recipe.task), ()),
+        needs=recipe.task.needs,
     )
     held_out = open_held_out(recipe.data, data)
     epoch_steps = recipe.epoch_steps or loader.steps_per_epoch
     span = Span(epoch_steps=epoch_steps, total_steps=max(round(recipe.epochs * epoch_steps), 1))
     label_names = held_out.label_names if held_out else None
-    task = make_task(recipe, backbone, span=span, label_names=label_names or data.label_names)
+    run = RunFacts(
+        span=span, batch_size=recipe.batch_size, seed=recipe.seed, label_names=label_names or data.label_names
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        task = build_task(recipe.task, backbone, run)
     twin = deepcopy(task.published).eval().requires_grad_(False)
     if recipe.scale.checkpointing:
         backbone.set_grad_checkpointing()
@@ -139,8 +137,8 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
     return Parts(
         data=data,
         held_out=held_out,
-        looked_at=held_out or as_image_source(data),
-        reference=as_image_source(data) if data.has_labels else None,
+        eval_images=held_out or as_image_source(data),
+        knn_images=as_image_source(data) if held_out and data.has_labels else None,
         loader=loader,
         transform=create_transform(**config),
         mean=config["mean"],
@@ -150,39 +148,6 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         twin=twin,
         sources=sources_of(recipe),
     )
-
-
-def make_task(recipe: Recipe, backbone: VisionTransformer, *, span: Span, label_names: Sequence[str] | None) -> Task:
-    """Build the objective of a recipe. open_clip is imported for the contrastive one only.
-
-    Args:
-        recipe: The run.
-        backbone: The ViT.
-        span: How long the run is.
-        label_names: Names of the classes of held-out images.
-    """
-    settings = recipe.task
-    with torch.random.fork_rng(devices=[]):  # heads are drawn
-        torch.default_generator.manual_seed(recipe.seed)
-        match settings:
-            case Supervised():
-                from vitreg_hub.training.tasks.supervised.task import SupervisedTask
-
-                return SupervisedTask(settings=settings, backbone=backbone, seed=recipe.seed)
-            case DinoV2():
-                from vitreg_hub.training.tasks.dinov2.task import DinoV2Task
-
-                return DinoV2Task(
-                    settings=settings, backbone=backbone, span=span, batch_size=recipe.batch_size, seed=recipe.seed
-                )
-            case Contrastive():
-                from vitreg_hub.training.tasks.contrastive.task import ContrastiveTask
-
-                return ContrastiveTask(settings=settings, backbone=backbone, label_names=label_names)
-            case Distill():
-                from vitreg_hub.training.tasks.distill.task import DistillTask
-
-                return DistillTask(settings=settings, backbone=backbone)
 
 
 def _num_classes(data: TrainingData) -> int:

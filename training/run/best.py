@@ -10,18 +10,6 @@ from vitreg_hub.bundle.provenance import provenance_from_json
 from vitreg_hub.errors import BundleError
 from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.folders import BEST
-from vitreg_hub.training.tasks.contrastive.settings import Contrastive
-from vitreg_hub.training.tasks.dinov2.settings import DinoV2
-from vitreg_hub.training.tasks.distill.settings import Distill
-from vitreg_hub.training.tasks.supervised.settings import Supervised
-
-SCORES = {
-    Supervised: "accuracy",
-    DinoV2: "knn_accuracy",
-    Contrastive: "zero_shot_accuracy",
-    Distill: "patch_cosine",
-}
-"""By which of its scores a task's models are compared; more is better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +39,7 @@ def better(
         metrics: What the evaluation found, scores as ``eval/name``.
         or_equal: Whether as good is enough.
     """
-    name = SCORES[type(recipe.task)]
+    name = recipe.task.objective.score.name
     score = metrics.get(f"eval/{name}", math.nan)
     if step == 0 or not math.isfinite(score):
         return best
@@ -69,7 +57,7 @@ def read_best(run: Path, recipe: Recipe) -> Best | None:
     folder = run / BEST
     if not folder.is_dir():
         return None
-    name = SCORES[type(recipe.task)]
+    name = recipe.task.objective.score.name
     told = provenance_from_json(read_config(folder, called=str(folder))["vitreg"].get("provenance"))
     if name not in told.metrics or not told.run or told.run.step is None:
         raise BundleError(f"{folder} does not tell its {name} and its step: delete it and start the run again.")

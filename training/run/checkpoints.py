@@ -27,7 +27,7 @@ from vitreg_hub.training.distributed.parallel import (
 from vitreg_hub.training.recipes.files import require_same_recipe
 from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.best import Best
-from vitreg_hub.training.run.folders import CHECKPOINTS, MODEL, STATE, checkpoints, restore_folders
+from vitreg_hub.training.run.folders import CHECKPOINTS, MODEL, STATE, checkpoints, restore_folders, state_file
 from vitreg_hub.training.run.measured import Measured
 from vitreg_hub.training.run.trainer import Trainer
 
@@ -219,7 +219,7 @@ def save_checkpoint(run: Path, state: RunState, *, write_model: Callable[[Path],
         for name, tensors in state.weights.items():
             if tensors:
                 whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                save_file(whole, folder / f"{name}.safetensors", metadata={"format": "pt"})
+                save_file(whole, state_file(staging, name), metadata={"format": "pt"})
         text = {"step": state.step, "loaders": state.loaders, "extra": dict(state.extra)}
         (folder / STATE_FILE).write_text(json.dumps(text), encoding="utf-8")
 

@@ -13,6 +13,11 @@ CHECKPOINTS, STATE = "checkpoints", "state"
 STEP = re.compile(r"step_(\d+)")
 
 
+def state_file(checkpoint: Path, name: str) -> Path:
+    """Where a checkpoint keeps the weights of a part of the state."""
+    return checkpoint / STATE / f"{name}.safetensors"
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = {int(match[1]): path for path in (run / CHECKPOINTS).glob("step_*") if (match := STEP.fullmatch(path.name))}

@@ -68,8 +68,8 @@ def measure(trainer: Trainer) -> dict[str, float]:
         return evaluate(
             vit_of(parts.twin),
             parts.task.scorer(parts.twin) if parts.held_out else None,
-            held_out=parts.looked_at,
-            train=parts.reference if parts.held_out else None,
+            held_out=parts.eval_images,
+            train=parts.knn_images,
             transform=parts.transform,
             device=accelerator.device,
             settings=recipe.watch,

@@ -17,9 +17,8 @@ from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.assembly import Parts, vit_of
 from vitreg_hub.training.run.best import Best
 from vitreg_hub.training.run.measured import Measured
-from vitreg_hub.training.run.origins import START, TEACHER, license_of
+from vitreg_hub.training.run.origins import START, license_of
 from vitreg_hub.training.run.trainer import Trainer
-from vitreg_hub.training.tasks.contrastive.settings import Contrastive
 from vitreg_hub.training.watch.curves import draw_curves
 from vitreg_hub.training.watch.evaluate import EVALUATED_IMAGES
 
@@ -85,9 +84,8 @@ class ModelWriter:
 
 def surroundings(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """By what a run is made, as fields of `Provenance`."""
-    libraries = ("accelerate", "datasets", *["open_clip_torch"] * isinstance(recipe.task, Contrastive))
     return {
-        "versions": versions(*libraries),
+        "versions": versions("accelerate", "datasets", *recipe.task.libraries),
         "command": command(),
         "commit": commit(),
         "hardware": hardware(accelerator.device, num_processes=accelerator.num_processes),
@@ -118,10 +116,11 @@ def make_bundle(
     data = public_text(parts.data.name)
     words = {source.setting: source.words for source in parts.sources}
     how = f"trained on from {words[START]}" if START in words else "trained from scratch"
-    if TEACHER in words:
-        how += f", distilled from {words[TEACHER]},"
+    for setting in recipe.task.teachers():
+        how += f", distilled from {words[setting]},"
     run = TrainingRun(
         recipe=public_settings(recipe),
+        objective=recipe.task.objective,
         step=step,
         total_steps=parts.span.total_steps,
         evaluated=evaluated,

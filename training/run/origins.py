@@ -22,7 +22,7 @@ from vitreg_hub.remote.client import hub_errors, patiently
 from vitreg_hub.training.recipes.named import default_license
 from vitreg_hub.training.recipes.settings import Recipe
 
-START, TEACHER = "model.start", "task.teacher"
+START = "model.start"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +60,8 @@ class Source:
 
 def sources_of(recipe: Recipe) -> tuple[Source, ...]:
     """The start and the teacher of a run, if it has them. Both were opened before, so nothing large is fetched."""
-    names = {START: recipe.model.start, TEACHER: getattr(recipe.task, "teacher", None)}
-    return tuple(_source(setting, name) for setting, name in names.items() if name is not None)
+    start = {} if recipe.model.start is None else {START: recipe.model.start}
+    return tuple(_source(setting, name) for setting, name in {**start, **recipe.task.teachers()}.items())
 
 
 def license_of(recipe: Recipe, sources: Sequence[Source], *, published: bool) -> str | None:

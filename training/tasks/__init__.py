@@ -1,8 +1,10 @@
-"""Objectives, one folder each; `vitreg_hub.training.tasks.base` says what they have in common."""
+"""Objectives, one folder each: `settings.py` says all that can be said without torch, `task.py` computes."""
 
 from vitreg_hub.training.tasks.contrastive.settings import Contrastive
 from vitreg_hub.training.tasks.dinov2.settings import DinoV2
 from vitreg_hub.training.tasks.distill.settings import Distill
+from vitreg_hub.training.tasks.settings import TaskSettings
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
-TaskSettings = Supervised | DinoV2 | Contrastive | Distill
+TASKS: tuple[type[TaskSettings], ...] = (Supervised, DinoV2, Contrastive, Distill)
+"""All of them; a new one is entered here and stands in a folder of its own."""

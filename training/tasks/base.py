@@ -1,16 +1,20 @@
 """What the loop knows of an objective: a task turns batches into losses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.training.schedules import Span
+from vitreg_hub.training.tasks.settings import TaskSettings
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -54,6 +58,23 @@ class StepOutput:
     metrics: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What a task may know of its run.
+
+    Attributes:
+        span: How long it is.
+        batch_size: Images of a step, in all processes.
+        seed: Of everything that is random.
+        label_names: Names of the held-out images' classes, where they are known.
+    """
+
+    span: Span
+    batch_size: int
+    seed: int
+    label_names: Sequence[str] | None = None
+
+
 class Task(ABC, Generic[Network]):
     """An objective with its modules.
 
@@ -68,6 +89,20 @@ class Task(ABC, Generic[Network]):
     network: Network
     frozen: dict[str, nn.Module]
     hold: Mapping[str, int] = MappingProxyType({})
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: Any, backbone: VisionTransformer, run: RunFacts) -> Self:
+        """Make the objective around a ViT; new weights are drawn from torch's default generator.
+
+        Args:
+            settings: The dataclass that names this class.
+            backbone: The ViT, with a head if its settings say that it classifies.
+            run: What it is made for.
+
+        Raises:
+            VitregError: Settings do not fit the ViT, or something that they name is missing.
+        """
 
     @abstractmethod
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
@@ -96,6 +131,11 @@ class Task(ABC, Generic[Network]):
         None by default but k-NN accuracy, which every model gets.
         """
         return lambda images, labels: {}
+
+
+def build_task(settings: TaskSettings, backbone: VisionTransformer, run: RunFacts) -> Task:
+    """Make the objective of some settings; only its own module is imported."""
+    return resolve_name(settings.task_class).build(settings, backbone, run)
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from vitreg_hub.errors import BundleError
+from vitreg_hub.objectives import Objective
 from vitreg_hub.typed import read
 
 CALLED = "vitreg.provenance"
@@ -145,6 +146,7 @@ class TrainingRun:
 
     Attributes:
         recipe: All settings, nested as in `recipe.yaml`: what a second run would need.
+        objective: What it trained for; None where an older bundle does not tell.
         step: Steps that were done.
         total_steps: Steps of the whole run.
         evaluated: On how many images the metrics were measured.
@@ -153,6 +155,7 @@ class TrainingRun:
 
     kind: Literal["training"] = "training"
     recipe: Mapping[str, Any]
+    objective: Objective | None = None
     step: int | None = None
     total_steps: int | None = None
     evaluated: int | None = None

@@ -28,7 +28,7 @@ def run(
         source: weights file, folder, or hf-hub:org/name[@revision]
         out: new folder for the bundle
         format: auto, openclip-timm, openclip, openai, hf-clip, ph-reg, hf-dinov2-with-registers, hf-dinov2, hf-deit,
-            hf-vit, deit3, deit, dinov2, timm, dino
+            hf-vit, dino, deit3, deit, dinov2, timm
         arch: row of `vitreg list` that the checkpoint must be; tells heads and activation
         img_size: bake the position table for images of this size in
         registers: add untrained registers to a checkpoint that has none

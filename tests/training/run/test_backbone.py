@@ -5,7 +5,7 @@ import timm
 import torch
 from models import random_bundle
 
-from vitreg_hub.errors import BundleError, RecipeError
+from vitreg_hub.errors import RecipeError, UnknownArchError
 from vitreg_hub.training.recipes.settings import ModelSettings
 from vitreg_hub.training.run.backbone import build_backbone, set_trainable, with_registers_of
 
@@ -67,7 +67,7 @@ def test_registers_are_added_or_dropped_and_nothing_else_changes(old, new):
 def test_another_architecture_is_refused():
     with pytest.raises(RecipeError, match=r"vit_nano_reg4.digits is a vit_nano_reg4, but model.arch is vit_tiny_reg4"):
         build_backbone(ModelSettings(arch="vit_tiny_reg4", start="vit_nano_reg4.digits"), num_classes=0, seed=0)
-    with pytest.raises(BundleError):
+    with pytest.raises(UnknownArchError, match="there is no folder and no architecture 'nowhere'"):
         build_backbone(ModelSettings(arch="vit_tiny_reg4", start="nowhere"), num_classes=0, seed=0)
 
 

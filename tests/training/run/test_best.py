@@ -23,13 +23,14 @@ from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import BestModel
 from vitreg_hub.errors import BundleError
+from vitreg_hub.files import replace_folder
 from vitreg_hub.training import loop
 from vitreg_hub.training.loop import Instruments, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.recipes.settings import WatchSettings
 from vitreg_hub.training.run import folders, trainer
 from vitreg_hub.training.run.best import Best, better, read_best
-from vitreg_hub.training.run.folders import checkpoints
+from vitreg_hub.training.run.folders import checkpoints, restore_folders
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.publisher import Publisher
 from vitreg_hub.training.run.trainer import Trainer
@@ -399,14 +400,14 @@ def test_kill_between_two_renames_leaves_the_old_folder(renamed, tmp_path, monke
     def write(text):
         return lambda new: (new.mkdir(parents=True), (new / "file").write_text(text))
 
-    folders.replace_folder(tmp_path / "best", write("old"))
+    replace_folder(tmp_path / "best", write("old"))
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", renaming(renamed, 1))
         with pytest.raises(Killed):
-            folders.replace_folder(tmp_path / "best", write("new"))
-    folders.restore_folders(tmp_path)
+            replace_folder(tmp_path / "best", write("new"))
+    restore_folders(tmp_path)
     assert (tmp_path / "best" / "file").read_text() == "old"
-    folders.replace_folder(tmp_path / "best", write("new"))
+    replace_folder(tmp_path / "best", write("new"))
     assert (tmp_path / "best" / "file").read_text() == "new"
     assert not hidden(tmp_path)
 

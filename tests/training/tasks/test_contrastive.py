@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from training_runs import TINY as RUNS
 
 import vitreg_hub  # noqa: F401  (registers the models, also in processes that are started here)
 from vitreg_hub.bundle.model_bundle import ModelBundle
@@ -321,6 +322,7 @@ def test_no_names_no_score():
     ("changes", "sentence"),
     [
         ({"text_heads": 3}, "3 heads do not divide"),
+        ({"text_heads": 0}, "0 heads do not divide"),
         ({"logit_scale": 0.5}, "from 1 to 100"),
         ({"templates": ()}, "at least one sentence"),
         ({"templates": ("a {}", "a photo")}, "'a photo', which has no {}"),
@@ -328,7 +330,7 @@ def test_no_names_no_score():
 )
 def test_settings_that_cannot_be_are_refused(changes, sentence):
     with pytest.raises(RecipeError, match=sentence):
-        task_of(settings=replace(SETTINGS, **changes))
+        replace(RUNS["contrastive"], task=replace(SETTINGS, **changes))
 
 
 def test_captions_and_open_clip_are_asked_for(monkeypatch):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,9 @@ from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import DataError, RecipeError
 from vitreg_hub.files import TOWER_SUFFIX, replace_folder
 from vitreg_hub.training.distributed.collectives import rank, world_size
-from vitreg_hub.training.tasks.base import Batch, Scorer, StepOutput, Task, correct
+from vitreg_hub.training.tasks.base import Batch, RunFacts, Scorer, StepOutput, Task, correct
 from vitreg_hub.training.tasks.contrastive.open_clip_files import save_open_clip
-from vitreg_hub.training.tasks.contrastive.settings import Contrastive
-
-MAX_LOGIT_SCALE = 100
-"""Source: open_clip_train/train.py, "clamp to 4.6052 = ln(100), as in the original paper"."""
+from vitreg_hub.training.tasks.contrastive.settings import MAX_LOGIT_SCALE, Contrastive
 
 
 class TwoTowers(nn.Module):
@@ -74,13 +72,16 @@ class ContrastiveTask(Task[TwoTowers]):
             label_names: Names of the held-out images' classes; without them there is no score.
 
         Raises:
-            RecipeError: open_clip is not installed, or settings contradict each other.
+            RecipeError: open_clip is not installed.
         """
-        if problem := _problem(settings):
-            raise RecipeError(problem)
         self.settings, self.label_names = settings, tuple(label_names or ())
         self.network = TwoTowers(backbone, settings)
         self.frozen = {}
+
+    @classmethod
+    def build(cls, settings: Contrastive, backbone: VisionTransformer, run: RunFacts) -> Self:
+        """Draws the text tower and the projection."""
+        return cls(settings=settings, backbone=backbone, label_names=run.label_names)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Tokens [B, context length] of texts, cut off where they are too long."""
@@ -145,18 +146,3 @@ def open_clip() -> ModuleType:
     import open_clip
 
     return open_clip
-
-
-def _problem(settings: Contrastive) -> str | None:
-    if settings.text_width % settings.text_heads:
-        return (
-            f"task.text_width is {settings.text_width}, which {settings.text_heads} heads do not divide: change it or "
-            "task.text_heads."
-        )
-    if not 1 <= settings.logit_scale <= MAX_LOGIT_SCALE:
-        return f"task.logit_scale is {settings.logit_scale}, give a number from 1 to {MAX_LOGIT_SCALE}."
-    if wrong := [template for template in settings.templates if "{}" not in template]:
-        return f"task.templates holds {wrong[0]!r}, which has no {{}} in the place of a class's name."
-    if not settings.templates:
-        return "task.templates is empty, give at least one sentence with {} in the place of a class's name."
-    return None

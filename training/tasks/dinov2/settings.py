@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vitreg_hub.objectives import KNN_ACCURACY, Objective
+from vitreg_hub.training.tasks.settings import TaskSettings
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
@@ -22,7 +25,7 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DinoV2:
+class DinoV2(TaskSettings):
     """Self-distillation with DINO, iBOT and KoLeo losses. Registers take no loss.
 
     Attributes:
@@ -46,6 +49,10 @@ class DinoV2:
             its weights. New heads on a trained backbone would else destroy its features (facebookresearch/dinov2#204).
         heads: Checkpoint (``run/checkpoints/step_...``) whose heads are taken; they need no epochs of their own then.
     """
+
+    objective = Objective(words="self-distillation as in DINOv2", score=KNN_ACCURACY)
+    task_class = "vitreg_hub.training.tasks.dinov2.task:DinoV2Task"
+    multi_crop = True
 
     dino_head: Head = field(default_factory=Head)
     ibot_head: Head | None = None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.distributed.parallel import average_into
-from vitreg_hub.training.run.folders import STATE
+from vitreg_hub.training.run.folders import state_file
 from vitreg_hub.training.schedules import CosineSchedule, Span, linear_then_constant
-from vitreg_hub.training.tasks.base import Batch, StepOutput, Task
+from vitreg_hub.training.tasks.base import Batch, RunFacts, StepOutput, Task
 from vitreg_hub.training.tasks.dinov2.head import DinoHead
 from vitreg_hub.training.tasks.dinov2.losses import (
     RunningCentre,
@@ -109,7 +110,7 @@ def load_heads(network: DinoNetwork, checkpoint: Path) -> None:
         RecipeError: They are not there, or others.
     """
     try:
-        heads = load_file(checkpoint / STATE / "heads.safetensors")
+        heads = load_file(state_file(checkpoint, "heads"))
         left = network.load_state_dict(heads, strict=False)
         lacking = [name for name in left.missing_keys if not name.startswith("backbone.")]
         wrong = [*lacking, *left.unexpected_keys]
@@ -175,6 +176,11 @@ class DinoV2Task(Task[DinoNetwork]):
         warmup = min(span.steps(settings.teacher_temperature_epochs), span.total_steps)
         self.temperature = linear_then_constant(end, warmup=warmup, start=start)
         self.momentum = CosineSchedule(base=settings.momentum[0], final=settings.momentum[1], total=span.total_steps)
+
+    @classmethod
+    def build(cls, settings: DinoV2, backbone: VisionTransformer, run: RunFacts) -> Self:
+        """Draws the heads, or takes those of another run."""
+        return cls(settings=settings, backbone=backbone, span=run.span, batch_size=run.batch_size, seed=run.seed)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """DINO, iBOT and KoLeo losses of one batch of crops."""

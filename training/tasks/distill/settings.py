@@ -1,10 +1,14 @@
 """Settings of distillation."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from vitreg_hub.objectives import Objective, Score
+from vitreg_hub.training.tasks.settings import TaskSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Distill:
+class Distill(TaskSettings):
     """A student with registers learns the patch tokens of a frozen teacher, after the final norm.
 
     Attributes:
@@ -14,7 +18,22 @@ class Distill:
         class_weight: Of one minus the cosine of the class tokens.
     """
 
+    objective = Objective(
+        words="distillation of tokens",
+        score=Score(
+            name="patch_cosine",
+            words="patch cosine to the teacher",
+            task="image-feature-extraction",
+            metric="cosine_similarity",
+        ),
+    )
+    task_class = "vitreg_hub.training.tasks.distill.task:DistillTask"
+
     teacher: str
     cosine_weight: float = 1.0
     mse_weight: float = 0.2
     class_weight: float = 0.0
+
+    def teachers(self) -> Mapping[str, str]:
+        """The one teacher."""
+        return {"task.teacher": self.teacher}

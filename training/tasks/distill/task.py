@@ -1,7 +1,7 @@
 """Token-wise distillation: a student with registers learns the patch tokens of a frozen teacher."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from vitreg_hub.errors import RecipeError
 from vitreg_hub.network.kinds import kind_of
 from vitreg_hub.network.layout import VitLayout
 from vitreg_hub.tokens import Tokens, observe
-from vitreg_hub.training.tasks.base import Batch, Scorer, StepOutput, Task
+from vitreg_hub.training.tasks.base import Batch, RunFacts, Scorer, StepOutput, Task
 from vitreg_hub.training.tasks.distill.settings import Distill
 
 
@@ -97,6 +97,11 @@ class DistillTask(Task[DistillNetwork]):
         self.teacher = Teacher(settings.teacher, student=backbone)
         self.network = DistillNetwork(backbone, teacher_dim=self.teacher.embed_dim)
         self.frozen = {}  # the teacher is no state: its name says all of it
+
+    @classmethod
+    def build(cls, settings: Distill, backbone: VisionTransformer, run: RunFacts) -> Self:
+        """Opens the teacher, and draws the projection where there is one."""
+        return cls(settings=settings, backbone=backbone)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Cosine and squared difference of patch tokens, and the cosine of class tokens where it has a weight.

@@ -1,6 +1,7 @@
 """Classification as DeiT-III trains it: mixed images, binary cross-entropy, averaged weights."""
 
 from copy import deepcopy
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.errors import DataError
 from vitreg_hub.training.distributed.parallel import average_into
-from vitreg_hub.training.tasks.base import Batch, Scorer, StepOutput, Task, correct
+from vitreg_hub.training.tasks.base import Batch, RunFacts, Scorer, StepOutput, Task, correct
 from vitreg_hub.training.tasks.supervised.mixing import mix
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
@@ -35,6 +36,11 @@ class SupervisedTask(Task[SupervisedNetwork]):
         self.frozen = {}
         if settings.ema is not None:
             self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
+
+    @classmethod
+    def build(cls, settings: Supervised, backbone: VisionTransformer, run: RunFacts) -> Self:
+        """Draws nothing."""
+        return cls(settings=settings, backbone=backbone, seed=run.seed)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Cross-entropy, of every class on its own or of all together, with the targets of mixed images.

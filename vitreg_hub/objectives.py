@@ -1,0 +1,42 @@
+"""What a model was trained for, as its card tells it: a task of training says it, and the bundle keeps it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A metric of a model; more is better.
+
+    Attributes:
+        name: Among the metrics of a bundle.
+        words: What people call it.
+        task: The Hub's name of its task.
+        metric: The Hub's name of its kind.
+    """
+
+    name: str
+    words: str
+    task: str
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What a run trained a model for.
+
+    Attributes:
+        words: For a sentence.
+        score: By which the run's models are compared.
+        text_tower: Whether the run trains one, which stands beside the bundle in open_clip's own form.
+    """
+
+    words: str
+    score: Score
+    text_tower: bool = False
+
+
+ACCURACY = Score(name="accuracy", words="top-1 accuracy", task="image-classification", metric="accuracy")
+KNN_ACCURACY = Score(name="knn_accuracy", words="k-NN accuracy", task="image-classification", metric="accuracy")
+ZERO_SHOT_ACCURACY = Score(
+    name="zero_shot_accuracy", words="zero-shot accuracy", task="zero-shot-image-classification", metric="accuracy"
+)
