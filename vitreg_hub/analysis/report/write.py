@@ -66,7 +66,7 @@ def draw_attention(
         BundleError: `out` exists or cannot be written.
     """
     if Path(out).suffix.lower() != ".png":
-        raise DataError(f"the figure is a PNG, but {out} does not end in .png: give a name that does.")
+        raise DataError(f"{out} does not end in .png: the figure is a PNG, so give a name that does.")
     require_absent(Path(out))
     pictures = [_opened(file) for file in images]
     examples = token_examples(model, pictures, number=len(pictures), **options)
