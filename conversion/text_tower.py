@@ -71,11 +71,7 @@ class TextTower:
             )
 
     def write(self, folder: Path) -> Path:
-        """Write the model to a new folder.
-
-        Raises:
-            BundleError: It exists or cannot be written.
-        """
+        """Write the model to a new folder; a BundleError says that it exists or cannot be written."""
 
         def fill(staging: Path) -> None:
             (staging / OPENCLIP_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")

@@ -132,48 +132,46 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         HubError: No such repository, no permission, or no network.
     """
     name = ModelName.parse(source)
-    called, named = name.given, Path(source).resolve().name
+    called, path = name.given, Path(source)
+    without_path = path.resolve().name
     if name.repo_id:
-        folder, names = download_checkpoint(called, lambda names: _choose(names, called, prefer), _weight_map)
-        files, named = [folder / name for name in names], f"{HUB_PREFIX}{name.repo_id}@{folder.name}"
-    elif name.path and name.path.is_dir():
-        names = [path.name for path in Path(source).iterdir() if path.is_file()]
-        files = [Path(source) / _choose(names, called, prefer)]
-    elif name.path and name.path.is_file():
-        files = [Path(source)]
-        if files[0].suffix == ".json" and not files[0].name.endswith(".index.json"):
+        folder, chosen = download_checkpoint(called, lambda names: _choose(names, called, prefer), _weight_map)
+        path, without_path = folder / chosen[0], f"{HUB_PREFIX}{name.repo_id}@{folder.name}"
+    elif name.path and path.is_dir():
+        path = path / _choose([inner.name for inner in path.iterdir() if inner.is_file()], called, prefer)
+    elif name.path and path.is_file():
+        if path.suffix == ".json" and not path.name.endswith(".index.json"):
             raise ConversionError(f"{called} holds no weights: give the folder, or the weights beside it.")
     else:
         raise ConversionError(
             f"{called} is neither a file nor a folder; a repository of the Hub needs the prefix 'hf-hub:'."
         )
-    shards = _shards(files[0]) if files[0].name.endswith(".index.json") else {files[0]: None}
+    shards = _shards(path) if path.name.endswith(".index.json") else {path: set()}
     readers: dict[str, Reader] = {}
-    for path, listed in shards.items():
-        reader = _reader(path)
-        missing = sorted(listed - reader.infos.keys()) if listed else []
+    for file, listed in shards.items():
+        reader = _reader(file)
+        missing = sorted(listed - reader.infos.keys())
         if missing:
-            raise ConversionError(f"{path} is missing {len(missing)} tensors that the index lists, first {missing[0]}.")
-        for name in reader.infos:
-            if not name.isprintable():
-                raise ConversionError(f"{path} names a tensor {name!r}: no format has names that cannot be printed.")
-            if name in readers:
-                raise ConversionError(f"{called} holds {name} twice, in two files.")
-            readers[name] = reader
+            raise ConversionError(f"{file} is missing {len(missing)} tensors that the index lists, first {missing[0]}.")
+        for tensor in reader.infos:
+            if not tensor.isprintable():
+                raise ConversionError(f"{file} names a tensor {tensor!r}: no format has names that cannot be printed.")
+            if tensor in readers:
+                raise ConversionError(f"{called} holds {tensor} twice, in two files.")
+            readers[tensor] = reader
     names = _unwrapped(readers)
-    beside = files[0].parent
     return Checkpoint(
         called=called,
-        source=named,
+        source=without_path,
         files=tuple(shards),
         infos={new: readers[old].infos[old] for new, old in names.items()},
         places={new: (readers[old], old) for new, old in names.items()},
         container=reader.container,
         left_out=reader.left_out,
         metadata=reader.metadata,
-        config=_json(beside / CONFIG_FILE),
-        openclip_config=_json(beside / OPENCLIP_CONFIG),
-        preprocessor=_json(beside / PREPROCESSOR_FILE),
+        config=_json(path.with_name(CONFIG_FILE)),
+        openclip_config=_json(path.with_name(OPENCLIP_CONFIG)),
+        preprocessor=_json(path.with_name(PREPROCESSOR_FILE)),
     )
 
 
@@ -204,9 +202,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shards(index: Path) -> dict[Path, set[str] | None]:
+def _shards(index: Path) -> dict[Path, set[str]]:
     """The tensors that every shard should have."""
-    shards: dict[Path, set[str] | None] = {}
+    shards: dict[Path, set[str]] = {}
     for name, file in _weight_map(index).items():
         path = index.parent / file
         if not path.is_file():

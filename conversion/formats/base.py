@@ -103,8 +103,6 @@ class CheckpointFormat:
     is_folder: ClassVar[bool] = False
     keeps_residual_scale: ClassVar[bool] = False
 
-    # Names
-
     def prefix_in(self, names: Mapping[str, object]) -> str:
         """The prefix that the tower's names have in a checkpoint."""
         return next((p for p in self.prefixes if any(name.startswith(p) for name in names)), "")
@@ -138,8 +136,6 @@ class CheckpointFormat:
         names = [name for name in checkpoint.infos if name.startswith(prefix)]
         return {self.spelled(name, prefix): checkpoint.read(name) for name in names}
 
-    # How it is recognised
-
     def is_declared(self, checkpoint: Checkpoint) -> bool:
         """Whether the container or the config says that a checkpoint has this format."""
         return False
@@ -151,8 +147,6 @@ class CheckpointFormat:
             return False
         inside = [self.spelled(name, prefix) for name in names if name.startswith(prefix)]
         return bool(self.marks) and all(any(re.fullmatch(mark, name) for name in inside) for mark in self.marks)
-
-    # What it means
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         """What the configs beside the weights tell.
@@ -191,8 +185,6 @@ class CheckpointFormat:
             return self.registers_positions
         return self.positions
 
-    # What it is compared with
-
     def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
         """Run a checkpoint in somebody else's implementation, here timm's with its own filter of checkpoints.
 
@@ -216,8 +208,6 @@ class CheckpointFormat:
         args = bundle.model_args | {"no_embed_class": not other_rows, "num_classes": bundle.num_classes}
         weights = self.tower_weights(checkpoint)
         return run_timm(bundle.spec.base, args, weights, images, norm_eps=bundle.norm_eps)
-
-    # How a bundle is written
 
     def obstacles(self, bundle: ModelBundle) -> Iterator[str]:
         """Why the format cannot hold a bundle, a clause each."""

@@ -38,27 +38,17 @@ VISUAL = (
     keep("ln_pre.{x}", "norm_pre.{x}"),
     keep("ln_post.{x}", "norm.{x}"),
     keep("proj", "head.weight", reshape=Reshape.TRANSPOSE),
-    keep("transformer.resblocks.{i}.ln_1.{x}", "blocks.{i}.norm1.{x}"),
+    keep("transformer.resblocks.{i}.ln_{n}.{x}", "blocks.{i}.norm{n}.{x}"),
     keep("transformer.resblocks.{i}.attn.in_proj_{x}", "blocks.{i}.attn.qkv.{x}"),
     keep("transformer.resblocks.{i}.attn.out_proj.{x}", "blocks.{i}.attn.proj.{x}"),
-    keep("transformer.resblocks.{i}.ls_1.gamma", "blocks.{i}.ls1.gamma"),
-    keep("transformer.resblocks.{i}.ln_2.{x}", "blocks.{i}.norm2.{x}"),
     keep("transformer.resblocks.{i}.mlp.c_fc.{x}", "blocks.{i}.mlp.fc1.{x}"),
     keep("transformer.resblocks.{i}.mlp.c_proj.{x}", "blocks.{i}.mlp.fc2.{x}"),
-    keep("transformer.resblocks.{i}.ls_2.gamma", "blocks.{i}.ls2.gamma"),
+    keep("transformer.resblocks.{i}.ls_{n}.gamma", "blocks.{i}.ls{n}.gamma"),
 )
 
-TEXT = drop(
-    "transformer.{rest}",
-    "token_embedding.weight",
-    "positional_embedding",
-    "ln_final.{x}",
-    "text_projection",
-    "text_projection.{x}",
-    "text.{rest}",
-    "logit_scale",
-    "logit_bias",
-    why=TEXT_TOWER,
+TEXT = (
+    *drop("transformer.{rest}", "token_embedding.weight", "positional_embedding", "ln_final.{x}", why=TEXT_TOWER),
+    *drop("text_projection", "text_projection.{x}", "text.{rest}", "logit_scale", "logit_bias", why=TEXT_TOWER),
 )
 
 HEADS = {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1408: 16, 1664: 16, 1792: 16}
@@ -104,9 +94,7 @@ class OpenClipFormat(ClipFormat):
         if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
             raise ConversionError("this OpenCLIP tower does not pool by its class token, which no bundle can hold.")
         if vision.get("act_kwargs") or vision.get("norm_kwargs", {}).keys() - {"eps"}:
-            raise ConversionError(
-                "this OpenCLIP tower has arguments for activations or norms, which no bundle can hold."
-            )
+            raise ConversionError("this OpenCLIP tower has arguments for layers, which no bundle can hold.")
         width, layers = vision["width"], vision["layers"]
         return Facts(
             num_heads=width // vision.get("head_width", 64),
@@ -148,13 +136,10 @@ class OpenAIFormat(OpenClipFormat):
 
     def is_declared(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is a TorchScript archive, or was saved from OpenAI's; other archives are refused."""
-        names = checkpoint.infos
-        if checkpoint.container != "torchscript" and not any(name in names for name in ARCHIVE_NUMBERS):
+        if checkpoint.container != "torchscript" and not any(name in checkpoint.infos for name in ARCHIVE_NUMBERS):
             return False
-        if not self.is_marked(names):
-            raise ConversionError(
-                f"{checkpoint.called} is a TorchScript archive; only OpenAI's CLIP is read in that form."
-            )
+        if not self.is_marked(checkpoint.infos):
+            raise ConversionError(f"{checkpoint.called} is a TorchScript archive; only OpenAI's CLIP is read as one.")
         return True
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
@@ -227,16 +212,10 @@ HF_CLIP = TransformersFormat(
         keep("embeddings.patch_embedding.weight", "patch_embed.proj.weight"),
         keep("pre_layrnorm.{x}", "norm_pre.{x}"),
         keep("post_layernorm.{x}", "norm.{x}"),
-        keep("encoder.layers.{i}.layer_norm1.{x}", "blocks.{i}.norm1.{x}"),
-        *qkv(
-            "encoder.layers.{i}.self_attn.q_proj.{x}",
-            "encoder.layers.{i}.self_attn.k_proj.{x}",
-            "encoder.layers.{i}.self_attn.v_proj.{x}",
-        ),
+        keep("encoder.layers.{i}.layer_norm{n}.{x}", "blocks.{i}.norm{n}.{x}"),
+        *qkv("encoder.layers.{i}.self_attn", "q_proj", "k_proj", "v_proj"),
         keep("encoder.layers.{i}.self_attn.out_proj.{x}", "blocks.{i}.attn.proj.{x}"),
-        keep("encoder.layers.{i}.layer_norm2.{x}", "blocks.{i}.norm2.{x}"),
-        keep("encoder.layers.{i}.mlp.fc1.{x}", "blocks.{i}.mlp.fc1.{x}"),
-        keep("encoder.layers.{i}.mlp.fc2.{x}", "blocks.{i}.mlp.fc2.{x}"),
+        keep("encoder.layers.{i}.mlp.fc{n}.{x}", "blocks.{i}.mlp.fc{n}.{x}"),
     ),
     outside=(
         keep("visual_projection.weight", "head.weight"),

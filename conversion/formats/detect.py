@@ -80,11 +80,7 @@ def find_format(name: str) -> CheckpointFormat:
 
 
 def refuse_look_alikes(checkpoint: Checkpoint) -> None:
-    """Refuse networks that are not plain ViTs.
-
-    Raises:
-        ConversionError: With the reason.
-    """
+    """Raise a ConversionError, with the reason, for networks that are not plain ViTs."""
     names = checkpoint.infos
     for pattern, reason in REFUSED.items():
         if found := next((name for name in names if re.search(pattern, name)), None):

@@ -36,8 +36,8 @@ LAYER, V5_LAYER = "encoder.layer.{i}", "layers.{i}"
 def _attention(disk: str, memory: str) -> tuple[Rule, ...]:
     """Attention of both spellings, on disk and in memory (transformers/conversion_mapping.py)."""
     return (
-        *qkv(*(f"{disk}.attention.attention.{name}.{{x}}" for name in ("query", "key", "value"))),
-        *qkv(*(f"{memory}.attention.{name}_proj.{{x}}" for name in "qkv")),
+        *qkv(f"{disk}.attention.attention", "query", "key", "value"),
+        *qkv(f"{memory}.attention", "q_proj", "k_proj", "v_proj"),
         keep(f"{disk}.attention.output.dense.{{x}}", "blocks.{i}.attn.proj.{x}"),
         keep(f"{memory}.attention.o_proj.{{x}}", "blocks.{i}.attn.proj.{x}"),
     )
@@ -46,12 +46,9 @@ def _attention(disk: str, memory: str) -> tuple[Rule, ...]:
 DINOV2_TOWER = (
     *STEM,
     *_attention(LAYER, LAYER),
-    keep(f"{LAYER}.norm1.{{x}}", "blocks.{i}.norm1.{x}"),
-    keep(f"{LAYER}.norm2.{{x}}", "blocks.{i}.norm2.{x}"),
-    keep(f"{LAYER}.layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
-    keep(f"{LAYER}.layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
-    keep(f"{LAYER}.mlp.fc1.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
-    keep(f"{LAYER}.mlp.fc2.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
+    keep(f"{LAYER}.norm{{n}}.{{x}}", "blocks.{i}.norm{n}.{x}"),
+    keep(f"{LAYER}.layer_scale{{n}}.lambda1", "blocks.{i}.ls{n}.gamma"),
+    keep(f"{LAYER}.mlp.fc{{n}}.{{x}}", "blocks.{i}.mlp.fc{n}.{x}"),
     keep(f"{LAYER}.mlp.weights_in.{{x}}", "blocks.{i}.mlp.fc1.{x}", swiglu=True),
     keep(f"{LAYER}.mlp.weights_out.{{x}}", "blocks.{i}.mlp.fc2.{x}", swiglu=True),
     keep(f"{LAYER}.mlp.gate_proj.{{x}}", "blocks.{i}.mlp.fc1.{x}", part=(0, 2), swiglu=True),
@@ -65,9 +62,8 @@ VIT_TOWER = (
     *(keep(f"{layer}.layernorm_before.{{x}}", "blocks.{i}.norm1.{x}") for layer in (LAYER, V5_LAYER)),
     *(keep(f"{layer}.layernorm_after.{{x}}", "blocks.{i}.norm2.{x}") for layer in (LAYER, V5_LAYER)),
     keep(f"{LAYER}.intermediate.dense.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
-    keep(f"{V5_LAYER}.mlp.fc1.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
     keep(f"{LAYER}.output.dense.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
-    keep(f"{V5_LAYER}.mlp.fc2.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
+    keep(f"{V5_LAYER}.mlp.fc{{n}}.{{x}}", "blocks.{i}.mlp.fc{n}.{x}"),
     *drop("pooler.dense.{x}", why="tanh layer on the class token, which timm does not have"),
 )
 

@@ -1,7 +1,7 @@
 """Rules: how one lineage names and shapes the tensors of a ViT, as data that can be read in both directions.
 
-A rule pairs a template of the lineage's names with a template of timm's. `{i}` stands for the number of a block, `{x}`
-for weight or bias, `{rest}` for anything.
+A rule pairs a template of the lineage's names with a template of timm's. `{i}` stands for the number of a block, `{n}`
+for 1 or 2, `{x}` for weight or bias, `{rest}` for anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLACEHOLDERS = {"{i}": "(0|[1-9][0-9]{0,3})", "{x}": "(weight|bias)", "{rest}": "(.+)"}
+PLACEHOLDERS = {"{i}": "(0|[1-9][0-9]{0,3})", "{n}": "([12])", "{x}": "(weight|bias)", "{rest}": "(.+)"}
 
 
 class Reshape(enum.Enum):
@@ -109,7 +109,7 @@ def drop(*names: str, why: str) -> tuple[Rule, ...]:
     return tuple(Rule(take=name, give=None, why=why) for name in names)
 
 
-def qkv(query: str, key: str, value: str) -> tuple[Rule, ...]:
-    """Three projections that timm holds as one."""
-    give = "blocks.{i}.attn.qkv.{x}"
-    return tuple(keep(take, give, part=(k, 3)) for k, take in enumerate((query, key, value)))
+def qkv(layer: str, query: str, key: str, value: str) -> tuple[Rule, ...]:
+    """Three projections within a layer that timm holds as one."""
+    names = enumerate((query, key, value))
+    return tuple(keep(f"{layer}.{name}.{{x}}", "blocks.{i}.attn.qkv.{x}", part=(k, 3)) for k, name in names)

@@ -1,4 +1,4 @@
-"""timm's networks: what an empty one tells of itself, and running one with the weights of a checkpoint."""
+"""timm's networks: what an empty one tells about itself, and running one with a checkpoint's weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ NO_NETWORK_ARGS |= {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 
 
 def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
-    """Facts of a timm model, read from its empty network.
+    """Facts about a timm model, read from its empty network.
 
     Raises:
         ConversionError: timm has no such model, or no bundle can hold it.

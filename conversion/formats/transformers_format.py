@@ -19,16 +19,8 @@ if TYPE_CHECKING:
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
     from vitreg_hub.conversion.formats.base import Outputs
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
+ACTIVATIONS |= {"gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of activations, and timm's."""
 
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -221,7 +213,7 @@ def _label_names(labels: Mapping[str, Any] | None) -> tuple[str, ...] | None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its report of unused tensors, and without its progress bar."""
+    """Without its report of unused tensors and its progress bar."""
     from transformers import logging
 
     verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

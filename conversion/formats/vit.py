@@ -12,16 +12,10 @@ WIDTH_64 = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
 NO_ANTIALIAS = PositionRule(antialias=False)
 """deit/main.py and transformers' ViT, DeiT, CLIP and DINOv2 without registers."""
 
-ATTENTION_AND_MLP = same(
-    "blocks.{i}.norm1.{x}",
-    "blocks.{i}.attn.qkv.{x}",
-    "blocks.{i}.attn.proj.{x}",
-    "blocks.{i}.norm2.{x}",
-    "blocks.{i}.mlp.fc1.{x}",
-    "blocks.{i}.mlp.fc2.{x}",
-)
+ATTENTION = same("blocks.{i}.attn.qkv.{x}", "blocks.{i}.attn.proj.{x}")
+ATTENTION_AND_MLP = (*ATTENTION, *same("blocks.{i}.norm{n}.{x}", "blocks.{i}.mlp.fc{n}.{x}"))
 STEM_AND_NORM = same("cls_token", "pos_embed", "patch_embed.proj.{x}", "norm.{x}")
-TOWER = (*STEM_AND_NORM, *ATTENTION_AND_MLP, *same("blocks.{i}.ls1.gamma", "blocks.{i}.ls2.gamma"))
+TOWER = (*STEM_AND_NORM, *ATTENTION_AND_MLP, *same("blocks.{i}.ls{n}.gamma"))
 HEADS = same("head.{x}", "dist_token", "head_dist.{x}")
 
 
@@ -48,8 +42,7 @@ DEIT3 = CheckpointFormat(
     rules=(
         *STEM_AND_NORM,
         *ATTENTION_AND_MLP,
-        keep("blocks.{i}.gamma_1", "blocks.{i}.ls1.gamma"),
-        keep("blocks.{i}.gamma_2", "blocks.{i}.ls2.gamma"),
+        keep("blocks.{i}.gamma_{n}", "blocks.{i}.ls{n}.gamma"),
         keep("head.{x}"),
     ),
     marks=(r"blocks\.\d+\.gamma_1",),

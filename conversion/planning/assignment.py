@@ -60,9 +60,6 @@ class Assignment:
         Args:
             wanted: Shapes of the network's tensors.
             made: Shapes of tensors that the conversion makes itself, from others or anew.
-
-        Raises:
-            ConversionError: With all problems at once.
         """
         problems = []
         for name in sorted(wanted.keys() - made.keys() - self.parts.keys()):
@@ -76,11 +73,7 @@ class Assignment:
         self.refuse(*problems)
 
     def refuse(self, *more: str) -> None:
-        """Raise all problems and those given in one sentence, if there are any.
-
-        Raises:
-            ConversionError: There are.
-        """
+        """Raise a ConversionError that tells all problems and those given, if there are any."""
         problems = [*self.problems, *more]
         if not problems:
             return
