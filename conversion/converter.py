@@ -11,7 +11,7 @@ from torch import Tensor
 from vitreg_hub import environment
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
-from vitreg_hub.conversion.checkpoint.opening import Checkpoint, checksums, open_checkpoint
+from vitreg_hub.conversion.checkpoint.opening import checksums, open_checkpoint
 from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
 from vitreg_hub.conversion.formats.clip import TEXT_TOWER
 from vitreg_hub.conversion.formats.detect import find_format
@@ -48,17 +48,17 @@ def convert(
     Args:
         source: A weights file, a folder, or ``hf-hub:org/name[@revision]``.
         out: New folder for the bundle; without it the bundle is only held in memory.
-        format: One of `vitreg_hub.conversion.formats.detect.FORMATS`; found from the names of the tensors by default.
+        format: One of `vitreg_hub.conversion.formats.detect.FORMATS`, by default recognised from the checkpoint.
         arch: Row of the table, which must fit the tensors; it tells heads and activation where these cannot.
-        img_size: Side, or height and width, in pixels: bakes the lineage's own position table for that size in, so that
-            plain timm is exact there too.
+        img_size: Side, or height and width, in pixels: stores the position table that the lineage itself would make for
+            that size, so that plain timm is exact there too.
         num_registers: Registers for a checkpoint without any, drawn from N(0, 0.02^2) and untrained.
         num_heads: Attention heads, where neither tensors nor config tell.
         act: "gelu" or "quick_gelu", where neither tensors nor config tell.
-        license: The Hub's identifier of the weights' license, where the source does not tell it, or tells one that does
-            not allow every use; "unknown" goes on without knowing.
-        text_tower: Whether OpenCLIP's whole model, both towers, is written beside the bundle, to ``{out}-open_clip``,
-            from where `open_clip` loads it (needs the extra ``clip``).
+        license: The Hub's identifier of the weights' license, where the source does not name one, or names one that
+            does not allow every use; "unknown" goes on without knowing.
+        text_tower: Whether OpenCLIP's whole model, both towers, is also written to ``{out}-open_clip``, from where
+            `open_clip` loads it (needs the extra ``clip``).
         verify: Whether to measure the difference to a reference implementation on a fixed input.
 
     Returns:
@@ -68,39 +68,51 @@ def convert(
         BundleError: `out` exists or cannot be written.
         ConversionError: The checkpoint fits no format, is ambiguous, or no bundle can hold it.
         HubError: No such repository, no permission, or no network.
-        LicenseError: Nobody tells the license, or it does not allow every use and `license` does not say so.
-        UnknownArchError: `arch` is in no row.
+        LicenseError: The license is unknown, or it does not allow every use and `license` does not say so.
+        UnknownArchError: The table has no row `arch`.
     """
     start = time.perf_counter()
     target = None if out is None else Path(out)
-    if text_tower and target is None:
-        raise ConversionError("a text tower is kept beside the bundle: give `out`.")
-    beside = target.with_name(f"{target.name}{TOWER_SUFFIX}") if text_tower else None
-    for folder in (target, beside):
-        if folder is not None:
-            require_absent(folder)
+    beside = None
+    if target is not None:
+        require_absent(target)
+    if text_tower:
+        if target is None:
+            raise ConversionError("a text tower is kept beside the bundle: give `out`.")
+        beside = target.with_name(f"{target.name}{TOWER_SUFFIX}")
+        require_absent(beside)
     holds_both_towers = text_tower or (format != "auto" and find_format(format).has_text_tower)
     checkpoint = open_checkpoint(source, prefer="open_clip" if holds_both_towers else "")
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     request = Request(
-        format=format, arch=arch, img_size=size, num_registers=num_registers, num_heads=num_heads, act=act
+        format=format,
+        arch=arch,
+        img_size=(img_size, img_size) if isinstance(img_size, int) else img_size,
+        num_registers=num_registers,
+        num_heads=num_heads,
+        act=act,
     )
     with checksums(checkpoint.files) as sha256:
         plan = make_plan(checkpoint, request)
-        tower = TextTower.of(checkpoint, plan) if text_tower else None
+        tower = TextTower.of(plan) if text_tower else None
         told = told_by(checkpoint.config, checkpoint.folder / CARD_FILE, header=checkpoint.metadata)
         license = settle(told, license, called=checkpoint.called)
 
         def finished(state_dict: Mapping[str, Tensor]) -> ModelBundle:
-            report = _report(
-                checkpoint,
-                plan,
-                state_dict,
-                sha256(),
-                told=told,
+            dropped = {**plan.assembly.tensors.dropped, **plan.assembly.lost()}
+            if tower:
+                dropped = {KEPT_TOWER if why == TEXT_TOWER else why: names for why, names in dropped.items()}
+            report = ConversionReport(
+                source=checkpoint.source,
+                sha256=_sorted(sha256()),
+                format=plan.fmt.name,
+                arch=plan.config.arch,
+                num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
+                dropped=_sorted(dropped),
+                network=_sorted(plan.network()),
                 license=license,
-                verify=verify,
-                kept=tower is not None,
+                notes=(*plan.notes, *_license_notes(told, license)),
+                untrained_registers=plan.assembly.num_untrained_registers,
+                measured=_sorted(measure(plan, state_dict)) if verify else {},
             )
             bundle = plan.bundle(state_dict, _provenance(plan, report, seconds=time.perf_counter() - start))
             bundle.require_consistent()
@@ -121,37 +133,8 @@ def convert(
     return ModelBundle.load(target)
 
 
-def _report(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    state_dict: Mapping[str, Tensor],
-    sha256: Mapping[str, str],
-    *,
-    told: Sequence[str],
-    license: str | None,
-    verify: bool,
-    kept: bool,
-) -> ConversionReport:
-    dropped = {**plan.assembly.tensors.dropped, **plan.assembly.lost()}
-    if kept:
-        dropped = {KEPT_TOWER if why == TEXT_TOWER else why: names for why, names in dropped.items()}
-    return ConversionReport(
-        source=checkpoint.source,
-        sha256=_sorted(sha256),
-        format=plan.fmt.name,
-        arch=plan.config.arch,
-        num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
-        dropped=_sorted(dropped),
-        network=_sorted(plan.network()),
-        license=license,
-        notes=(*plan.notes, *_license_notes(told, license)),
-        untrained_registers=plan.assembly.num_untrained_registers,
-        measured=_sorted(measure(checkpoint, plan, state_dict)) if verify else {},
-    )
-
-
 def _sorted(found: Mapping[str, Any]) -> dict[str, Any]:
-    """In the order in which a config.json has it, so that a card is the same before and after."""
+    """In the order that config.json has, so that a card is the same before and after loading."""
     return dict(sorted(found.items()))
 
 

@@ -1,7 +1,6 @@
-"""A bundle back in the form of a lineage that can hold it."""
+"""A bundle is written back in the form of a lineage that can hold it."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,27 @@ logger = logging.getLogger(__name__)
 
 
 class _Export:
-    """One bundle in the names of one format."""
+    """One bundle in the names of one format: `places` tells for each the bundle's tensor, and the rule."""
 
     def __init__(self, bundle: ModelBundle, fmt: CheckpointFormat) -> None:
         self.bundle, self.fmt = bundle, fmt
-        if obstacles := list(fmt.obstacles(bundle)):
-            self._refuse(", ".join(obstacles))
-        self.places = dict(self._places())
-
-    def _refuse(self, why: str) -> None:
-        raise ConversionError(f"{self.fmt.name} cannot hold this {self.bundle.arch}: {why}.")
-
-    def _places(self) -> Iterator[tuple[str, tuple[str, Rule]]]:
-        """The names of the export, and what each is made of: a tensor of the bundle, in whole or in part."""
+        self.places: dict[str, tuple[str, Rule]] = {}
         homeless = []
-        for name, tensor in self.bundle.state_dict.items():
+        for name, tensor in bundle.state_dict.items():
             named = self._named(name)
+            self.places |= {exported: (name, rule) for exported, rule in named}
             if not named and name != "head.bias":
                 homeless.append(name)
             elif not named and tensor.any():
                 homeless.append("head.bias, whose numbers are not 0")
-            yield from ((exported, (name, rule)) for exported, rule in named)
-        if homeless:
-            self._refuse(f"it has no place for {', '.join(homeless[:4])}")
+        reasons = list(fmt.obstacles(bundle))
+        if not reasons and homeless:
+            reasons = [f"it has no place for {', '.join(homeless[:4])}"]
+        if reasons:
+            raise ConversionError(f"{fmt.name} cannot hold this {bundle.arch}: {', '.join(reasons)}.")
 
     def _named(self, name: str) -> list[tuple[str, Rule]]:
-        """The names under which a tensor is written: by the first rule that fits, and by those of its other parts."""
+        """The names under which a tensor is written: that of the first rule that fits, and those of its other parts."""
         prefix = self.fmt.export_prefix(self.bundle)
         inside = [(prefix, rule) for rule in self.fmt.rules]
         outside = [("", rule) for rule in self.fmt.outside]
@@ -62,7 +56,7 @@ class _Export:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the export."""
-        names = {*self.places, *filter(None, [self.fmt.mask_token])}
+        names = {*self.places, self.fmt.mask_token} - {""}
         return {name: tuple(self._tensor(name, "meta").shape) for name in sorted(names)}
 
     def make(self, exported: str) -> Tensor:
@@ -77,7 +71,7 @@ class _Export:
         if WRITES_TO_STREAM.fullmatch(name) and not self.fmt.keeps_residual_scale:
             tensor = tensor / self.bundle.residual_scale
         if name == "pos_embed":
-            # rows of zeros for tokens that hold their positions already
+            # rows of zeros for the tokens to which their positions are already added
             others = 0 if self.bundle.spec.lineage.distilled else (self.fmt.other_rows or 0)
             tensor = torch.cat([tensor.new_zeros(1, others, tensor.shape[2]), tensor], dim=1)
         k, parts = rule.part
@@ -87,9 +81,9 @@ class _Export:
 def export(bundle: ModelBundle | str | Path, out: str | Path, *, format: str) -> Path:
     """Write a bundle in the form of another lineage, from which `convert` makes a bundle with equal outputs.
 
-    The class token keeps the position that was folded into it, so its row of the position table is zero; weights that
-    a bundle does not have, such as the mask token, are zero. License and origin go on in a folder's card and in a
-    .safetensors file's header; a .pth file has no place for them.
+    The class token keeps the position that was added to it, so its row of the position table is zero, as are weights
+    that a bundle does not have, such as the mask token. License and origin are passed on in a folder's card and in the
+    header of a .safetensors file; a .pth file has no place for them.
 
     Args:
         bundle: A bundle, or what `ModelBundle.load` takes.
@@ -135,7 +129,7 @@ def _write_folder(exported: _Export, out: Path) -> Path:
 def _write_file(exported: _Export, out: Path) -> Path:
     origin, license = exported.bundle.provenance.origin, exported.bundle.provenance.license
     if out.suffix == ".safetensors":
-        header = {"origin": origin} | ({"license": license} if license else {})
+        header = {"origin": origin, "license": license} if license else {"origin": origin}
         return write_file(out, lambda path: write_safetensors(path, exported.shapes, exported.make, metadata=header))
     if license and is_noncommercial(license):
         logger.warning("%s does not tell the license of these weights, which is %s", out, license)
@@ -145,6 +139,6 @@ def _write_file(exported: _Export, out: Path) -> Path:
 
 
 def _card(bundle: ModelBundle) -> str:
-    """README.md, which tells whose weights these are."""
+    """README.md, which says whose weights these are."""
     data = ModelCardData(library_name="transformers", **metadata(bundle.provenance.license))
     return f"---\n{data.to_yaml()}\n---\n\n{bundle.arch}, exported with vitreg_hub; {bundle.provenance.origin}.\n"

@@ -1,4 +1,4 @@
-"""Comparing a conversion with an implementation by others, on a fixed input at the checkpoint's own image size."""
+"""Comparing a conversion with somebody else's implementation on a fixed input at the checkpoint's own image size."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vitreg_hub.bundle.provenance import Provenance
-from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.planning.plan import Plan, make_plan
 from vitreg_hub.errors import ConversionError
 
@@ -16,18 +15,18 @@ REFERENCE = "reference"
 
 
 @torch.inference_mode()
-def measure(checkpoint: Checkpoint, plan: Plan, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Run the checkpoint in another implementation and compare, at its own image size and without new registers.
+def measure(plan: Plan, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Run a checkpoint in another implementation and compare, at its own image size and without new registers.
 
     Args:
-        checkpoint: What was converted.
-        plan: What it became.
-        state_dict: The weights of the bundle, which are compared if they have neither of these changes.
+        plan: What it becomes.
+        state_dict: The weights of the bundle, which are compared if they have its own image size and registers.
 
     Returns:
-        Largest absolute difference by output, and the implementation under "reference"; that alone, with the reason,
-        where none can run.
+        Largest absolute difference by output, with the implementation under "reference"; where none can run, only the
+        reason under "reference".
     """
+    checkpoint = plan.checkpoint
     own, weights, changes = plan, state_dict, ""
     if plan.assembly.num_new_registers or plan.assembly.native != plan.assembly.grid:
         size = plan.request.img_size if plan.assembly.native == plan.assembly.grid else None

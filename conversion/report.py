@@ -30,10 +30,8 @@ class ConversionReport(Conversion):
         rows.append(("network", ", ".join(f"{name} {value}" for name, value in self.network.items())))
         rows.append(("license", self.license or UNKNOWN))
         rows += [("note", note) for note in self.notes]
-        rows += [
-            ("difference", f"{value:.2g} in {name}, to {self.measured['reference']}")
-            for name, value in self.differences.items()
-        ]
+        for name, value in self.differences.items():
+            rows.append(("difference", f"{value:.2g} in {name}, to {self.measured['reference']}"))
         if not self.differences:
             why = self.measured.get("reference", "--verify compares with a reference implementation")
             rows.append(("difference", f"not measured ({why})"))

@@ -1,4 +1,4 @@
-"""The whole of an OpenCLIP model beside the bundle, in open_clip's own form, so that zero-shot still works."""
+"""The whole OpenCLIP model beside the bundle, in open_clip's own form, so that zero-shot still works."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class TextTower:
     """An OpenCLIP model with both towers, which `open_clip` loads as ``local-dir:FOLDER``.
 
     Attributes:
-        checkpoint: The source.
+        checkpoint: Where it comes from.
         names: Names of its tensors that open_clip's class has.
         config: Content of open_clip_config.json.
     """
@@ -32,12 +32,13 @@ class TextTower:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, plan: Plan) -> Self:
+    def of(cls, plan: Plan) -> Self:
         """Describe the model of a checkpoint, and check it against open_clip's own class.
 
         Raises:
             ConversionError: open_clip is not installed, the checkpoint has no text tower, or its heads are unknown.
         """
+        checkpoint = plan.checkpoint
         if find_spec("open_clip") is None:
             raise ConversionError("--text-tower needs open_clip: pip install 'vitreg_hub[clip]'.")
         if not plan.fmt.has_text_tower:
@@ -45,8 +46,7 @@ class TextTower:
         if not any("token_embedding" in name for name in checkpoint.infos):
             raise ConversionError(f"{checkpoint.called} has no text tower.")
         names = tuple(sorted(checkpoint.infos.keys() - set(ARCHIVE_NUMBERS)))
-        config = checkpoint.openclip_config or _config(checkpoint, plan)
-        tower = cls(checkpoint=checkpoint, names=names, config=config)
+        tower = cls(checkpoint=checkpoint, names=names, config=checkpoint.openclip_config or _config(plan))
         tower._require_fit()
         return tower
 
@@ -63,18 +63,15 @@ class TextTower:
             raise ConversionError(f"open_clip cannot build the model of {self.checkpoint.called}: {reason}.") from error
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: self.checkpoint.infos[name].shape for name in self.names}
-        if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if wrong:
             raise ConversionError(
                 f"{self.checkpoint.called} does not fit open_clip's model: {len(wrong)} tensors differ, first "
                 f"{wrong[0]}; put its {OPENCLIP_CONFIG} beside the weights."
             )
 
     def write(self, folder: Path) -> Path:
-        """Write the model to a new folder.
-
-        Raises:
-            BundleError: It exists or cannot be written.
-        """
+        """Write the model to a new folder; a BundleError says that it exists or cannot be written."""
 
         def fill(staging: Path) -> None:
             (staging / OPENCLIP_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
@@ -84,13 +81,10 @@ class TextTower:
         return write_folder(folder, fill)
 
 
-def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """open_clip's configuration of a bare checkpoint.
-
-    Raises:
-        ConversionError: The text tower's heads have not the 64 channels that all of open_clip's have.
-    """
-    infos, args = checkpoint.infos, plan.config.model_args
+def _config(plan: Plan) -> dict[str, Any]:
+    """open_clip's configuration of a bare checkpoint; all of open_clip's text towers have heads of 64 channels."""
+    checkpoint, args, images = plan.checkpoint, plan.config.model_args, plan.config.preprocess
+    infos = checkpoint.infos
     if "token_embedding.weight" not in infos or "text_projection" not in infos:
         raise ConversionError(
             f"{checkpoint.called} has a text tower of its own kind: put its {OPENCLIP_CONFIG} beside it."
@@ -101,30 +95,25 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
             f"{checkpoint.called} has a text tower of width {width}, and no tensor tells its heads: put its "
             f"{OPENCLIP_CONFIG} beside the weights."
         )
-    blocks = {name.split(".")[2] for name in infos if name.startswith("transformer.resblocks.")}
-    sides = [rows * args["patch_size"] for rows in plan.assembly.native]
-    vision = dict(
-        image_size=sides[0] if sides[0] == sides[1] else sides,
-        layers=args["depth"],
-        width=args["embed_dim"],
-        head_width=args["embed_dim"] // args["num_heads"],
-        mlp_ratio=args["mlp_ratio"],
-        patch_size=args["patch_size"],
-    )
-    text = dict(
-        context_length=infos["positional_embedding"].shape[0],
-        vocab_size=infos["token_embedding.weight"].shape[0],
-        width=width,
-        heads=width // 64,
-        layers=len(blocks),
-    )
+    height, width_in_pixels = (rows * args["patch_size"] for rows in plan.assembly.native)
     model = dict(
         embed_dim=infos["text_projection"].shape[1],
         quick_gelu=plan.config.activation == "quick_gelu",
-        vision_cfg=vision,
-        text_cfg=text,
+        vision_cfg=dict(
+            image_size=height if height == width_in_pixels else [height, width_in_pixels],
+            layers=args["depth"],
+            width=args["embed_dim"],
+            head_width=args["embed_dim"] // args["num_heads"],
+            mlp_ratio=args["mlp_ratio"],
+            patch_size=args["patch_size"],
+        ),
+        text_cfg=dict(
+            context_length=infos["positional_embedding"].shape[0],
+            vocab_size=infos["token_embedding.weight"].shape[0],
+            width=width,
+            heads=width // 64,
+            layers=len({name.split(".")[2] for name in infos if name.startswith("transformer.resblocks.")}),
+        ),
     )
-    images = plan.config.preprocess
-    return dict(
-        model_cfg=model, preprocess_cfg=dict(mean=list(images.mean), std=list(images.std), interpolation="bicubic")
-    )
+    preprocess = dict(mean=list(images.mean), std=list(images.std), interpolation="bicubic")
+    return dict(model_cfg=model, preprocess_cfg=preprocess)

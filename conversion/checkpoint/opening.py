@@ -1,11 +1,10 @@
-"""Opening checkpoints: files, shards, folders and repositories, without reading what is not asked for."""
+"""Opening checkpoints: files, shards, folders and repositories; tensors are only read when asked for."""
 
 import hashlib
 import json
-import mmap
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,8 +37,10 @@ WEIGHT_NAMES = (
 )
 """What a folder's weights are called, best first."""
 
+WRAPPERS = ("module.", "_orig_mod.")
+
 HASHED_AT_ONCE = 16 * 2**20
-"""Bytes; with few of them, a thread that hashes waits for the interpreter more than it works."""
+"""Bytes; with fewer of them, the thread that hashes waits for the interpreter more than it works."""
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pyth")
 
@@ -49,30 +50,27 @@ class Checkpoint:
     """An open checkpoint.
 
     Attributes:
-        called: As the user named it.
-        source: The repository with its commit, or the name of the file or folder, for the folders of a machine are
-            nobody's business.
+        called: What the user called it.
+        source: The repository with its commit, or the name of the file or folder without the path to it.
         files: Weights files.
         infos: Shape and type of every tensor, by name without what wrappers such as DDP add.
-        names: Name in the file, by name.
-        readers: The open file that has a tensor, by name.
+        places: The open file that holds a tensor, and the tensor's name in there.
         container: Key of the dictionary that held the weights, "torchscript" for an archive.
         left_out: What a file holds beside the weights.
         metadata: Texts by name in the header of a .safetensors file.
-        config: config.json beside the weights, empty without one.
-        openclip_config: open_clip_config.json beside the weights, empty without one.
-        preprocessor: preprocessor_config.json beside the weights, empty without one.
+        config: config.json beside the weights; this and the other configs are empty where there is no such file.
+        openclip_config: open_clip_config.json beside the weights.
+        preprocessor: preprocessor_config.json beside the weights.
     """
 
     called: str
     source: str
     files: tuple[Path, ...]
     infos: Mapping[str, TensorInfo]
-    names: Mapping[str, str] = field(repr=False)
-    readers: Mapping[str, Reader] = field(repr=False)
+    places: Mapping[str, tuple[Reader, str]] = field(repr=False)
     container: str
-    left_out: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...]
+    metadata: Mapping[str, str]
     config: Mapping[str, Any]
     openclip_config: Mapping[str, Any]
     preprocessor: Mapping[str, Any]
@@ -86,23 +84,24 @@ class Checkpoint:
         """Read a tensor in float32.
 
         Raises:
-            ConversionError: It holds float64 numbers that float32 has not.
+            ConversionError: It holds float64 numbers that float32 cannot hold.
         """
-        tensor = self.readers[name].read(self.names[name]).detach()
+        reader, stored_name = self.places[name]
+        tensor = reader.read(stored_name).detach()
         exact = tensor.to(torch.float32)
         if tensor.dtype == torch.float64 and not torch.equal(exact.double().nan_to_num(), tensor.nan_to_num()):
             raise ConversionError(
-                f"{self.called}: {name} holds float64 numbers that float32 has not; round them first."
+                f"{self.called}: {name} holds float64 numbers that float32 cannot hold; round them first."
             )
         return exact
 
 
 @contextmanager
 def checksums(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, str]]]:
-    """Compute the sha256 of files in the background, as long as the block runs.
+    """Compute the sha256 of files in the background while the block runs.
 
     Yields:
-        A function that waits for the checksums and gives them by file name.
+        A function that waits for the checksums and returns them by file name.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -114,14 +113,10 @@ def checksums(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, str]]]:
 
 
 def _sha256(path: Path, stop: threading.Event) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        for start in range(0, size, HASHED_AT_ONCE):
-            if stop.is_set():
-                break
-            length = min(HASHED_AT_ONCE, size - start)
-            with mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ) as part:
-                digest.update(part)
+        while not stop.is_set() and (part := file.read(HASHED_AT_ONCE)):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -137,58 +132,55 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         HubError: No such repository, no permission, or no network.
     """
     name = ModelName.parse(source)
-    called, named = name.given, Path(source).resolve().name
+    called, path = name.given, Path(source)
+    without_path = path.resolve().name
     if name.repo_id:
-        folder, names = download_checkpoint(called, lambda names: _choose(names, called, prefer), _weight_map)
-        files, named = [folder / name for name in names], f"{HUB_PREFIX}{name.repo_id}@{folder.name}"
-    elif name.path and name.path.is_dir():
-        names = [path.name for path in Path(source).iterdir() if path.is_file()]
-        files = [Path(source) / _choose(names, called, prefer)]
-    elif name.path and name.path.is_file():
-        files = [Path(source)]
-        if files[0].suffix == ".json" and not files[0].name.endswith(".index.json"):
+        folder, chosen = download_checkpoint(called, lambda names: _choose(names, called, prefer), _weight_map)
+        path, without_path = folder / chosen[0], f"{HUB_PREFIX}{name.repo_id}@{folder.name}"
+    elif name.path and path.is_dir():
+        path = path / _choose([inner.name for inner in path.iterdir() if inner.is_file()], called, prefer)
+    elif name.path and path.is_file():
+        if path.suffix == ".json" and not path.name.endswith(".index.json"):
             raise ConversionError(f"{called} holds no weights: give the folder, or the weights beside it.")
     else:
         raise ConversionError(
             f"{called} is neither a file nor a folder; a repository of the Hub needs the prefix 'hf-hub:'."
         )
-    shards = _shards(files[0]) if files[0].name.endswith(".index.json") else {files[0]: None}
-    readers, infos, container, left_out, metadata = {}, {}, "", (), {}
-    for path, listed in shards.items():
-        reader = _reader(path)
-        container, left_out = getattr(reader, "container", ""), getattr(reader, "left_out", ())
-        metadata = getattr(reader, "metadata", {})
-        if listed is not None and (lacking := sorted(listed - reader.infos.keys())):
-            raise ConversionError(f"{path} lacks {len(lacking)} tensors that the index lists, first {lacking[0]}.")
-        for name, info in reader.infos.items():
-            if not name.isprintable():
-                raise ConversionError(f"{path} names a tensor {name!r}: no format has names that cannot be printed.")
-            if name in infos:
-                raise ConversionError(f"{called} holds {name} twice, in two files.")
-            infos[name], readers[name] = info, reader
-    names = _unwrapped(infos)
-    beside = files[0].parent
+    shards = _shards(path) if path.name.endswith(".index.json") else {path: set()}
+    readers: dict[str, Reader] = {}
+    for file, listed in shards.items():
+        reader = _reader(file)
+        missing = sorted(listed - reader.infos.keys())
+        if missing:
+            raise ConversionError(f"{file} is missing {len(missing)} tensors that the index lists, first {missing[0]}.")
+        for tensor in reader.infos:
+            if not tensor.isprintable():
+                raise ConversionError(f"{file} names a tensor {tensor!r}: no format has names that cannot be printed.")
+            if tensor in readers:
+                raise ConversionError(f"{called} holds {tensor} twice, in two files.")
+            readers[tensor] = reader
+    names = _unwrapped(readers)
     return Checkpoint(
         called=called,
-        source=named,
+        source=without_path,
         files=tuple(shards),
-        infos={new: infos[old] for new, old in names.items()},
-        names=names,
-        readers={new: readers[old] for new, old in names.items()},
-        container=container,
-        left_out=left_out,
-        metadata=metadata,
-        config=_json(beside / CONFIG_FILE),
-        openclip_config=_json(beside / OPENCLIP_CONFIG),
-        preprocessor=_json(beside / PREPROCESSOR_FILE),
+        infos={new: readers[old].infos[old] for new, old in names.items()},
+        places={new: (readers[old], old) for new, old in names.items()},
+        container=reader.container,
+        left_out=reader.left_out,
+        metadata=reader.metadata,
+        config=_json(path.with_name(CONFIG_FILE)),
+        openclip_config=_json(path.with_name(OPENCLIP_CONFIG)),
+        preprocessor=_json(path.with_name(PREPROCESSOR_FILE)),
     )
 
 
 def _choose(names: Iterable[str], called: str, prefer: str) -> str:
     names = set(names)
     usual = [name for name in WEIGHT_NAMES if name in names]
-    if found := sorted(usual, key=lambda name: not (prefer and name.startswith(prefer))):
-        return found[0]
+    preferred = [name for name in usual if prefer and name.startswith(prefer)]
+    if usual:
+        return (preferred or usual)[0]
     others = sorted(name for name in names if name.endswith(SUFFIXES) and "/" not in name)
     if len(others) == 1:
         return others[0]
@@ -210,8 +202,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shards(index: Path) -> dict[Path, set[str] | None]:
-    shards: dict[Path, set[str] | None] = {}
+def _shards(index: Path) -> dict[Path, set[str]]:
+    """The tensors that every shard should have."""
+    shards: dict[Path, set[str]] = {}
     for name, file in _weight_map(index).items():
         path = index.parent / file
         if not path.is_file():
@@ -231,15 +224,16 @@ def _reader(path: Path) -> Reader:
     return PickleReader(path)
 
 
-def _unwrapped(infos: Mapping[str, object]) -> dict[str, str]:
-    """Names without what DDP, torch.compile and FSDP put before or into them, and the names in the file."""
-    names = {name.replace("_fsdp_wrapped_module.", ""): name for name in infos}
-    if len(names) < len(infos):
+def _unwrapped(stored: Collection[str]) -> dict[str, str]:
+    """The stored names, by these names without what DDP, torch.compile and FSDP put before or into them."""
+    names = {name.replace("_fsdp_wrapped_module.", ""): name for name in stored}
+    if len(names) < len(stored):
         raise ConversionError("the checkpoint holds a tensor twice, with and without FSDP's '_fsdp_wrapped_module.'.")
-    while wrapper := next((w for w in ("module.", "_orig_mod.") if all(n.startswith(w) for n in names)), None):
-        names = {new.removeprefix(wrapper): old for new, old in names.items()}
-        if not names:
+    while names:
+        wrapper = next((wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in names)), None)
+        if wrapper is None:
             break
+        names = {new.removeprefix(wrapper): old for new, old in names.items()}
     return names
 
 

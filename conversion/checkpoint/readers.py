@@ -1,6 +1,7 @@
 """Open files of weights: shapes and types at once, tensors only when asked for."""
 
 import argparse
+import math
 import pathlib
 import pickle
 import re
@@ -9,7 +10,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from vitreg_hub.errors import ConversionError
 
 MAPPED_AT_ONCE = 320 * 2**20
-"""Bytes that are read before a file is mapped anew: pages that were touched count as memory until then."""
+"""Bytes that are read before a file is mapped again: pages that were touched count as memory until then."""
 
 CONTAINERS = ("teacher", "model", "state_dict", "module")
 """Keys under which training code saves the weights, the one to publish first."""
@@ -27,7 +29,7 @@ CONTAINERS = ("teacher", "model", "state_dict", "module")
 MAX_NESTING = 8
 """Containers within containers; a dictionary may hold itself."""
 
-_scalar = np.float64(0).__reduce__()[0]  # what numpy's numbers are pickled as
+_scalar = np.float64(0).__reduce__()[0]  # numpy's numbers are pickled as a call of this
 HARMLESS = (
     argparse.Namespace,
     pathlib.PosixPath,
@@ -37,25 +39,11 @@ HARMLESS = (
     (_scalar, "numpy.core.multiarray.scalar"),  # its name before numpy 2
     *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
 )
-"""What training code pickles beside the weights and what holds data only; anything else is refused."""
+"""What training code pickles beside the weights and what holds nothing but data; anything else is refused."""
 
-BROKEN_PICKLE = (
-    RuntimeError,
-    EOFError,
-    KeyError,
-    IndexError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-)
-"""What reading a damaged pickle can end in."""
+BROKEN_FILE = (OSError, EOFError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)
+BROKEN_PICKLE = (*BROKEN_FILE, *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError))
+"""What reading a damaged pickle can raise."""
 
 
 class TensorInfo(NamedTuple):
@@ -65,37 +53,33 @@ class TensorInfo(NamedTuple):
     dtype: str
 
 
-class Reader(Protocol):
-    """An open file."""
+class Reader:
+    """An open file of weights; what its kind of file does not have is empty."""
 
     infos: Mapping[str, TensorInfo]
+    container: str = ""
+    left_out: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = MappingProxyType({})
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name."""
+        raise NotImplementedError
 
 
-class _Mapped:
+class _Mapped(Reader):
     """Reads through a memory map that is renewed, so that no more than a part of the file counts as memory."""
 
-    def __init__(
-        self,
-        open_map: Callable[[], Callable[[str], Tensor]],
-        *,
-        first: Callable[[str], Tensor] | None = None,
-        is_map: bool = True,
-    ) -> None:
+    def __init__(self, open_map: Callable[[], Callable[[str], Tensor]]) -> None:
         self._open_map = open_map
-        self._is_map = is_map
-        self._get = first
-        self._read = 0
+        self._get: Callable[[str], Tensor] | None = None
+        self._bytes_left: float = MAPPED_AT_ONCE
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name."""
-        if self._get is None or (self._is_map and self._read > MAPPED_AT_ONCE):
-            self._get, self._read = None, 0
-            self._get = self._open_map()
+        if self._get is None or self._bytes_left < 0:
+            self._get = None  # the old map is closed first
+            self._get, self._bytes_left = self._open_map(), MAPPED_AT_ONCE
         tensor = self._get(name)
-        self._read += tensor.nbytes
+        self._bytes_left -= tensor.nbytes
         return tensor
 
 
@@ -120,7 +104,7 @@ DESCRIPTOR = b"PK\7\x08"
 
 
 def require_whole_archive(path: Path) -> None:
-    """Refuse a zip archive whose directory and records contradict each other, for torch would read other bytes then.
+    """Refuse a zip archive whose directory and records contradict each other, as torch would read the wrong bytes.
 
     Checksums are compared for the small records that describe the tensors; torch compares none.
 
@@ -155,19 +139,14 @@ class PickleReader(_Mapped):
     """A file of `torch.save`. Only tensors and plain data are unpickled: nothing in it can run."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__(lambda: _weights_in(self._load(), str(path))[1].__getitem__)
         self._path = path
-        self._zipped = zipfile.is_zipfile(path)  # what torch.save wrote before version 1.6 cannot be mapped
+        self._zipped = zipfile.is_zipfile(path)
         self.container, tensors, self.left_out = _weights_in(self._load(), str(path))
-        self.infos = {
-            name: TensorInfo(
-                tuple(t.shape),
-                NAMES_OF_DTYPES.get(t.dtype, str(t.dtype)) if _has_numbers(t) else f"{t.layout} on {t.device}",
-            )
-            for name, t in tensors.items()
-        }
-        super().__init__(
-            lambda: _weights_in(self._load(), str(path))[1].__getitem__, first=tensors.__getitem__, is_map=self._zipped
-        )
+        self.infos = {name: TensorInfo(tuple(tensor.shape), _kind(tensor)) for name, tensor in tensors.items()}
+        self._get = tensors.__getitem__
+        if not self._zipped:  # what torch.save wrote before version 1.6 cannot be mapped: it is in memory as a whole
+            self._bytes_left = math.inf
 
     def _load(self) -> Any:
         try:
@@ -175,9 +154,10 @@ class PickleReader(_Mapped):
                 return torch.load(self._path, map_location="cpu", weights_only=True, mmap=self._zipped)
         except pickle.UnpicklingError as error:
             asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's own sentence advises to allow it
+            cause = f" (it asks for {asked[1]})" if asked else ""
             raise ConversionError(
-                f"{self._path} is no checkpoint of plain tensors, or is damaged, and nothing of it was run"
-                f"{f' (it asks for {asked[1]})' if asked else ''}: save its state_dict alone."
+                f"{self._path} is no checkpoint of plain tensors, or is damaged, and nothing of it was run{cause}: "
+                "save its state_dict alone."
             ) from error
         except BROKEN_PICKLE as error:
             raise ConversionError(
@@ -185,12 +165,15 @@ class PickleReader(_Mapped):
             ) from error
 
 
-def _has_numbers(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu"
+def _kind(tensor: Tensor) -> str:
+    """The type of a tensor's numbers as safetensors names it, or why it has none."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return f"{tensor.layout} on {tensor.device}"
+    return NAMES_OF_DTYPES.get(tensor.dtype, str(tensor.dtype))
 
 
 def _weights_in(loaded: Any, called: str) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
-    """Find the weights in what a file holds: where, the tensors, and what stands beside them."""
+    """Find the weights in a file's content: where they are, the tensors, and the names of what stands beside them."""
     path: list[str] = []
     left_out: list[str] = []
     while isinstance(loaded, Mapping) and len(path) < MAX_NESTING:

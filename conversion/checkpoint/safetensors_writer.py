@@ -1,6 +1,7 @@
 """Writing a safetensors file one tensor at a time, so that no more than one is in memory."""
 
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ def write_safetensors(
     Args:
         path: The new file.
         shapes: Shape of every tensor, in the order of the file.
-        make: Gives the contiguous tensor of a name; it is called once for each, and its result is not kept.
+        make: Returns the contiguous tensor of a name; called once for each, and the result is not kept.
         metadata: Texts by name for the header.
 
     Raises:
@@ -33,9 +34,7 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
-        size = BYTES
-        for side in shape:
-            size *= side
+        size = BYTES * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -45,6 +44,6 @@ def write_safetensors(
         for name, shape in shapes.items():
             tensor = make(name)
             if tuple(tensor.shape) != shape:
-                raise AssertionError(f"{name} has shape {list(tensor.shape)}, planned was {list(shape)}")
+                raise AssertionError(f"{name} has shape {list(tensor.shape)}, but {list(shape)} was planned")
             file.write(memoryview(tensor.numpy()).cast("B"))
             bar.update(tensor.nbytes)

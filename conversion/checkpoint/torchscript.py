@@ -1,4 +1,4 @@
-"""Tensors of a TorchScript archive, whose code is neither compiled nor run: OpenAI publishes CLIP in this form."""
+"""Tensors of a TorchScript archive, in which OpenAI publishes CLIP; its code is neither compiled nor run."""
 
 import collections
 import io
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitreg_hub.conversion.checkpoint.readers import BROKEN_PICKLE, TensorInfo
+from vitreg_hub.conversion.checkpoint.readers import BROKEN_PICKLE, Reader, TensorInfo
 from vitreg_hub.errors import ConversionError
 
 DTYPES = {
@@ -26,21 +26,21 @@ DTYPES = {
 
 
 class _Module:
-    """What stands for an object of the archive: its attributes alone."""
+    """An object of the archive, reduced to its attributes."""
 
     def __setstate__(self, state: Any) -> None:
         self.attributes = state
 
 
 class _Stored:
-    """A tensor that was not read: the record that holds it, and how."""
+    """A tensor that was not read: which record holds it, and where in there."""
 
     def __init__(self, storage: tuple[str, str], offset: int, size: tuple, stride: tuple, *_: Any) -> None:
         (self.kind, self.record), self.offset, self.shape, self.stride = storage, offset, tuple(size), tuple(stride)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors and attribute containers; any other name ends the reading."""
+    """Knows tensors and objects with attributes; any other name ends the reading."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -60,11 +60,11 @@ class _Unpickler(pickle.Unpickler):
         return kind, record
 
 
-class TorchScriptReader:
-    """A TorchScript archive, as far as its tensors go.
+class TorchScriptReader(Reader):
+    """The tensors of a TorchScript archive.
 
     Raises:
-        ConversionError: The archive is damaged or holds something else than modules and tensors.
+        ConversionError: The archive is damaged or holds something other than modules and tensors.
     """
 
     container = "torchscript"
@@ -80,12 +80,11 @@ class TorchScriptReader:
             self.infos = {name: TensorInfo(s.shape, DTYPES[s.kind][1]) for name, s in self._stored.items()}
         except (pickle.UnpicklingError, StopIteration, *BROKEN_PICKLE) as error:
             raise ConversionError(
-                f"{path} is a TorchScript archive that holds something else than modules and tensors, or is damaged "
+                f"{path} is a TorchScript archive that holds something other than modules and tensors, or is damaged "
                 f"({error}); nothing of it was run."
             ) from error
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name."""
         stored = self._stored[name]
         try:
             with zipfile.ZipFile(self._path) as archive:

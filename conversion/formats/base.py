@@ -1,4 +1,4 @@
-"""What a checkpoint format is: one record that holds all that sets a lineage apart."""
+"""What a checkpoint format is: one record of everything that sets a lineage apart."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ LAYER_SCALE = {"blocks.0.ls1.gamma": "LayerScale"}
 PRE_NORM = {"norm_pre.weight": "norm before the first block"}
 REGISTERS = {"reg_token": "registers"}
 DISTILLATION = {"dist_token": "distillation token"}
-"""Parts that some lineages always have: a tensor of each in timm's names, and what to call it."""
+"""Parts that some lineages always have: the name of one of its tensors in timm, and what to call it."""
 
 UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
-"""What reading a stranger's config can end in."""
+"""What reading somebody else's config can raise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFormat:
-    """How one lineage stores a ViT, what of it no tensor tells, and how a bundle gets its form.
+    """How one lineage stores a ViT, what its tensors cannot tell, and how a bundle is written in its form.
 
-    What a lineage does in its own way is a method that its file overrides; this class stands for bare files of tensors
-    that timm can load. Nothing here or in the files of the lineages loads torch, timm or transformers before it is
-    called.
+    A lineage that does something in its own way overrides a method; this class itself reads bare files of tensors that
+    timm can load. Nothing here or in the files of the lineages loads torch, timm or transformers before it is called.
 
     Attributes:
-        name: What `--format` takes.
+        name: The value of `--format`.
         title: Whose checkpoints these are.
         rules: Tensors of the vision tower, without prefix.
-        outside: Tensors that may stand beside the tower, with all of their name.
-        prefixes: Prefixes that the tower's names may have; the first that occurs counts, all others are outside.
-        respell: (pattern, replacement) for spellings of the same name.
-        marks: Patterns of names without prefix; a checkpoint in which each occurs has this format.
+        outside: Tensors that may stand beside the tower, with their full names.
+        prefixes: Prefixes that the tower's names may have; the first that occurs counts, other names are outside.
+        respell: (pattern, replacement) for other spellings of the same name.
+        marks: Patterns of names without prefix; a checkpoint in which each of them occurs has this format.
         family: Key of `vitreg_hub.arch.FAMILIES`, where the format decides it.
         norm_eps: LayerNorm epsilon, None where only a config tells.
         act: timm's name of the activation, None where only a config or the user tells.
         heads: Attention heads by width.
-        other_rows: Rows of the position table before those of the patches, None where the table's length tells.
+        other_rows: Rows of the position table before those of the patches, None where its length tells.
         positions: How the lineage resamples positions.
         registers_positions: The same for checkpoints with registers, where it differs.
         mean: Channel means of the normalisation.
         std: Channel standard deviations of the normalisation.
         crop_pct: Share of the resized image that the evaluation's centre crop keeps.
-        head_is_projection: Whether the head leads to a space shared with texts: it has no bias, and makes embeddings.
+        head_is_projection: Whether the head has no bias and makes embeddings in a space shared with texts.
         has_text_tower: Whether OpenCLIP's text tower may stand beside the tower.
         needs_prefix: Whether the tower's names always have one of the prefixes.
         alone_when_bare: Whether nothing may stand beside a tower whose names have no prefix.
-        notes: What a user should know of every bundle that is made of such a checkpoint, a sentence each.
+        notes: What a user should know about every bundle made from such a checkpoint, a sentence each.
+        no_reference: Why nobody else's code can run such a checkpoint, "" where it can.
         is_exported: Whether bundles can be written in this format.
-        needs: Parts without which no network is of this lineage; see `LAYER_SCALE`.
-        writes_prefix: Whether exports have the first of the prefixes.
-        mask_token: Name of a token that only training uses, and that exports hold as zeros.
+        needs: Parts that every network of this lineage has; see `LAYER_SCALE`.
+        writes_prefix: Whether all exports have the first of the prefixes.
+        mask_token: Name of a token that only training uses; exports hold zeros for it.
         container: Key under which the lineage's .pth files hold the weights, "" without one.
-        is_folder: Whether a checkpoint is a folder with configs beside the weights, not one file.
-        keeps_residual_scale: Whether files keep timm's epsilon, and a residual stream as large as the bundle's.
+        is_folder: Whether a checkpoint is a folder with configs beside the weights, rather than one file.
+        keeps_residual_scale: Whether exports keep timm's epsilon and the scale of the bundle's residual stream.
     """
 
     name: str
@@ -94,6 +94,7 @@ class CheckpointFormat:
     needs_prefix: bool = False
     alone_when_bare: bool = False
     notes: tuple[str, ...] = ()
+    no_reference: str = ""
     is_exported: bool = True
     needs: Mapping[str, str] = field(default_factory=dict)
     writes_prefix: bool = False
@@ -101,8 +102,6 @@ class CheckpointFormat:
     container: str = ""
     is_folder: ClassVar[bool] = False
     keeps_residual_scale: ClassVar[bool] = False
-
-    # Names
 
     def prefix_in(self, names: Mapping[str, object]) -> str:
         """The prefix that the tower's names have in a checkpoint."""
@@ -117,7 +116,6 @@ class CheckpointFormat:
 
     def rules_for(self, name: str, prefix: str) -> list[Rule]:
         """All rules that match a name: exactly one for a checkpoint of this format."""
-        found = []
         if name.startswith(prefix):
             spelled = self.spelled(name, prefix)
             found = [rule for rule in self.rules if rule.matches(spelled)]
@@ -138,8 +136,6 @@ class CheckpointFormat:
         names = [name for name in checkpoint.infos if name.startswith(prefix)]
         return {self.spelled(name, prefix): checkpoint.read(name) for name in names}
 
-    # How it is recognised: the first of three signs that any format bears
-
     def is_declared(self, checkpoint: Checkpoint) -> bool:
         """Whether the container or the config says that a checkpoint has this format."""
         return False
@@ -152,12 +148,6 @@ class CheckpointFormat:
         inside = [self.spelled(name, prefix) for name in names if name.startswith(prefix)]
         return bool(self.marks) and all(any(re.fullmatch(mark, name) for name in inside) for mark in self.marks)
 
-    def is_likely(self, checkpoint: Checkpoint) -> bool:
-        """Whether what stands around the tower tells, where several lineages give its tensors the same names."""
-        return False
-
-    # What it means
-
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         """What the configs beside the weights tell.
 
@@ -167,7 +157,7 @@ class CheckpointFormat:
         return Facts()
 
     def facts_of(self, checkpoint: Checkpoint) -> Facts:
-        """What the configs beside the weights tell, and where they are silent what the lineage always has.
+        """What the configs beside the weights tell, and for what they leave out, what the lineage always has.
 
         Raises:
             ConversionError: A config contradicts itself or describes something else.
@@ -181,19 +171,22 @@ class CheckpointFormat:
             raise ConversionError(
                 f"the config beside {checkpoint.called} cannot be read as {self.title}'s ({reason})."
             ) from error
-        lineage = {"norm_eps": self.norm_eps, "act": self.act, "other_rows": self.other_rows}
-        missing = {name: value for name, value in lineage.items() if getattr(facts, name) is None}
-        images = {"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct}
-        return dataclasses.replace(facts, **missing, preprocess=images | facts.preprocess)
+        return dataclasses.replace(
+            facts,
+            norm_eps=self.norm_eps if facts.norm_eps is None else facts.norm_eps,
+            act=self.act if facts.act is None else facts.act,
+            other_rows=self.other_rows if facts.other_rows is None else facts.other_rows,
+            preprocess={"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct} | facts.preprocess,
+        )
 
     def position_rule(self, *, has_registers: bool) -> PositionRule:
         """How the lineage resamples positions."""
-        return (self.registers_positions if has_registers else None) or self.positions
-
-    # What it is compared with
+        if has_registers and self.registers_positions:
+            return self.registers_positions
+        return self.positions
 
     def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
-        """Run a checkpoint in an implementation by others, here timm's with its own filter of checkpoints.
+        """Run a checkpoint in somebody else's implementation, here timm's with its own filter of checkpoints.
 
         Args:
             checkpoint: A checkpoint of this format.
@@ -202,40 +195,41 @@ class CheckpointFormat:
             other_rows: Rows of the checkpoint's position table before those of the patches.
 
         Returns:
-            The implementation's name, and what it made of the images: some of tokens [B, N, D], class token [B, D] and
-            output [B, E].
+            The implementation's name, and what it computed: some of tokens [B, N, D], class token [B, D] and output
+            [B, E].
 
         Raises:
-            ConversionError: None can run, and why.
+            ConversionError: No implementation can run it, and why.
         """
+        if self.no_reference:
+            raise ConversionError(self.no_reference)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
         args = bundle.model_args | {"no_embed_class": not other_rows, "num_classes": bundle.num_classes}
         weights = self.tower_weights(checkpoint)
         return run_timm(bundle.spec.base, args, weights, images, norm_eps=bundle.norm_eps)
 
-    # How a bundle gets its form
-
     def obstacles(self, bundle: ModelBundle) -> Iterator[str]:
         """Why the format cannot hold a bundle, a clause each."""
-        own_act, own_eps, is_swiglu = bundle.activation, bundle.norm_eps, bundle.spec.swiglu
+        is_swiglu = bundle.spec.swiglu
         for tensor, part in self.needs.items():
             if tensor not in bundle.state_dict:
                 yield f"it has no {part}"
         if len(set(bundle.model_args["img_size"])) > 1:
-            yield "its images are no squares"
-        if self.act not in (None, own_act) and not is_swiglu:
-            yield f"its activation is {own_act}"
-        if self.norm_eps not in (None, own_eps):
-            yield f"its LayerNorms have epsilon {own_eps:g}"
+            yield "its images are not square"
+        if self.act not in (None, bundle.activation) and not is_swiglu:
+            yield f"its activation is {bundle.activation}"
+        if self.norm_eps not in (None, bundle.norm_eps):
+            yield f"its LayerNorms have epsilon {bundle.norm_eps:g}"
         if bundle.model_args["global_pool"] != "token":
             yield "its head averages patches"
         if is_swiglu and not any(rule.swiglu for rule in self.rules):
             yield "its MLP is SwiGLU"
 
     def export_prefix(self, bundle: ModelBundle) -> str:
-        """What the tower's names begin with in an export."""
-        return self.prefixes[0] if self.writes_prefix else ""
+        """What the tower's names begin with in an export; in transformers' models with a head they have a prefix."""
+        has_prefix = self.writes_prefix or (self.is_folder and bundle.num_classes)
+        return self.prefixes[0] if has_prefix else ""
 
     def config_files(self, bundle: ModelBundle) -> Mapping[str, Mapping[str, Any]]:
         """The configs beside the weights of an export, by file name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vitreg_hub.arch import CLIP_MEAN, CLIP_STD
 from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat
 from vitreg_hub.conversion.formats.facts import Facts, height_and_width
-from vitreg_hub.conversion.formats.rules import Reshape, drop, keep, qkv
+from vitreg_hub.conversion.formats.rules import Reshape, Rule, drop, keep, qkv, same
 from vitreg_hub.conversion.formats.timm_format import bare_facts, usual_images
 from vitreg_hub.conversion.formats.transformers_format import TransformersFormat
 from vitreg_hub.conversion.formats.vit import NO_ANTIALIAS, TOWER
@@ -37,26 +38,17 @@ VISUAL = (
     keep("ln_pre.{x}", "norm_pre.{x}"),
     keep("ln_post.{x}", "norm.{x}"),
     keep("proj", "head.weight", reshape=Reshape.TRANSPOSE),
-    keep("transformer.resblocks.{i}.ln_1.{x}", "blocks.{i}.norm1.{x}"),
+    keep("transformer.resblocks.{i}.ln_{n}.{x}", "blocks.{i}.norm{n}.{x}"),
     keep("transformer.resblocks.{i}.attn.in_proj_{x}", "blocks.{i}.attn.qkv.{x}"),
     keep("transformer.resblocks.{i}.attn.out_proj.{x}", "blocks.{i}.attn.proj.{x}"),
-    keep("transformer.resblocks.{i}.ls_1.gamma", "blocks.{i}.ls1.gamma"),
-    keep("transformer.resblocks.{i}.ln_2.{x}", "blocks.{i}.norm2.{x}"),
     keep("transformer.resblocks.{i}.mlp.c_fc.{x}", "blocks.{i}.mlp.fc1.{x}"),
     keep("transformer.resblocks.{i}.mlp.c_proj.{x}", "blocks.{i}.mlp.fc2.{x}"),
-    keep("transformer.resblocks.{i}.ls_2.gamma", "blocks.{i}.ls2.gamma"),
+    keep("transformer.resblocks.{i}.ls_{n}.gamma", "blocks.{i}.ls{n}.gamma"),
 )
 
 TEXT = (
-    drop("transformer.{rest}", TEXT_TOWER),
-    drop("token_embedding.weight", TEXT_TOWER),
-    drop("positional_embedding", TEXT_TOWER),
-    drop("ln_final.{x}", TEXT_TOWER),
-    drop("text_projection", TEXT_TOWER),
-    drop("text_projection.{x}", TEXT_TOWER),
-    drop("text.{rest}", TEXT_TOWER),
-    drop("logit_scale", TEXT_TOWER),
-    drop("logit_bias", TEXT_TOWER),
+    *drop("transformer.{rest}", "token_embedding.weight", "positional_embedding", "ln_final.{x}", why=TEXT_TOWER),
+    *drop("text_projection", "text_projection.{x}", "text.{rest}", "logit_scale", "logit_bias", why=TEXT_TOWER),
 )
 
 HEADS = {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1408: 16, 1664: 16, 1792: 16}
@@ -64,11 +56,29 @@ HEADS = {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1408: 16, 1664: 16, 1792: 1
 
 OPENCLIP_RULE = PositionRule(antialias=True, keep_equal_count=True)
 
-MARKS = ("class_embedding", r"conv1\.weight", r"transformer\.resblocks\.\d+\.ln_1\.weight")
+
+@dataclass(frozen=True, kw_only=True)
+class ClipFormat(CheckpointFormat):
+    """What all of OpenCLIP's formats share."""
+
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    act: str | None = None
+    head_is_projection: bool = True
+    has_text_tower: bool = True
 
 
-class OpenClipFormat(CheckpointFormat):
+@dataclass(frozen=True, kw_only=True)
+class OpenClipFormat(ClipFormat):
     """OpenCLIP's own towers."""
+
+    rules: tuple[Rule, ...] = VISUAL
+    prefixes: tuple[str, ...] = ("visual.",)
+    alone_when_bare: bool = True
+    marks: tuple[str, ...] = ("class_embedding", r"conv1\.weight", r"transformer\.resblocks\.\d+\.ln_1\.weight")
+    norm_eps: float | None = 1e-5
+    heads: Mapping[int, int] = field(default_factory=lambda: HEADS)
+    positions: PositionRule = OPENCLIP_RULE
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         """What open_clip_config.json tells."""
@@ -82,13 +92,9 @@ class OpenClipFormat(CheckpointFormat):
                 "tensors of OpenCLIP's own tower: put the config of these weights there."
             )
         if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
-            raise ConversionError(
-                "this OpenCLIP tower pools otherwise than by its class token, which no bundle can hold."
-            )
+            raise ConversionError("this OpenCLIP tower does not pool by its class token, which no bundle can hold.")
         if vision.get("act_kwargs") or vision.get("norm_kwargs", {}).keys() - {"eps"}:
-            raise ConversionError(
-                "this OpenCLIP tower has arguments for activations or norms, which no bundle can hold."
-            )
+            raise ConversionError("this OpenCLIP tower has arguments for layers, which no bundle can hold.")
         width, layers = vision["width"], vision["layers"]
         return Facts(
             num_heads=width // vision.get("head_width", 64),
@@ -129,26 +135,19 @@ class OpenAIFormat(OpenClipFormat):
     """OpenAI's archives, which hold the same tower."""
 
     def is_declared(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is a TorchScript archive, or comes from OpenAI's.
-
-        Raises:
-            ConversionError: It is an archive of another network.
-        """
-        names = checkpoint.infos
-        if checkpoint.container != "torchscript" and not any(name in names for name in ARCHIVE_NUMBERS):
+        """Whether a checkpoint is a TorchScript archive, or was saved from OpenAI's; other archives are refused."""
+        if checkpoint.container != "torchscript" and not any(name in checkpoint.infos for name in ARCHIVE_NUMBERS):
             return False
-        if not self.is_marked(names):
-            raise ConversionError(
-                f"{checkpoint.called} is a TorchScript archive; only OpenAI's CLIP is read in that form."
-            )
+        if not self.is_marked(checkpoint.infos):
+            raise ConversionError(f"{checkpoint.called} is a TorchScript archive; only OpenAI's CLIP is read as one.")
         return True
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
-        """Nothing, as a rule: all archives are alike."""
+        """Usually nothing: all archives are alike."""
         return super().read_config(checkpoint) if checkpoint.openclip_config else Facts()
 
 
-class OpenClipTimmFormat(CheckpointFormat):
+class OpenClipTimmFormat(ClipFormat):
     """OpenCLIP's models whose tower is timm's, which timm therefore can run."""
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
@@ -160,61 +159,31 @@ class OpenClipTimmFormat(CheckpointFormat):
         vision = checkpoint.openclip_config["model_cfg"]["vision_cfg"]
         # open_clip/model.py, CLIPVisionCfg.timm_pool; "" is the network's own. The image size is not passed to timm
         pooling = vision.get("timm_pool", "avg")
-        args = {"num_classes": 0} | ({"global_pool": pooling} if pooling else {})
+        args = {"num_classes": 0, "global_pool": pooling} if pooling else {"num_classes": 0}
         built = facts_of_network(vision["timm_model_name"], args)
         return dataclasses.replace(built, img_size=None, preprocess=_images_in(checkpoint.openclip_config))
 
 
 def _images_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an open_clip_config.json tells of images, as fields of `Preprocess`."""
+    """What an open_clip_config.json tells about images, as fields of `Preprocess`."""
     images = config.get("preprocess_cfg", {})
     modes = {"shortest": "center", "squash": "squash"}
     mode = images.get("resize_mode", "shortest")
     if mode not in modes:
         raise ConversionError(f"its images are resized by {mode!r}, which no bundle can tell.")
-    fields = {key: tuple(images[key]) for key in ("mean", "std") if key in images} | {"crop_mode": modes[mode]}
-    return fields | ({"interpolation": images["interpolation"]} if "interpolation" in images else {})
+    fields: dict[str, Any] = {key: tuple(images[key]) for key in ("mean", "std") if key in images}
+    if "interpolation" in images:
+        fields["interpolation"] = images["interpolation"]
+    return fields | {"crop_mode": modes[mode]}
 
 
-OPENCLIP = OpenClipFormat(
-    name="openclip",
-    title="OpenCLIP",
-    rules=VISUAL,
-    outside=TEXT,
-    prefixes=("visual.",),
-    alone_when_bare=True,
-    marks=MARKS,
-    norm_eps=1e-5,
-    act=None,
-    heads=HEADS,
-    positions=OPENCLIP_RULE,
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
-    head_is_projection=True,
-    has_text_tower=True,
-    needs=PRE_NORM,
-    writes_prefix=True,
-)
+OPENCLIP = OpenClipFormat(name="openclip", title="OpenCLIP", outside=TEXT, needs=PRE_NORM, writes_prefix=True)
 
 OPENAI = OpenAIFormat(
     name="openai",
     title="OpenAI's CLIP",
-    rules=VISUAL,
-    outside=(
-        *TEXT,
-        *(drop(name, "a number of OpenAI's archive, not a weight") for name in ARCHIVE_NUMBERS),
-    ),
-    prefixes=("visual.",),
-    alone_when_bare=True,
-    marks=MARKS,
-    norm_eps=1e-5,
+    outside=(*TEXT, *drop(*ARCHIVE_NUMBERS, why="a number of OpenAI's archive, not a weight")),
     act="quick_gelu",
-    heads=HEADS,
-    positions=OPENCLIP_RULE,
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
-    head_is_projection=True,
-    has_text_tower=True,
     notes=(CLASS_TOKEN_ONLY,),
     is_exported=False,
 )
@@ -222,57 +191,35 @@ OPENAI = OpenAIFormat(
 OPENCLIP_TIMM = OpenClipTimmFormat(
     name="openclip-timm",
     title="OpenCLIP with a timm tower",
-    rules=(*TOWER, keep("reg_token"), keep("norm_pre.{x}"), keep("fc_norm.{x}"), keep("head.{x}")),
+    rules=(*TOWER, *same("reg_token", "norm_pre.{x}", "fc_norm.{x}", "head.{x}")),
     outside=(keep("visual.head.proj.{x}", "head.{x}"), *TEXT),
     prefixes=("visual.trunk.",),
     marks=(r"blocks\.\d+\.attn\.qkv\.weight", r"patch_embed\.proj\.weight"),
     needs_prefix=True,
     norm_eps=None,
-    act=None,
     heads={192: 3, 384: 6, 512: 8, 768: 12, 1024: 16},
     other_rows=None,
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
-    head_is_projection=True,
-    has_text_tower=True,
     is_exported=False,
 )
 
-
-class HfClipFormat(TransformersFormat):
-    """transformers' CLIP, whose last_hidden_state has not passed the final norm."""
-
-    def _outputs(self, model: Any, images: Tensor) -> dict[str, Tensor]:
-        given = model(images)
-        return {"output": given.image_embeds} if "image_embeds" in given else {"class token": given.pooler_output}
-
-
-HF_CLIP = HfClipFormat(
+HF_CLIP = TransformersFormat(
     name="hf-clip",
     title="transformers' CLIP",
     rules=(
         keep("embeddings.class_embedding", "cls_token", reshape=Reshape.TOKEN),
         keep("embeddings.position_embedding.weight", "pos_embed", reshape=Reshape.TABLE),
-        drop("embeddings.position_ids", "a list of numbers, not a weight"),
+        *drop("embeddings.position_ids", why="a list of numbers, not a weight"),
         keep("embeddings.patch_embedding.weight", "patch_embed.proj.weight"),
         keep("pre_layrnorm.{x}", "norm_pre.{x}"),
         keep("post_layernorm.{x}", "norm.{x}"),
-        keep("encoder.layers.{i}.layer_norm1.{x}", "blocks.{i}.norm1.{x}"),
-        *qkv(
-            "encoder.layers.{i}.self_attn.q_proj.{x}",
-            "encoder.layers.{i}.self_attn.k_proj.{x}",
-            "encoder.layers.{i}.self_attn.v_proj.{x}",
-        ),
+        keep("encoder.layers.{i}.layer_norm{n}.{x}", "blocks.{i}.norm{n}.{x}"),
+        *qkv("encoder.layers.{i}.self_attn", "q_proj", "k_proj", "v_proj"),
         keep("encoder.layers.{i}.self_attn.out_proj.{x}", "blocks.{i}.attn.proj.{x}"),
-        keep("encoder.layers.{i}.layer_norm2.{x}", "blocks.{i}.norm2.{x}"),
-        keep("encoder.layers.{i}.mlp.fc1.{x}", "blocks.{i}.mlp.fc1.{x}"),
-        keep("encoder.layers.{i}.mlp.fc2.{x}", "blocks.{i}.mlp.fc2.{x}"),
+        keep("encoder.layers.{i}.mlp.fc{n}.{x}", "blocks.{i}.mlp.fc{n}.{x}"),
     ),
     outside=(
         keep("visual_projection.weight", "head.weight"),
-        drop("text_model.{rest}", "text tower"),
-        drop("text_projection.weight", "text tower"),
-        drop("logit_scale", "text tower"),
+        *drop("text_model.{rest}", "text_projection.weight", "logit_scale", why="text tower"),
     ),
     prefixes=("vision_model.",),
     marks=(r"embeddings\.class_embedding", r"pre_layrnorm\.weight"),

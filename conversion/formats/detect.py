@@ -1,10 +1,10 @@
-"""All formats, how one is recognised, and look-alikes that are refused."""
+"""All formats, how they are recognised, and the look-alikes that are refused."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vitreg_hub.conversion.formats.base import CheckpointFormat
@@ -63,7 +63,7 @@ REFUSED = {
     r"^(visual\.)?layer1\.0\.conv1": "is a ResNet",
     r"\.(q_norm|k_norm)\.|ln_[qk]\.|\.head_scale": "has norms or scales inside attention, which no row has",
 }
-"""Names that only other networks have, and what these are."""
+"""Patterns of names that only other networks have, and what these networks are."""
 
 
 def find_format(name: str) -> CheckpointFormat:
@@ -80,18 +80,13 @@ def find_format(name: str) -> CheckpointFormat:
 
 
 def refuse_look_alikes(checkpoint: Checkpoint) -> None:
-    """Refuse networks that are no plain ViT.
-
-    Raises:
-        ConversionError: With the reason.
-    """
+    """Raise a ConversionError, with the reason, for networks that are not plain ViTs."""
     names = checkpoint.infos
     for pattern, reason in REFUSED.items():
         if found := next((name for name in names if re.search(pattern, name)), None):
             raise ConversionError(f"{checkpoint.called} {reason} (it holds {found}).")
-    if "embeddings.register_tokens" in {n.rpartition("model.")[2] for n in names} and not any(
-        n.endswith("embeddings.position_embeddings") for n in names
-    ):
+    has_registers = any(name.rpartition("model.")[2] == "embeddings.register_tokens" for name in names)
+    if has_registers and not any(name.endswith("embeddings.position_embeddings") for name in names):
         raise ConversionError(f"{checkpoint.called} {DINOV3}.")
     masks = [info.shape for name, info in names.items() if name.rpartition(".")[2] == "mask_token"]
     if any(len(shape) == 3 for shape in masks) and not any("embeddings." in name for name in names):
@@ -102,20 +97,17 @@ def refuse_look_alikes(checkpoint: Checkpoint) -> None:
 
 
 def detect(checkpoint: Checkpoint) -> CheckpointFormat:
-    """Recognise the format of a checkpoint by its container and config, by its names, or by what stands around these.
+    """Recognise the format of a checkpoint by its container and config, by its names, or by what stands around them.
 
     Raises:
-        ConversionError: No format, or several that read other images or other sizes differently.
+        ConversionError: No format, or several that normalise images or resample positions differently.
     """
     names = checkpoint.infos
-    signs: tuple[Callable[[CheckpointFormat], bool], ...] = (
-        lambda fmt: fmt.is_declared(checkpoint),
-        lambda fmt: fmt.is_marked(names),
-        lambda fmt: fmt.is_likely(checkpoint),
-    )
-    for bears_sign in signs:
-        if found := next((fmt for fmt in FORMATS.values() if bears_sign(fmt)), None):
-            return found
+    declared = (fmt for fmt in FORMATS.values() if fmt.is_declared(checkpoint))
+    marked = (fmt for fmt in FORMATS.values() if fmt.is_marked(names))
+    found = next(declared, None) or next(marked, None) or _lineage_of_plain_names(checkpoint)
+    if found:
+        return found
     if has_plain_names(names):
         raise ConversionError(
             f"{checkpoint.called} has the names that several lineages share, but they resample positions and normalise "
@@ -124,13 +116,25 @@ def detect(checkpoint: Checkpoint) -> CheckpointFormat:
     near = nearest(names)
     hint = f"the nearest is {near.name} ({near.title})" if near else "no tensor has a name of any"
     first = min(names, default="").partition(".")[0]
-    inner = {name.removeprefix(f"{first}."): name for name in names}
-    if all(name.startswith(f"{first}.") for name in names) and (near := nearest(inner)):
+    near = nearest({name.removeprefix(f"{first}."): name for name in names})
+    if near and all(name.startswith(f"{first}.") for name in names):
         hint = f"without the prefix {first!r} the names are nearest to {near.name}'s: save them without it"
     raise ConversionError(
         f"{checkpoint.called} holds {len(names)} tensors of no known format, first {min(names, default='none')}; "
         f"{hint}. Formats: {', '.join(FORMATS)}."
     )
+
+
+def _lineage_of_plain_names(checkpoint: Checkpoint) -> CheckpointFormat | None:
+    """The one of several lineages with the same names, where what stands around the tower tells."""
+    names, prefix = checkpoint.infos, DINO.prefix_in(checkpoint.infos)
+    is_dino = prefix or any(name.startswith(("head.mlp.", "head.last_layer.")) for name in names)
+    if is_dino and has_plain_names(names, prefix):
+        return FORMATS["dino"]
+    if not has_plain_names(names) or "head.weight" not in names:
+        return None  # DINO and DINOv2 have no classifier
+    is_deit = checkpoint.container == DEIT.container and "blocks.0.ls1.gamma" not in names
+    return FORMATS["deit" if is_deit else "timm"]
 
 
 def _possible(names: Mapping[str, object]) -> str:

@@ -11,7 +11,7 @@ from vitreg_hub import typed
 from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat
 from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.formats.rules import drop, keep
-from vitreg_hub.conversion.formats.vit import ATTENTION_AND_MLP, STEM_AND_NORM, TOWER, WIDTH_64, has_plain_names
+from vitreg_hub.conversion.formats.vit import ATTENTION_AND_MLP, STEM_AND_NORM, TOWER, WIDTH_64
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.position_rule import PositionRule
 
@@ -22,10 +22,12 @@ OFFSET_RULE = PositionRule(antialias=False, offset=0.1)
 """dinov2/hub/backbones.py for models without registers, and dino/vision_transformer.py."""
 
 MASK_TOKEN_WHY = "replaces masked patches in training only"
+HEAD_OF_TRAINING = "head of the training objective"
+STUDENT = drop("student.{rest}", why="the student; the teacher, its moving average, is the model")
 
 RUN_CONFIG = "config.yaml"
 LEVELS = 3
-"""Folders above a checkpoint in which its run's config can be: eval/training_124999/teacher_checkpoint.pth."""
+"""How many folders upwards a run's config can be, as for eval/training_124999/teacher_checkpoint.pth."""
 
 RELEASES = "positions follow Meta's releases with registers: the run's config.yaml beside the weights would tell"
 
@@ -38,41 +40,27 @@ class DinoV2Format(CheckpointFormat):
 
         Source: dinov2/configs/ssl_default_config.yaml.
         """
-        is_run = checkpoint.container == "teacher" or self.prefix_in(checkpoint.infos)
-        if not is_run:
-            return Facts()
-        if rule := _run_rule(checkpoint):
-            return Facts(positions=rule)
+        if checkpoint.container != "teacher" and not self.prefix_in(checkpoint.infos):
+            return Facts()  # a release, not a run
+        for folder in [checkpoint.folder, *checkpoint.folder.resolve().parents][:LEVELS]:
+            if (folder / RUN_CONFIG).is_file():
+                if rule := _rule_in(folder / RUN_CONFIG):
+                    return Facts(positions=rule)
+                break
         has_registers = any(name.endswith("register_tokens") for name in checkpoint.infos)
         return Facts(assumptions=(RELEASES,) if has_registers else ())
 
 
-def _run_rule(checkpoint: Checkpoint) -> PositionRule | None:
-    """The rule in a run's config.yaml, None without one."""
-    folders = [checkpoint.folder, *checkpoint.folder.resolve().parents][:LEVELS]
-    path = next((folder / RUN_CONFIG for folder in folders if (folder / RUN_CONFIG).is_file()), None)
-    return None if path is None else _rule_in(path)
-
-
 def _rule_in(path: Path) -> PositionRule | None:
+    """The rule in a run's config.yaml, None where the file is another program's."""
     try:
         student = yaml.safe_load(path.read_text(encoding="utf-8"))["student"]
         rule = {"antialias": student["interpolate_antialias"], "offset": student["interpolate_offset"]}
         return typed.read(PositionRule, rule, called="positions")
     except (KeyError, TypeError):
-        return None  # of another program
+        return None
     except (yaml.YAMLError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read as the config of a DINOv2 run ({error}).") from error
-
-
-class DinoFormat(CheckpointFormat):
-    """DINO, whose names are timm's."""
-
-    def is_likely(self, checkpoint: Checkpoint) -> bool:
-        """Whether the tower stands in a training run, or beside DINO's head."""
-        names, prefix = checkpoint.infos, self.prefix_in(checkpoint.infos)
-        has_head = any(name.startswith(("head.mlp.", "head.last_layer.")) for name in names)
-        return has_plain_names(names, prefix) and (bool(prefix) or has_head)
 
 
 DINOV2 = DinoV2Format(
@@ -81,7 +69,7 @@ DINOV2 = DinoV2Format(
     rules=(
         *TOWER,
         keep("register_tokens", "reg_token"),
-        drop("mask_token", MASK_TOKEN_WHY),
+        *drop("mask_token", why=MASK_TOKEN_WHY),
         # dinov2/layers/swiglu_ffn.py: gate and value in one matrix, or each in its own
         keep("blocks.{i}.mlp.w12.{x}", "blocks.{i}.mlp.fc1.{x}", swiglu=True),
         keep("blocks.{i}.mlp.w1.{x}", "blocks.{i}.mlp.fc1.{x}", part=(0, 2), swiglu=True),
@@ -90,13 +78,10 @@ DINOV2 = DinoV2Format(
     ),
     prefixes=("teacher.backbone.", "backbone."),
     outside=(
-        drop("student.{rest}", "the student; the teacher, its moving average, is the model"),
-        drop("teacher.dino_head.{rest}", "head of the training objective"),
-        drop("teacher.ibot_head.{rest}", "head of the training objective"),
-        drop("dino_head.{rest}", "head of the training objective"),
-        drop("ibot_head.{rest}", "head of the training objective"),
-        drop("dino_loss.{rest}", "state of the training objective"),
-        drop("ibot_patch_loss.{rest}", "state of the training objective"),
+        *STUDENT,
+        *drop("teacher.dino_head.{rest}", "teacher.ibot_head.{rest}", why=HEAD_OF_TRAINING),
+        *drop("dino_head.{rest}", "ibot_head.{rest}", why=HEAD_OF_TRAINING),
+        *drop("dino_loss.{rest}", "ibot_patch_loss.{rest}", why="state of the training objective"),
     ),
     respell=((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),),  # block_chunks > 0: the second number is already global
     marks=(r"mask_token|register_tokens", r"blocks\.\d+\.(ls1\.gamma|mlp\.w12\.weight)"),
@@ -108,16 +93,12 @@ DINOV2 = DinoV2Format(
     mask_token="mask_token",
 )
 
-DINO = DinoFormat(
+DINO = CheckpointFormat(
     name="dino",
     title="Meta's DINO",
     rules=(*STEM_AND_NORM, *ATTENTION_AND_MLP),
     prefixes=("teacher.backbone.", "backbone."),
-    outside=(
-        drop("student.{rest}", "the student; the teacher, its moving average, is the model"),
-        drop("teacher.head.{rest}", "head of the training objective"),
-        drop("head.{rest}", "head of the training objective"),
-    ),
+    outside=(*STUDENT, *drop("teacher.head.{rest}", "head.{rest}", why=HEAD_OF_TRAINING)),
     family="plain",
     heads=WIDTH_64,
     positions=OFFSET_RULE,

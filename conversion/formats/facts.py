@@ -1,4 +1,4 @@
-"""What no tensor tells of a network."""
+"""What no tensor tells about a network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,22 +9,18 @@ from vitreg_hub.network.position_rule import PositionRule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What a config beside the weights tells, or the lineage; None is not known.
+    """What a config beside the weights or the lineage tells; None stands for unknown.
 
     Attributes:
         family: Key of `vitreg_hub.arch.FAMILIES`.
-        num_heads: Attention heads.
-        norm_eps: LayerNorm epsilon.
         act: timm's name of the activation.
         img_size: Height and width in pixels.
         other_rows: Rows of the position table before those of the patches.
         global_pool: timm's name of the pooling, token or avg.
-        positions: How positions are resampled.
         residual_scale: How many times larger the residual stream is stored; see `vitreg_hub.network.residual_scale`.
         preprocess: Fields of `Preprocess`, without the input size.
-        label_names: Names of the classes.
-        assumptions: What was taken for granted because there is no config, a sentence each.
-        shape: Facts that the tensors tell too, for comparison: fields of `Structure`.
+        assumptions: What was assumed because there is no config, a sentence each.
+        shape: What the tensors tell too, for comparison: fields of `Structure`.
     """
 
     family: str | None = None
@@ -43,7 +39,7 @@ class Facts:
 
 
 def height_and_width(size: Any) -> tuple[int, int] | None:
-    """Both sides of what a config gives as one number or as two."""
+    """Both sides of an image or patch, which configs give as one number or as two."""
     if size is None:
         return None
     height, width = size if isinstance(size, list | tuple) else (size, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vitreg_hub.conversion.formats.base import DISTILLATION, LAYER_SCALE, REGISTERS, CheckpointFormat
@@ -13,11 +14,7 @@ from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.position_rule import PositionRule
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vitreg_hub.bundle.model_bundle import ModelBundle
-    from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-    from vitreg_hub.conversion.formats.base import Outputs
 
 HALF = (0.5, 0.5, 0.5)
 """transformers/image_utils.py, IMAGENET_STANDARD_MEAN and _STD, the defaults of ViTImageProcessor."""
@@ -28,33 +25,30 @@ STEM = (
     keep("embeddings.cls_token", "cls_token"),
     keep("embeddings.position_embeddings", "pos_embed"),
     keep("embeddings.patch_embeddings.projection.{x}", "patch_embed.proj.{x}"),
-    drop(MASK_TOKEN, MASK_TOKEN_WHY),
+    *drop(MASK_TOKEN, why=MASK_TOKEN_WHY),
     keep("layernorm.{x}", "norm.{x}"),
 )
 
 
-def _attention(*layers: str) -> tuple[Rule, ...]:
+LAYER, V5_LAYER = "encoder.layer.{i}", "layers.{i}"
+
+
+def _attention(disk: str, memory: str) -> tuple[Rule, ...]:
     """Attention of both spellings, on disk and in memory (transformers/conversion_mapping.py)."""
-    disk, memory = layers
     return (
-        *qkv(*(f"{disk}.attention.attention.{name}.{{x}}" for name in ("query", "key", "value"))),
-        *qkv(*(f"{memory}.attention.{name}_proj.{{x}}" for name in "qkv")),
+        *qkv(f"{disk}.attention.attention", "query", "key", "value"),
+        *qkv(f"{memory}.attention", "q_proj", "k_proj", "v_proj"),
         keep(f"{disk}.attention.output.dense.{{x}}", "blocks.{i}.attn.proj.{x}"),
         keep(f"{memory}.attention.o_proj.{{x}}", "blocks.{i}.attn.proj.{x}"),
     )
 
 
-LAYER, V5_LAYER = "encoder.layer.{i}", "layers.{i}"
-
 DINOV2_TOWER = (
     *STEM,
     *_attention(LAYER, LAYER),
-    keep(f"{LAYER}.norm1.{{x}}", "blocks.{i}.norm1.{x}"),
-    keep(f"{LAYER}.norm2.{{x}}", "blocks.{i}.norm2.{x}"),
-    keep(f"{LAYER}.layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
-    keep(f"{LAYER}.layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
-    keep(f"{LAYER}.mlp.fc1.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
-    keep(f"{LAYER}.mlp.fc2.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
+    keep(f"{LAYER}.norm{{n}}.{{x}}", "blocks.{i}.norm{n}.{x}"),
+    keep(f"{LAYER}.layer_scale{{n}}.lambda1", "blocks.{i}.ls{n}.gamma"),
+    keep(f"{LAYER}.mlp.fc{{n}}.{{x}}", "blocks.{i}.mlp.fc{n}.{x}"),
     keep(f"{LAYER}.mlp.weights_in.{{x}}", "blocks.{i}.mlp.fc1.{x}", swiglu=True),
     keep(f"{LAYER}.mlp.weights_out.{{x}}", "blocks.{i}.mlp.fc2.{x}", swiglu=True),
     keep(f"{LAYER}.mlp.gate_proj.{{x}}", "blocks.{i}.mlp.fc1.{x}", part=(0, 2), swiglu=True),
@@ -68,10 +62,9 @@ VIT_TOWER = (
     *(keep(f"{layer}.layernorm_before.{{x}}", "blocks.{i}.norm1.{x}") for layer in (LAYER, V5_LAYER)),
     *(keep(f"{layer}.layernorm_after.{{x}}", "blocks.{i}.norm2.{x}") for layer in (LAYER, V5_LAYER)),
     keep(f"{LAYER}.intermediate.dense.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
-    keep(f"{V5_LAYER}.mlp.fc1.{{x}}", "blocks.{i}.mlp.fc1.{x}"),
     keep(f"{LAYER}.output.dense.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
-    keep(f"{V5_LAYER}.mlp.fc2.{{x}}", "blocks.{i}.mlp.fc2.{x}"),
-    drop("pooler.dense.{x}", "tanh layer on the class token, which timm does not have"),
+    keep(f"{V5_LAYER}.mlp.fc{{n}}.{{x}}", "blocks.{i}.mlp.fc{n}.{x}"),
+    *drop("pooler.dense.{x}", why="tanh layer on the class token, which timm does not have"),
 )
 
 TWO_INPUTS = "reads class token and mean patch side by side, timm's head reads one vector"
@@ -97,7 +90,7 @@ HF_DINOV2 = HfDinov2Format(
     name="hf-dinov2",
     title="transformers' Dinov2",
     rules=DINOV2_TOWER,
-    outside=(drop("classifier.{x}", TWO_INPUTS),),
+    outside=drop("classifier.{x}", why=TWO_INPUTS),
     prefixes=("dinov2.",),
     marks=(r"embeddings\.position_embeddings", r"encoder\.layer\.\d+\.layer_scale1\.lambda1"),
     family="dinov2",
@@ -109,18 +102,15 @@ HF_DINOV2 = HfDinov2Format(
     model_class="Dinov2Model",
 )
 
-HF_DINOV2_REGISTERS = HfDinov2Format(
+HF_DINOV2_REGISTERS = dataclasses.replace(
+    HF_DINOV2,
     name="hf-dinov2-with-registers",
     title="transformers' Dinov2WithRegisters",
     rules=(*DINOV2_TOWER, keep("embeddings.register_tokens", "reg_token")),
-    outside=(drop("classifier.{x}", TWO_INPUTS),),
     prefixes=("dinov2_with_registers.",),
     marks=(*HF_DINOV2.marks, r"embeddings\.register_tokens"),
-    family="dinov2",
-    heads=WIDTH_64,
     positions=PositionRule(antialias=True),
     needs=LAYER_SCALE | REGISTERS,
-    mask_token=MASK_TOKEN,
     config_class="Dinov2WithRegistersConfig",
     model_class="Dinov2WithRegistersModel",
 )
@@ -151,7 +141,7 @@ HF_DEIT = TransformersFormat(
     outside=(
         keep("cls_classifier.{x}", "head.{x}"),
         keep("distillation_classifier.{x}", "head_dist.{x}"),
-        drop("classifier.{x}", "reads the class token alone, timm's distilled model averages two heads"),
+        *drop("classifier.{x}", why="reads the class token alone, timm's distilled model averages two heads"),
     ),
     prefixes=("deit.",),
     marks=(*HF_VIT.marks, r"embeddings\.distillation_token"),
@@ -167,23 +157,13 @@ HF_DEIT = TransformersFormat(
 )
 
 
-class PhRegFormat(CheckpointFormat):
-    """PH-Reg, whose students only its own training code runs."""
-
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
-        """Refuse: there is nothing to run."""
-        raise ConversionError(f"{self.title} have no library")
-
-
-PH_REG = PhRegFormat(
+PH_REG = CheckpointFormat(
     name="ph-reg",
     title="PH-Reg's students",
     rules=DINOV2_TOWER,
     outside=(
         keep("registers", "reg_token"),  # before the class token there: blocks do not see the order of tokens
-        drop("embed.{rest}", "another name of the same weights"),
-        drop("encoder.{rest}", "another name of the same weights"),
-        drop("layernorm.{rest}", "another name of the same weights"),
+        *drop("embed.{rest}", "encoder.{rest}", "layernorm.{rest}", why="another name of the same weights"),
     ),
     prefixes=("model.",),
     marks=HF_DINOV2.marks,
@@ -191,5 +171,6 @@ PH_REG = PhRegFormat(
     family="dinov2",
     heads=WIDTH_64,
     positions=NO_ANTIALIAS,
+    no_reference="PH-Reg's students have no library",
     is_exported=False,
 )

@@ -1,7 +1,7 @@
-"""Rules: how one lineage names and shapes the tensors of a ViT, as data that reads in both directions.
+"""Rules: how one lineage names and shapes the tensors of a ViT, as data that can be read in both directions.
 
-A rule pairs a template of the lineage's names with a template of timm's. `{i}` stands for the number of a block, `{x}`
-for weight or bias, `{rest}` for anything.
+A rule pairs a template of the lineage's names with a template of timm's. `{i}` stands for the number of a block, `{n}`
+for 1 or 2, `{x}` for weight or bias, `{rest}` for anything.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import enum
 import functools
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLACEHOLDERS = {"{i}": "(0|[1-9][0-9]{0,3})", "{x}": "(weight|bias)", "{rest}": "(.+)"}
-WHOLE = (0, 1)
+PLACEHOLDERS = {"{i}": "(0|[1-9][0-9]{0,3})", "{n}": "([12])", "{x}": "(weight|bias)", "{rest}": "(.+)"}
 
 
 class Reshape(enum.Enum):
@@ -32,28 +31,21 @@ class Reshape(enum.Enum):
         """Dimensions that the lineage's tensor must have, None for any."""
         return {Reshape.TRANSPOSE: 2, Reshape.TOKEN: 1, Reshape.TABLE: 2}.get(self)
 
-    @property
-    def _ones(self) -> int:
-        """Dimensions of size 1 that timm's tensor has before the lineage's."""
-        return {Reshape.TOKEN: 2, Reshape.TABLE: 1}.get(self, 0)
-
     def timm_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """timm's shape of a tensor that has this one in the lineage."""
-        return shape[::-1] if self is Reshape.TRANSPOSE else (1,) * self._ones + shape
+        if self is Reshape.TRANSPOSE:
+            return shape[::-1]
+        return {Reshape.TOKEN: (1, 1), Reshape.TABLE: (1,)}.get(self, ()) + shape
 
     def to_timm(self, tensor: Tensor) -> Tensor:
         """The lineage's tensor in timm's shape."""
-        if self is Reshape.TRANSPOSE:
-            return tensor.T
-        return tensor[(None,) * self._ones]
+        return tensor.T if self is Reshape.TRANSPOSE else tensor.reshape(self.timm_shape(tuple(tensor.shape)))
 
     def from_timm(self, tensor: Tensor) -> Tensor:
         """timm's tensor in the lineage's shape."""
         if self is Reshape.TRANSPOSE:
             return tensor.T
-        for _ in range(self._ones):
-            tensor = tensor.squeeze(0)
-        return tensor
+        return tensor if self.dims is None else tensor.flatten(0, tensor.ndim - self.dims)
 
 
 @functools.cache
@@ -74,17 +66,17 @@ class Rule:
     Attributes:
         take: Template of the lineage's name.
         give: Template of timm's name, with the same placeholders in the same order; None drops the tensor.
-        why: Reason of a drop.
+        why: Why it is dropped.
         reshape: How the shapes differ.
-        part: (k, n): the tensor is the k-th of n that timm holds concatenated along the first dimension.
-        swiglu: Whether only networks with a SwiGLU MLP have this name; others then have another rule for it.
+        part: (k, n): the tensor is the k-th of n that timm concatenates along the first dimension.
+        swiglu: Whether only networks with a SwiGLU MLP use this name; others then have another rule for it.
     """
 
     take: str
     give: str | None
     why: str = ""
     reshape: Reshape = Reshape.SAME
-    part: tuple[int, int] = WHOLE
+    part: tuple[int, int] = (0, 1)
     swiglu: bool = False
 
     def timm_name(self, name: str) -> str | None:
@@ -102,24 +94,22 @@ class Rule:
         return _fill(self.take, found.groups()) if found else None
 
 
-def keep(
-    take: str,
-    give: str | None = None,
-    *,
-    reshape: Reshape = Reshape.SAME,
-    part: tuple[int, int] = WHOLE,
-    swiglu: bool = False,
-) -> Rule:
-    """A tensor that timm has, by default under the same name."""
-    return Rule(take=take, give=give or take, reshape=reshape, part=part, swiglu=swiglu)
+def keep(take: str, give: str | None = None, **others: Any) -> Rule:
+    """A tensor that timm has, by default under the same name; the others are fields of the rule."""
+    return Rule(take=take, give=give or take, **others)
 
 
-def drop(take: str, why: str) -> Rule:
-    """A tensor that timm has no place for."""
-    return Rule(take=take, give=None, why=why)
+def same(*names: str) -> tuple[Rule, ...]:
+    """Tensors that timm has under the same names."""
+    return tuple(keep(name) for name in names)
 
 
-def qkv(query: str, key: str, value: str) -> tuple[Rule, ...]:
-    """Three projections that timm holds as one."""
-    give = "blocks.{i}.attn.qkv.{x}"
-    return tuple(keep(take, give, part=(k, 3)) for k, take in enumerate((query, key, value)))
+def drop(*names: str, why: str) -> tuple[Rule, ...]:
+    """Tensors that timm has no place for."""
+    return tuple(Rule(take=name, give=None, why=why) for name in names)
+
+
+def qkv(layer: str, query: str, key: str, value: str) -> tuple[Rule, ...]:
+    """Three projections within a layer that timm holds as one."""
+    names = enumerate((query, key, value))
+    return tuple(keep(f"{layer}.{name}.{{x}}", "blocks.{i}.attn.qkv.{x}", part=(k, 3)) for k, name in names)

@@ -1,4 +1,4 @@
-"""timm's own files: any bundle fits in, and a config.json beside the weights tells all that tensors do not."""
+"""timm's own files: any bundle fits, and a config.json beside the weights tells everything that tensors do not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from vitreg_hub.arch import ARCHS
 from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.facts import Facts
-from vitreg_hub.conversion.formats.rules import drop, keep
-from vitreg_hub.conversion.formats.vit import HEADS, TOWER, WIDTH_64, has_plain_names
+from vitreg_hub.conversion.formats.rules import drop, same
+from vitreg_hub.conversion.formats.vit import HEADS, TOWER, WIDTH_64
 from vitreg_hub.network.position_rule import TIMM_RULE
 
 if TYPE_CHECKING:
@@ -31,19 +31,16 @@ class TimmFormat(CheckpointFormat):
         names = checkpoint.infos
         return "architecture" in checkpoint.config and self.num_known(names) == len(names)
 
-    def is_likely(self, checkpoint: Checkpoint) -> bool:
-        """Whether there is a classifier, which DINO and DINOv2 do not have."""
-        return has_plain_names(checkpoint.infos) and "head.weight" in checkpoint.infos
-
     def read_config(self, checkpoint: Checkpoint) -> Facts:
-        """What config.json tells, a bundle's too."""
+        """What config.json tells, which may be a bundle's."""
         config = checkpoint.config
         if not config.get("architecture"):
             return bare_facts(self.title, checkpoint)
         from vitreg_hub.bundle.config import Preprocess, read_entry
         from vitreg_hub.conversion.formats.timm_network import facts_of_network
 
-        cfg, ours = config.get("pretrained_cfg") or {}, read_entry(config["vitreg"]) if config.get("vitreg") else {}
+        cfg = config.get("pretrained_cfg") or {}
+        ours = read_entry(config["vitreg"]) if config.get("vitreg") else {}
         args = dict(config.get("model_args") or {})
         if "img_size" not in args and "input_size" in cfg:
             args["img_size"] = list(cfg["input_size"][1:])
@@ -76,12 +73,12 @@ class TimmFormat(CheckpointFormat):
 
 
 def bare_facts(title: str, checkpoint: Checkpoint) -> Facts:
-    """What is taken for granted of a timm network without a config."""
-    usual = (usual_images(title),)
-    if any(name.endswith("fc_norm.weight") for name in checkpoint.infos):
-        return Facts(assumptions=usual)
-    pooling = "the class token is pooled: no tensor tells otherwise, a config beside the weights would"
-    return Facts(assumptions=(pooling, *usual))
+    """What is assumed about a timm network without a config."""
+    assumptions = (usual_images(title),)
+    if not any(name.endswith("fc_norm.weight") for name in checkpoint.infos):
+        pooling = "the class token is pooled: no tensor tells otherwise, a config beside the weights would"
+        assumptions = (pooling, *assumptions)
+    return Facts(assumptions=assumptions)
 
 
 def usual_images(title: str) -> str:
@@ -95,10 +92,8 @@ TIMM = TimmFormat(
     rules=(
         *TOWER,
         *HEADS,
-        keep("reg_token"),
-        keep("norm_pre.{x}"),
-        keep("fc_norm.{x}"),
-        drop("pre_logits.{rest}", "a layer that timm no longer has"),
+        *same("reg_token", "norm_pre.{x}", "fc_norm.{x}"),
+        *drop("pre_logits.{rest}", why="a layer that timm no longer has"),
     ),
     prefixes=("timm_model.",),
     norm_eps=None,

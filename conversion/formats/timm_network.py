@@ -1,4 +1,4 @@
-"""timm's networks: what an empty one tells of itself, and running one with the weights of a checkpoint."""
+"""timm's networks: what an empty one tells about itself, and running one with a checkpoint's weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,22 +18,16 @@ ACTIVATIONS = {nn.GELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_tanh", 
 MAX_DEPTH = 1000
 """Blocks that a config may ask timm to build."""
 
-NO_NETWORK_ARGS = {
-    "checkpoint_path",
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "cache_dir",
-    "features_only",
-}
-"""Arguments of `timm.create_model` that read files or change the class; a stranger's config may not give them."""
+NO_NETWORK_ARGS = {"checkpoint_path", "cache_dir", "features_only"}
+NO_NETWORK_ARGS |= {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments of `timm.create_model` that read files or change the class; somebody else's config may not give them."""
 
 
 def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
-    """Facts of a timm model, read from its empty network.
+    """Facts about a timm model, read from its empty network.
 
     Raises:
-        ConversionError: timm has no such model, or it is none that a bundle can hold.
+        ConversionError: timm has no such model, or no bundle can hold it.
     """
     if not timm.is_model(architecture):
         raise ConversionError(f"timm {timm.__version__} has no model {architecture!r}, which the config names.")
@@ -78,12 +72,12 @@ def run_timm(
     *,
     norm_eps: float | None = None,
 ) -> tuple[str, Mapping[str, Tensor]]:
-    """Run weights in timm's network, through timm's own filter of checkpoints.
+    """Run weights under the lineage's names in timm's network, through timm's own filter of checkpoints.
 
     Args:
         architecture: timm's name of the network.
         args: Its arguments.
-        weights: Tensors of the tower under the lineage's names.
+        weights: Tensors of the tower.
         images: [B, C, H, W].
         norm_eps: Epsilon of the LayerNorms, where it is not the architecture's own.
 
@@ -92,7 +86,7 @@ def run_timm(
     """
     args = dict(args)
     if "register_tokens" in weights:
-        args["no_embed_class"] = True  # timm's filter folds the class token's position into it then
+        args["no_embed_class"] = True  # timm's filter then adds the class token's position to it
     if "head.weight" not in weights:
         args["num_classes"] = 0
     model = timm.create_model(architecture, **args).eval()

@@ -19,16 +19,8 @@ if TYPE_CHECKING:
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
     from vitreg_hub.conversion.formats.base import Outputs
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
+ACTIVATIONS |= {"gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of activations, and timm's."""
 
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -37,16 +29,16 @@ INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersFormat(CheckpointFormat):
-    """A family of transformers' models. Its classes are told by their names, and loaded when they are needed.
+    """A family of transformers' models. Its classes are given by name, and loaded when they are needed.
 
     Attributes:
-        config_class: The configuration, whose defaults stand for what a config.json leaves out.
+        config_class: The configuration, whose defaults fill in what a config.json leaves out.
         model_class: The model without a head.
         head_class: The model with a head, "" where no bundle can hold its head.
-        needs_config: Whether facts can only come from the config.json beside the weights.
+        needs_config: Whether checkpoints are only read with a config.json beside the weights.
         image_processor: The image processor that exports name.
-        image_defaults: What the usual image processor does without being told, as fields of `Preprocess`.
-        one_side_is_shorter: Whether a single number as the size of images is that of the shorter side.
+        image_defaults: What the usual image processor does by default, as fields of `Preprocess`.
+        one_side_is_shorter: Whether a single number as the size of images means the shorter side.
     """
 
     config_class: str
@@ -57,8 +49,6 @@ class TransformersFormat(CheckpointFormat):
     image_defaults: Mapping[str, Any] = field(default_factory=dict)
     one_side_is_shorter: bool = False
     is_folder: ClassVar[bool] = True
-
-    # What it means
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         """What config.json and preprocessor_config.json tell."""
@@ -95,7 +85,7 @@ class TransformersFormat(CheckpointFormat):
         )
 
     def _read_images(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """An image processor as fields of `Preprocess`; of two with one name the last counts."""
+        """An image processor's settings as fields of `Preprocess`; where a field comes twice the last one counts."""
         yield from self.image_defaults.items()
         for ours, theirs in ("mean", "image_mean"), ("std", "image_std"):
             if theirs in settings:
@@ -104,15 +94,18 @@ class TransformersFormat(CheckpointFormat):
             yield from {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}.items()
         if settings.get("resample") in INTERPOLATIONS:
             yield "interpolation", INTERPOLATIONS[settings["resample"]]
-        size, crop = settings.get("size"), settings.get("crop_size")
+        size = settings.get("size")
         if not size:
             return
-        keeps_ratio = "shortest_edge" in size if isinstance(size, dict) else self.one_side_is_shorter
-        side = (size.get("shortest_edge") or size["height"]) if isinstance(size, dict) else size
-        cropped = (crop["height"] if isinstance(crop, dict) else crop) if settings.get("do_center_crop") else side
-        yield from {"crop_mode": "center" if keeps_ratio else "squash", "crop_pct": (cropped or side) / side}.items()
-
-    # What it is compared with
+        keeps_ratio, side = self.one_side_is_shorter, size
+        if isinstance(size, dict):
+            keeps_ratio = "shortest_edge" in size
+            side = size.get("shortest_edge") or size["height"]
+        crop = settings.get("crop_size") if settings.get("do_center_crop") else None
+        if isinstance(crop, dict):
+            crop = crop["height"]
+        yield "crop_mode", "center" if keeps_ratio else "squash"
+        yield "crop_pct", (crop or side) / side
 
     def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
         """Run a folder in transformers' own model."""
@@ -123,7 +116,7 @@ class TransformersFormat(CheckpointFormat):
 
         usual = [name for name in WEIGHT_NAMES if (checkpoint.folder / name).exists()]
         if len(checkpoint.files) == 1 and checkpoint.files[0].name not in usual[:1]:
-            raise ConversionError("transformers reads folders only, with its own names of files")
+            raise ConversionError("transformers reads folders only, with its own file names")
         name = self._class_for(bundle)
         with _quiet_transformers():
             model = _class(name).from_pretrained(checkpoint.folder, local_files_only=True, dtype=torch.float32).eval()
@@ -133,17 +126,15 @@ class TransformersFormat(CheckpointFormat):
         return self.head_class if self.head_class and bundle.num_classes else self.model_class
 
     def _outputs(self, model: Any, images: Tensor) -> dict[str, Tensor]:
-        """What a model makes of images, by our names."""
-        given = model(images)
-        if "logits" in given:
-            return {"tokens": model.base_model(images).last_hidden_state, "output": given.logits}
-        return {"tokens": given.last_hidden_state}
-
-    # How a bundle gets its form
-
-    def export_prefix(self, bundle: ModelBundle) -> str:
-        """What the tower's names begin with: a model with a head holds the one without under a name."""
-        return self.prefixes[0] if self.writes_prefix or bundle.num_classes else ""
+        """What a model computes, under our names."""
+        found = model(images)
+        if "logits" in found:
+            return {"tokens": model.base_model(images).last_hidden_state, "output": found.logits}
+        if "image_embeds" in found:
+            return {"output": found.image_embeds}
+        if self.head_is_projection:  # CLIP's last_hidden_state has not passed the final norm
+            return {"class token": found.pooler_output}
+        return {"tokens": found.last_hidden_state}
 
     def config_files(self, bundle: ModelBundle) -> Mapping[str, Mapping[str, Any]]:
         """config.json by transformers' own class, and preprocessor_config.json."""
@@ -156,7 +147,7 @@ class TransformersFormat(CheckpointFormat):
             patch_size=args["patch_size"],
             num_channels=args["in_chans"],
             hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(act, act),
-            # a scale tells 1e-12 as 0.954e-12
+            # 1e-12 becomes 0.954e-12 when a scale stands for it
             layer_norm_eps=1e-12 if bundle.residual_scale == 1024 else bundle.norm_eps,
         )
         config = _class(self.config_class)(**common | self._own_settings(bundle))
@@ -166,16 +157,16 @@ class TransformersFormat(CheckpointFormat):
         }
 
     def _own_settings(self, bundle: ModelBundle) -> dict[str, Any]:
-        """Settings of the configuration that not all families have: the MLP's width and the head."""
+        """Settings that not all families have: the MLP's width and the head."""
         settings: dict[str, Any] = {"intermediate_size": mlp_width(bundle)}
-        if self.head_is_projection:
-            return settings | ({"projection_dim": bundle.num_classes} if bundle.num_classes else {})
-        if bundle.label_names:
-            return settings | {"id2label": dict(enumerate(bundle.label_names))}
-        return settings | ({"num_labels": bundle.num_classes} if bundle.num_classes else {})
+        if bundle.label_names and not self.head_is_projection:
+            settings["id2label"] = dict(enumerate(bundle.label_names))
+        elif bundle.num_classes:
+            settings["projection_dim" if self.head_is_projection else "num_labels"] = bundle.num_classes
+        return settings
 
     def _image_settings(self, bundle: ModelBundle) -> dict[str, Any]:
-        """For whichever image processor resizes and crops as the bundle says."""
+        """The settings of an image processor that resizes and crops as the bundle says."""
         images, side = bundle.preprocess, bundle.preprocess.input_size[1]
         resized = round(side / images.crop_pct)
         is_squashed = images.crop_mode == "squash"
@@ -208,7 +199,7 @@ def _whole(number: Any) -> int | None:
     if number is None:
         return None
     if int(number) != number:
-        raise ValueError(f"{number!r} is no whole number")
+        raise ValueError(f"{number!r} is not a whole number")
     return int(number)
 
 
@@ -222,7 +213,7 @@ def _label_names(labels: Mapping[str, Any] | None) -> tuple[str, ...] | None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its report of tensors that a class does not take, and without its bar."""
+    """Without its report of unused tensors and its progress bar."""
     from transformers import logging
 
     verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,16 +1,10 @@
 """The names that timm, DeiT, DINO and DINOv2 share, and the formats that are little more: DeiT and DeiT-III."""
 
-from __future__ import annotations
-
 from collections.abc import Container
-from typing import TYPE_CHECKING
 
 from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat
-from vitreg_hub.conversion.formats.rules import keep
+from vitreg_hub.conversion.formats.rules import keep, same
 from vitreg_hub.network.position_rule import PositionRule
-
-if TYPE_CHECKING:
-    from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 
 WIDTH_64 = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
 """Heads of 64 channels, at the widths that Meta and Google released; at width 1280 lineages differ."""
@@ -18,25 +12,11 @@ WIDTH_64 = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
 NO_ANTIALIAS = PositionRule(antialias=False)
 """deit/main.py and transformers' ViT, DeiT, CLIP and DINOv2 without registers."""
 
-ATTENTION_AND_MLP = (
-    keep("blocks.{i}.norm1.{x}"),
-    keep("blocks.{i}.attn.qkv.{x}"),
-    keep("blocks.{i}.attn.proj.{x}"),
-    keep("blocks.{i}.norm2.{x}"),
-    keep("blocks.{i}.mlp.fc1.{x}"),
-    keep("blocks.{i}.mlp.fc2.{x}"),
-)
-
-STEM_AND_NORM = (
-    keep("cls_token"),
-    keep("pos_embed"),
-    keep("patch_embed.proj.{x}"),
-    keep("norm.{x}"),
-)
-
-TOWER = (*STEM_AND_NORM, *ATTENTION_AND_MLP, keep("blocks.{i}.ls1.gamma"), keep("blocks.{i}.ls2.gamma"))
-
-HEADS = (keep("head.{x}"), keep("dist_token"), keep("head_dist.{x}"))
+ATTENTION = same("blocks.{i}.attn.qkv.{x}", "blocks.{i}.attn.proj.{x}")
+ATTENTION_AND_MLP = (*ATTENTION, *same("blocks.{i}.norm{n}.{x}", "blocks.{i}.mlp.fc{n}.{x}"))
+STEM_AND_NORM = same("cls_token", "pos_embed", "patch_embed.proj.{x}", "norm.{x}")
+TOWER = (*STEM_AND_NORM, *ATTENTION_AND_MLP, *same("blocks.{i}.ls{n}.gamma"))
+HEADS = same("head.{x}", "dist_token", "head_dist.{x}")
 
 
 def has_plain_names(names: Container[str], prefix: str = "") -> bool:
@@ -44,17 +24,7 @@ def has_plain_names(names: Container[str], prefix: str = "") -> bool:
     return all(f"{prefix}{name}.weight" in names for name in ("blocks.0.attn.qkv", "patch_embed.proj"))
 
 
-class DeitFormat(CheckpointFormat):
-    """DeiT, whose training saves the weights in a container."""
-
-    def is_likely(self, checkpoint: Checkpoint) -> bool:
-        """Whether there is a classifier in DeiT's container, without LayerScale."""
-        names = checkpoint.infos
-        is_contained = has_plain_names(names) and checkpoint.container == self.container
-        return is_contained and "head.weight" in names and "blocks.0.ls1.gamma" not in names
-
-
-DEIT = DeitFormat(
+DEIT = CheckpointFormat(
     name="deit",
     title="Meta's DeiT",
     rules=(*STEM_AND_NORM, *ATTENTION_AND_MLP, *HEADS),
@@ -72,8 +42,7 @@ DEIT3 = CheckpointFormat(
     rules=(
         *STEM_AND_NORM,
         *ATTENTION_AND_MLP,
-        keep("blocks.{i}.gamma_1", "blocks.{i}.ls1.gamma"),
-        keep("blocks.{i}.gamma_2", "blocks.{i}.ls2.gamma"),
+        keep("blocks.{i}.gamma_{n}", "blocks.{i}.ls{n}.gamma"),
         keep("head.{x}"),
     ),
     marks=(r"blocks\.\d+\.gamma_1",),

@@ -1,6 +1,6 @@
-"""Which tensor of a checkpoint becomes which of timm's, what is dropped, and everything that does not fit."""
+"""Which tensor of a checkpoint becomes which of timm's, what is dropped, and what does not fit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from vitreg_hub.errors import ConversionError
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 SHOWN = 8
-"""Problems that a message names; the others are counted."""
+"""How many problems a message names; the others are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class Assignment:
     """A checkpoint in timm's names.
 
     Attributes:
-        parts: For every name of timm's, the tensors of the checkpoint that are concatenated to it, with their rules.
+        parts: For every name in timm, the checkpoint's tensors that are concatenated to it, with their rules.
         dropped: Names that have no place, by reason.
         problems: What does not fit, a sentence each.
     """
@@ -37,20 +37,22 @@ class Assignment:
         return name in self.parts
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor of timm's; empty without one."""
+        """Shape of one of timm's tensors; empty where the checkpoint does not have it."""
         infos = self.checkpoint.infos
         shapes = [rule.reshape.timm_shape(infos[part].shape) for part, rule in self.parts.get(name, ())]
-        return (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else (shapes or [()])[0]
+        if not shapes:
+            return ()
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor of timm's, in float32."""
+        """Read one of timm's tensors, in float32."""
         parts = [rule.reshape.to_timm(self.checkpoint.read(part)) for part, rule in self.parts[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def lineage_name(self, name: str) -> str:
-        """How the checkpoint's format names a tensor of timm's."""
+        """How the checkpoint's format calls one of timm's tensors."""
         found = (rule.lineage_name(name) for rule in (*self.fmt.rules, *self.fmt.outside))
-        return next(filter(None, found), name)
+        return next((own for own in found if own), name)
 
     def require_fit(self, wanted: Mapping[str, tuple[int, ...]], *, made: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a checkpoint whose tensors are not those of a network.
@@ -58,45 +60,36 @@ class Assignment:
         Args:
             wanted: Shapes of the network's tensors.
             made: Shapes of tensors that the conversion makes itself, from others or anew.
-
-        Raises:
-            ConversionError: With all problems at once.
         """
-        problems = list(self.problems)
+        problems = []
         for name in sorted(wanted.keys() - made.keys() - self.parts.keys()):
             problems.append(f"{self.lineage_name(name)} is missing")
         for name, shape in wanted.items():
-            found = made.get(name) or (self.shape(name) if name in self.parts else shape)
-            if found != shape:
+            found = made.get(name) or self.shape(name)
+            if found not in ((), shape):
                 problems.append(f"{self.lineage_name(name)} has shape {list(found)}, wanted {list(shape)}")
         for name in sorted(self.parts.keys() - wanted.keys() - made.keys()):
             problems.append(f"{self.parts[name][0][0]} has no place in the network")
-        self.refuse(problems)
+        self.refuse(*problems)
 
-    def refuse(self, problems: list[str]) -> None:
-        """Raise all problems in one sentence, if there are any.
-
-        Raises:
-            ConversionError: There are.
-        """
+    def refuse(self, *more: str) -> None:
+        """Raise a ConversionError that tells all problems and those given, if there are any."""
+        problems = [*self.problems, *more]
         if not problems:
             return
-        shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
+        message = f"{self.checkpoint.called} does not fit the format {self.fmt.name} ({self.fmt.title}): "
+        message += "; ".join(problems[:SHOWN])
+        message += f"; and {len(problems) - SHOWN} more." if len(problems) > SHOWN else "."
         near = nearest(self.checkpoint.infos)
-        other = f" The names are nearest to {near.name}'s." if near and near != self.fmt else ""
-        rank = (
-            " It looks like one rank's part of a run: merge the ranks first."
-            if "rank_" in self.checkpoint.files[0].name
-            else ""
-        )
-        raise ConversionError(
-            f"{self.checkpoint.called} does not fit the format {self.fmt.name} ({self.fmt.title}): "
-            f"{shown}.{other}{rank}"
-        )
+        if near and near != self.fmt:
+            message += f" The names are nearest to {near.name}'s."
+        if "rank_" in self.checkpoint.files[0].name:
+            message += " It looks like one rank's part of a run: merge the ranks first."
+        raise ConversionError(message)
 
 
 def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
-    """Find the rule of every tensor. Nothing is read, and problems are collected, not raised."""
+    """Find the rule of every tensor. Nothing is read; problems are collected, not raised."""
     prefix = fmt.prefix_in(checkpoint.infos)
     parts: dict[str, dict[int, tuple[str, Rule]]] = {}
     dropped: dict[str, list[str]] = {}
@@ -104,7 +97,7 @@ def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
     for name, info in checkpoint.infos.items():
         rules = fmt.rules_for(name, prefix)
         if len(rules) != 1:
-            problems.append(f"{name} {list(info.shape)} " + ("is unknown" if not rules else "fits several rules"))
+            problems.append(f"{name} {list(info.shape)} {'fits several rules' if rules else 'is unknown'}")
             continue
         (rule,) = rules
         if rule.give is None:
@@ -124,7 +117,17 @@ def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
         if (twin := parts.setdefault(target, {}).get(rule.part[0])) is not None:
             problems.append(f"{name} and {twin[0]} are the same tensor")
         parts[target][rule.part[0]] = (name, rule)
-    complete = dict(_complete(parts, problems, checkpoint))
+    complete = {}
+    for target, found in parts.items():
+        ordered = tuple(found[k] for k in sorted(found))
+        names = ", ".join(name for name, _ in ordered)
+        shapes = [checkpoint.infos[name].shape for name, _ in ordered]
+        if {rule.part[1] for _, rule in ordered} != {len(ordered)}:
+            problems.append(f"{names}: {len(ordered)} of {ordered[0][1].part[1]} parts of one matrix")
+        elif len(set(shapes)) > 1:
+            problems.append(f"{names} differ in shape: {', '.join(map(str, shapes))}")
+        else:
+            complete[target] = ordered
     return Assignment(
         checkpoint=checkpoint,
         fmt=fmt,
@@ -132,19 +135,3 @@ def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
         dropped={why: tuple(names) for why, names in dropped.items()},
         problems=tuple(problems),
     )
-
-
-def _complete(
-    parts: Mapping[str, Mapping[int, tuple[str, Rule]]], problems: list[str], checkpoint: Checkpoint
-) -> Iterator[tuple[str, tuple[tuple[str, Rule], ...]]]:
-    """Yield the tensors of timm's that have all of their parts."""
-    for target, found in parts.items():
-        ordered = tuple(found[k] for k in sorted(found))
-        shapes = [checkpoint.infos[name].shape for name, _ in ordered]
-        if {rule.part[1] for _, rule in ordered} != {len(ordered)}:
-            names = ", ".join(name for name, _ in ordered)
-            problems.append(f"{names}: {len(ordered)} of {ordered[0][1].part[1]} parts of one matrix")
-        elif len(ordered) > 1 and len(set(shapes)) > 1:
-            problems.append(f"{', '.join(name for name, _ in ordered)} differ in shape: {', '.join(map(str, shapes))}")
-        else:
-            yield target, ordered

@@ -1,8 +1,8 @@
-"""Which row of the table a checkpoint becomes, with which overrides, and refusals of what is ambiguous."""
+"""Which row of the table a checkpoint becomes, with which overrides; what is ambiguous is refused."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from timm.models import VisionTransformer
 
@@ -19,7 +19,7 @@ from vitreg_hub.network.residual_scale import scale_for, stream_norms
 ACTS = ("gelu", "quick_gelu")
 
 MAX_PATCHES = 2**20
-"""No ViT reads more; a larger number is a slip, and its table would fill the memory."""
+"""No ViT reads more; a larger number is a typing error, and its table would fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class Request:
         img_size: Height and width in pixels for which the position table is made.
         num_registers: Registers of the result.
         num_heads: Attention heads, where neither tensors nor config tell.
-        act: "gelu" or "quick_gelu", where neither tensors nor config tell.
+        act: One of `ACTS`, where neither tensors nor config tell.
     """
 
     format: str = "auto"
@@ -45,7 +45,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choices:
-    """Decisions about one checkpoint, each from tensors, config, format and request, in this order."""
+    """Decisions about one checkpoint, each based on tensors, config, format and request, in this order."""
 
     checkpoint: Checkpoint
     fmt: CheckpointFormat
@@ -55,13 +55,18 @@ class Choices:
 
     def __post_init__(self) -> None:
         for key, value in self.facts.shape.items():
-            if value is not None and value != getattr(self.structure, key):
-                has = getattr(self.structure, key)
+            has = getattr(self.structure, key)
+            if value not in (None, has):
                 self._refuse(
                     f"has {key} {has}, but the config beside it says {value}: put the config of these weights there"
                 )
         if self.request.act not in (None, *ACTS):
             self._refuse(f"cannot have the activation {self.request.act!r}: give --act {' or '.join(ACTS)}")
+
+    @property
+    def _asked(self) -> ArchSpec | None:
+        """The row that the user asked for."""
+        return get_arch(self.request.arch) if self.request.arch else None
 
     def num_registers(self) -> int:
         """Registers of the result."""
@@ -85,10 +90,11 @@ class Choices:
             return "plain" if self.num_registers() else "deit_distilled"
         if not has.layer_scale:
             return "plain"
-        if (family := self.facts.family or self.fmt.family or self._asked_family()) in ("dinov2", "deit3"):
+        family = self.facts.family or self.fmt.family or (self._asked.family if self._asked else None)
+        if family in ("dinov2", "deit3"):
             return family
-        without_class_row = is_square(has.position_rows) and not has.num_registers
-        return "deit3" if without_class_row and not has.swiglu else "dinov2"
+        has_class_row = has.num_registers > 0 or not is_square(has.position_rows)
+        return "dinov2" if has_class_row or has.swiglu else "deit3"
 
     def act(self) -> str:
         """timm's name of the activation."""
@@ -97,29 +103,31 @@ class Choices:
             known = "gelu"  # of timm's VisionTransformer
         if known and asked and known != asked:
             self._refuse(f"has the activation {known}, not {asked}: leave --act out")
-        lineage = get_arch(self.request.arch).lineage if self.request.arch else None
-        from_arch = lineage.act if lineage and lineage.pre_norm else None
-        found = known or asked or from_arch
-        if found is None:
-            self._refuse(
-                "was trained with GELU or with QuickGELU, which no tensor tells: give --act gelu (OpenCLIP's LAION, "
-                "DataComp and CommonPool models) or --act quick_gelu (OpenAI's, MetaCLIP's and DFN's)"
-            )
-        return found
+        if known or asked:
+            return known or asked
+        if self._asked and self._asked.lineage.pre_norm:
+            return self._asked.lineage.act
+        self._refuse(
+            "was trained with GELU or with QuickGELU, which no tensor tells: give --act gelu (OpenCLIP's LAION, "
+            "DataComp and CommonPool models) or --act quick_gelu (OpenAI's, MetaCLIP's and DFN's)"
+        )
 
     def num_heads(self) -> int:
         """Attention heads."""
         width, from_config, asked = self.structure.embed_dim, self.facts.num_heads, self.request.num_heads
         if None not in (from_config, asked) and from_config != asked:
             self._refuse(f"has {from_config} heads as the config beside it says, not {asked}: leave --num-heads out")
-        from_arch = get_arch(self.request.arch).num_heads if self.request.arch else None
+        from_arch = self._asked.num_heads if self._asked else None
         known = (from_config, asked, from_arch, self.fmt.heads.get(width))
         found = next((number for number in known if number is not None), None)
         if found is None:
-            often = f"often {width // 64}, 64 channels each" if width % 64 == 0 else f"a number that divides {width}"
+            advice = f"a number that divides {width}"
+            if width == 1280:
+                advice = "16 or 20"
+            elif width % 64 == 0:
+                advice = f"often {width // 64}, 64 channels each"
             self._refuse(
-                f"has width {width}, for which no tensor tells the number of attention heads: give --num-heads "
-                f"({'16 or 20' if width == 1280 else often})"
+                f"has width {width}, and no tensor tells the number of attention heads: give --num-heads ({advice})"
             )
         if found < 1 or width % found:
             self._refuse(f"has width {width}, which does not divide into {found} heads")
@@ -128,8 +136,9 @@ class Choices:
     def spec(self) -> ArchSpec:
         """The row of the table: the one asked for, the one that fits, or the family's nearest."""
         family, registers, has = self.family(), self.num_registers(), self.structure
-        if self.request.arch:
-            return self._asked_row(get_arch(self.request.arch), family, registers)
+        if self._asked:
+            self._require_fit(self._asked, family, registers)
+            return self._asked
         sizes = {spec.size for spec in ARCHS.values() if spec.family == family and spec.swiglu == has.swiglu}
         rows = [row(family, size, registers) for size in sizes]
         return min(rows, key=lambda spec: (abs(spec.embed_dim - has.embed_dim), abs(spec.depth - has.depth), spec.name))
@@ -139,9 +148,9 @@ class Choices:
         others = self._other_rows()
         patches = self.structure.position_rows - others
         patch_height, patch_width = self.structure.patch_size
-        # a size that was asked for is that of the table only where nothing else can be: it may have as many patches
-        asked = None if is_square(patches) else self.request.img_size
-        if size := self.facts.img_size or asked:
+        # the size that was asked for is the result's: it tells the table's only where this cannot be square
+        size = self.facts.img_size or (None if is_square(patches) else self.request.img_size)
+        if size:
             grid = (size[0] // patch_height, size[1] // patch_width)
             if grid[0] * grid[1] == patches:
                 return grid, others
@@ -168,7 +177,7 @@ class Choices:
         has = self.structure
         if self.facts.other_rows is not None:
             return 2 if has.distilled and self.facts.other_rows else self.facts.other_rows
-        possible = {0, 1, 1 + has.num_registers, 2 if has.distilled else 1}
+        possible = {0, 1, 1 + has.num_registers, 1 + has.distilled}
         fitting = [number for number in sorted(possible) if is_square(has.position_rows - number)]
         if len(fitting) != 1:
             self._refuse(
@@ -191,24 +200,25 @@ class Choices:
         )
         args[kind_of(spec).registers_argument] = self.num_registers()
         if int(has.embed_dim * spec.mlp_ratio) != has.hidden:
-            ratio = has.hidden / has.embed_dim
-            args["mlp_ratio"] = (
-                ratio if int(has.embed_dim * ratio) == has.hidden else (has.hidden + 0.5) / has.embed_dim
-            )
+            args["mlp_ratio"] = has.hidden / has.embed_dim
+            if int(has.embed_dim * args["mlp_ratio"]) != has.hidden:  # rounded down, and timm rounds down too
+                args["mlp_ratio"] = (has.hidden + 0.5) / has.embed_dim
         if has.layer_scale and not spec.lineage.init_values:
             args["init_values"] = 1e-5  # any number: the weights replace it
-        act = self.act() if not has.swiglu else None
-        if act not in (None, spec.lineage.act):
-            args["act_layer"] = act
-        args |= {key: False for key in ("qkv_bias", "proj_bias") if not getattr(has, key)}
+        if not has.swiglu and self.act() != spec.lineage.act:
+            args["act_layer"] = self.act()
+        if not has.qkv_bias:
+            args["qkv_bias"] = False
+        if not has.proj_bias:
+            args["proj_bias"] = False
         pooling = self.facts.global_pool or ("avg" if has.average else "token")
         args["global_pool"] = pooling
-        if has.average != (pooling == "avg"):  # timm moves the final norm behind the pooling of averages by itself
+        if has.average != (pooling == "avg"):  # by default timm norms after the pooling where it averages
             args["fc_norm"] = has.average
         return args
 
     def residual_scale(self, network: VisionTransformer, spec: ArchSpec) -> float:
-        """How many times larger the residual stream must be for the source's epsilon."""
+        """How many times larger the residual stream must be for the checkpoint's epsilon."""
         if self.facts.residual_scale != 1:
             return self.facts.residual_scale
         eps = self.facts.norm_eps
@@ -218,11 +228,10 @@ class Choices:
             norm.eps = eps
         return scale_for(network, norm_eps=spec.lineage.norm_eps)
 
-    def _asked_family(self) -> str | None:
-        return get_arch(self.request.arch).family if self.request.arch else None
-
-    def _asked_row(self, spec: ArchSpec, family: str, registers: int) -> ArchSpec:
+    def _require_fit(self, spec: ArchSpec, family: str, registers: int) -> None:
         has = self.structure
+        if spec.family == family:
+            registers = row(family, spec.size, registers).num_registers
         facts = {
             "family": (spec.family, family),
             "width": (spec.embed_dim, has.embed_dim),
@@ -231,18 +240,14 @@ class Choices:
             "patch size": ((spec.patch_size, spec.patch_size), has.patch_size),
             "MLP width": (int(spec.embed_dim * spec.mlp_ratio), has.hidden),
             "SwiGLU": (spec.swiglu, has.swiglu),
-            "registers": (
-                spec.num_registers,
-                row(family, spec.size, registers).num_registers if spec.family == family else registers,
-            ),
+            "registers": (spec.num_registers, registers),
         }
         wrong = [f"{fact} {mine}, not {theirs}" for fact, (theirs, mine) in facts.items() if mine != theirs]
         if wrong:
             add = "; new registers come with --registers" if spec.num_registers and not has.num_registers else ""
-            self._refuse(f"is no {spec.name}: it has {', '.join(wrong)}{add}")
-        return spec
+            self._refuse(f"is not {spec.name}: it has {', '.join(wrong)}{add}")
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         raise ConversionError(f"{self.checkpoint.called} {what}.")
 
 

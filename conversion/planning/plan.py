@@ -27,7 +27,7 @@ class Plan:
     """A bundle to be, except for its weights.
 
     Attributes:
-        config: What it is to be. Its provenance tells the source alone.
+        config: Its configuration. The provenance in it only names the checkpoint.
         request: What the user asked for.
         assembly: Reads or makes every tensor.
         notes: What the user should know, a sentence each.
@@ -41,6 +41,11 @@ class Plan:
     def bundle(self, state_dict: Mapping[str, Tensor], provenance: Provenance) -> ModelBundle:
         """The bundle of this plan and its weights."""
         return ModelBundle.of(replace(self.config, provenance=provenance), state_dict)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is converted."""
+        return self.assembly.tensors.checkpoint
 
     def network(self) -> dict[str, Any]:
         """What no tensor tells, in words."""
@@ -58,7 +63,7 @@ class Plan:
 
     @property
     def fmt(self) -> CheckpointFormat:
-        """The format of the source."""
+        """The format of the checkpoint."""
         return self.assembly.tensors.fmt
 
 
@@ -67,7 +72,7 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
 
     Raises:
         ConversionError: It does not fit its format, no bundle can hold it, or something is ambiguous.
-        UnknownArchError: `request.arch` is in no row.
+        UnknownArchError: The table has no row `request.arch`.
     """
     refuse_look_alikes(checkpoint)
     fmt = detect(checkpoint) if request.format == "auto" else find_format(request.format)
@@ -80,7 +85,7 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         size = choice.image_size(native)
         args = choice.model_args(spec, size)
     except ConversionError:
-        tensors.refuse(list(tensors.problems))  # the cause, where there are any
+        tensors.refuse()  # its problems are the cause, if there are any
         raise
     config = BundleConfig(
         arch=spec.name,
@@ -98,12 +103,12 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         if scale != 1 and not can_scale(network):
             problems.append(
                 f"its LayerNorms have epsilon {facts.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
-                "only tell without LayerScale and without a norm before the first block"
+                "only hold without LayerScale and without a norm before the first block"
             )
     except (BundleError, DataError, TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
         problems = [str(error).partition("\n")[0]]
     if problems:
-        raise ConversionError(f"{checkpoint.called} makes no bundle of {spec.name}: {'; '.join(problems)}")
+        raise ConversionError(f"{checkpoint.called} cannot become a bundle of {spec.name}: {'; '.join(problems)}")
     wanted = shapes_of(network.state_dict())
     assembly = Assembly(
         tensors=tensors,
@@ -126,7 +131,7 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
 
 
 def _notes(choice: Choices, assembly: Assembly) -> Iterator[str]:
-    """What a user should know, a sentence each; last what was decided although nothing tells it."""
+    """What a user should know, a sentence each; what had to be assumed comes last."""
     checkpoint, fmt = choice.checkpoint, choice.fmt
     if new := assembly.num_untrained_registers:
         yield (

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint tell of its network."""
+"""What the tensors of a checkpoint tell about its network."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -11,17 +11,11 @@ class Structure:
     """What tensors tell.
 
     Attributes:
-        embed_dim: Width D of a token.
-        depth: Blocks.
-        patch_size: Height and width of a patch in pixels.
-        in_chans: Channels of the images.
+        patch_size: Height and width in pixels.
         hidden: Outputs of the MLP's first layer.
-        swiglu: Whether these are gate and value.
-        layer_scale: Whether branches are scaled.
+        swiglu: Whether these outputs are gate and value.
         pre_norm: Whether there is a norm before the first block.
-        qkv_bias: Whether queries, keys and values have a bias.
-        proj_bias: Whether the other layers of a block have one.
-        num_registers: Registers.
+        proj_bias: Whether layers other than queries, keys and values have a bias.
         distilled: Whether there is a distillation token.
         position_rows: Rows of the position table.
         num_classes: Outputs of the head, 0 without one.
@@ -49,7 +43,7 @@ class Structure:
         """Read the structure from shapes.
 
         Raises:
-            ConversionError: A tensor that decides it is missing or misshapen; the message has all other problems too.
+            ConversionError: A tensor that decides it is missing or has the wrong shape; tells all other problems too.
         """
         dims = {
             "patch_embed.proj.weight": 4,
@@ -59,24 +53,25 @@ class Structure:
             "blocks.0.mlp.fc1.weight": 2,
             "blocks.0.mlp.fc2.weight": 2,
         }
-        dims |= {name: 3 for name in ("reg_token", "dist_token") if name in tensors}
-        dims |= {name: 2 for name in ("head.weight",) if name in tensors}
-        problems = [
-            f"{tensors.lineage_name(name)} is missing"
-            if name not in tensors
-            else f"{tensors.lineage_name(name)} has shape {list(tensors.shape(name))}, wanted {number} dimensions"
-            for name, number in dims.items()
-            if len(tensors.shape(name)) != number
-        ]
+        optional = {"reg_token": 3, "dist_token": 3, "head.weight": 2}
+        problems = []
+        for name, number in (dims | optional).items():
+            own, shape = tensors.lineage_name(name), tensors.shape(name)
+            if name not in tensors and name in dims:
+                problems.append(f"{own} is missing")
+            elif name in tensors and len(shape) != number:
+                problems.append(f"{own} has shape {list(shape)}, wanted {number} dimensions")
         blocks = {int(name.split(".")[1]) for name in tensors.parts if name.startswith("blocks.")}
-        if gap := next((i for i in range(len(blocks)) if i not in blocks), None):
-            problems.append(f"block {gap} is missing")
+        gaps = sorted(set(range(1, len(blocks))) - blocks)
+        if gaps:
+            problems.append(f"block {gaps[0]} is missing")
         if problems:
-            tensors.refuse([*tensors.problems, *problems])
+            tensors.refuse(*problems)
         hidden, inner = tensors.shape("blocks.0.mlp.fc1.weight")[0], tensors.shape("blocks.0.mlp.fc2.weight")[1]
         first_layers = [parts[0] for name, parts in tensors.parts.items() if name.endswith(".mlp.fc1.weight")]
-        if hidden != 2 * inner and (gated := [name for name, rule in first_layers if rule.swiglu]):
-            tensors.refuse([*tensors.problems, f"{gated[0]} must have gate and value for {inner} channels"])
+        gated = [name for name, rule in first_layers if rule.swiglu]
+        if gated and hidden != 2 * inner:
+            tensors.refuse(f"{gated[0]} must have gate and value for {inner} channels")
         embed_dim, in_chans, *patch_size = tensors.shape("patch_embed.proj.weight")
         return cls(
             embed_dim=embed_dim,

@@ -24,8 +24,8 @@ class Assembly:
         other_rows: Rows of the checkpoint's table before those of the patches.
         rule: How positions are resampled.
         scale: How many times larger the bundle's residual stream is.
-        is_scaled: Whether the checkpoint's is so already.
-        num_new_registers: Registers that the checkpoint lacks.
+        is_scaled: Whether the checkpoint's residual stream has this scale already.
+        num_new_registers: Registers that the bundle has and the checkpoint does not.
     """
 
     tensors: Assignment = field(repr=False)
@@ -40,30 +40,29 @@ class Assembly:
 
     @property
     def distillation_is_register(self) -> bool:
-        """Whether the checkpoint's distillation token becomes a register, for the network has no place for it."""
+        """Whether the checkpoint's distillation token becomes a register, as the network has no other place for it."""
         return "dist_token" in self.tensors and "dist_token" not in self.wanted
 
     @property
     def num_untrained_registers(self) -> int:
         """Registers that are drawn at random."""
-        return self.num_new_registers - self.distillation_is_register
+        return self.num_new_registers - (1 if self.distillation_is_register else 0)
 
     def lost(self) -> dict[str, tuple[str, ...]]:
-        """Names of the checkpoint that the network has no place for although its format has, by reason."""
-        if not self.distillation_is_register:
+        """Names in the checkpoint that the format knows but the network has no place for, by reason."""
+        names = tuple(parts[0][0] for name, parts in self.tensors.parts.items() if name.startswith("head_dist."))
+        if not names or not self.distillation_is_register:
             return {}
-        names = tuple(self.tensors.parts[n][0][0] for n in self.tensors.parts if n.startswith("head_dist."))
-        return {"a network with registers has one head, on the class token": names} if names else {}
+        return {"a network with registers has one head, on the class token": names}
 
     def made(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that are not copies, as they come out for this checkpoint."""
         batch, _, width = self.tensors.shape("pos_embed")
-        rows = self.wanted["pos_embed"][1]
-        made = {"cls_token": self.tensors.shape("cls_token"), "pos_embed": (batch, rows, width)}
+        made = {"cls_token": self.tensors.shape("cls_token"), "pos_embed": (batch, self.wanted["pos_embed"][1], width)}
         if self.num_new_registers:
             made["reg_token"] = (1, self.num_new_registers, width)
-        is_projection = "head.weight" in self.tensors and self.tensors.fmt.head_is_projection
-        if is_projection and "head.bias" not in self.tensors:
+        has_projection = "head.weight" in self.tensors and self.tensors.fmt.head_is_projection
+        if has_projection and "head.bias" not in self.tensors:
             made["head.bias"] = self.wanted["head.bias"]
         for name in self.tensors.parts:
             if self.distillation_is_register and name.startswith(("dist_token", "head_dist.")):

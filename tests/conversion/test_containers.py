@@ -31,7 +31,7 @@ def test_shards_that_lack_or_lead_elsewhere(tmp_path, refused):
     index.write_text(
         json.dumps({"weight_map": content["weight_map"] | {"lacking": "model-00001-of-00002.safetensors"}})
     )
-    assert "lacks 1 tensors that the index lists, first lacking" in refused(folder, **DINOV2)
+    assert "is missing 1 tensors that the index lists, first lacking" in refused(folder, **DINOV2)
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert "which is not beside it" in refused(folder, **DINOV2)
 

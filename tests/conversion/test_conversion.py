@@ -147,7 +147,7 @@ def test_arch_must_be_what_the_tensors_are(tmp_path):
     model = timm.create_model("deit3_small_patch16_224", num_classes=7)
     save_file(model.state_dict(), tmp_path / "deit3.safetensors")
     assert convert(tmp_path / "deit3.safetensors", arch="vit_small_reg0_deit3").arch == "vit_small_reg0_deit3"
-    with pytest.raises(ConversionError, match=r"is no vit_small_reg0: it has patch size \(16, 16\), not \(14, 14\)"):
+    with pytest.raises(ConversionError, match=r"is not vit_small_reg0: it has patch size \(16, 16\), not \(14, 14\)"):
         convert(tmp_path / "deit3.safetensors", arch="vit_small_reg0")
 
 

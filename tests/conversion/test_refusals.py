@@ -232,8 +232,8 @@ def test_names_that_cannot_be_read(saved, refused):
         (torch.ones(32, device="meta"), "on meta"),
         (torch.tensor(1.0), "wanted at least 1 dimensions"),
         (torch.ones(32, 0), "which is empty"),
-        (torch.full((32,), 1 / 3, dtype=torch.float64), "float64 numbers that float32 has not"),
-        (torch.full((32,), 1e300, dtype=torch.float64), "float64 numbers that float32 has not"),
+        (torch.full((32,), 1 / 3, dtype=torch.float64), "float64 numbers that float32 cannot hold"),
+        (torch.full((32,), 1e300, dtype=torch.float64), "float64 numbers that float32 cannot hold"),
     ],
     ids=lambda value: value if isinstance(value, str) else str(value.dtype),
 )
