@@ -126,7 +126,7 @@ def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers
     if towers is None:
         conversion, run = bundle.provenance.conversion, bundle.provenance.run
         kept = conversion is not None and KEPT_TOWER in conversion.dropped
-        towers = kept or (run is not None and run.told.task.kind == "Contrastive")
+        towers = kept or (run is not None and run.facts.task.kind == "Contrastive")
     if towers:
         parts += ["### open_clip", _towers(repo + TOWER_SUFFIX, revision)]
     return "\n\n".join(parts)

@@ -80,7 +80,7 @@ def output(bundle: ModelBundle) -> str:
     if not bundle.num_classes:
         return FEATURES
     run, conversion = bundle.provenance.run, bundle.provenance.conversion
-    if bundle.label_names or (run and run.told.task.kind == "Supervised"):
+    if bundle.label_names or (run and run.facts.task.kind == "Supervised"):
         return LOGITS
     of_clip = get_arch(bundle.arch).family in CLIP_FAMILIES or (conversion and conversion.format in CLIP_FORMATS)
     return EMBEDDINGS if of_clip else LOGITS
@@ -98,7 +98,7 @@ def in_words(metric: str) -> str:
 
 def measured_on(bundle: ModelBundle) -> Images | None:
     """The images of a bundle's metrics; None where nothing tells."""
-    data = bundle.provenance.run.told.data if bundle.provenance.run else DataOfRun()
+    data = bundle.provenance.run.facts.data if bundle.provenance.run else DataOfRun()
     held_out = data.test or (data.train if data.train in TRAINING_SETS else None)
     if held_out in TRAINING_SETS:
         return Images(name=held_out, dataset=held_out, split="test", words=f"the held-out part of {held_out}")

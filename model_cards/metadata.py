@@ -45,7 +45,7 @@ def base_model(bundle: ModelBundle) -> str | None:
     told = bundle.provenance
     told = (
         told.conversion and told.conversion.source,
-        told.run and told.run.told.model.start,
+        told.run and told.run.facts.model.start,
         told.origin,  # also tells where a start came from
     )
     found = (BASE_MODEL.search(text) for text in told if text)
@@ -79,7 +79,7 @@ def _how(bundle: ModelBundle, name: str) -> dict[str, Any]:
     run = bundle.provenance.run
     if run is None:
         return {}
-    watch = run.told.watch
+    watch = run.facts.watch
     how = {"num_images": run.evaluated} if run.evaluated else {"max_images": watch.eval_images}
     if name == "knn_accuracy":
         how |= {"max_reference_images": watch.eval_images, "max_neighbors": watch.knn_neighbors}

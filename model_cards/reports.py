@@ -39,7 +39,7 @@ def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") 
 
 
 def _training(run: TrainingRun, best: BestModel | None, files: Sequence[str], folder: str) -> str:
-    told, step, total = run.told, run.step, run.total_steps
+    told, step, total = run.facts, run.step, run.total_steps
     data, optim, start = told.data, told.optim, told.model.start
     needed = (told.name, told.task.kind, data.train, told.augment.kind, optim.opt, optim.lr, optim.weight_decay)
     if None in (*needed, told.batch_size, told.seed, step, total):  # an older bundle tells less
@@ -116,7 +116,7 @@ def results(bundle: ModelBundle) -> str:
 
 
 def _how(run: TrainingRun, *, knn: bool) -> str:
-    watch, most = run.told.watch, ""
+    watch, most = run.facts.watch, ""
     if run.evaluated:
         most = f", {count(run.evaluated, 'image')}"
     elif watch.eval_images is not None:
@@ -156,7 +156,7 @@ def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "
     found, run = bundle.provenance.artifacts, bundle.provenance.run
     if not found:
         told = NOT_MEASURED
-        if METRICS_FILE in files and run and run.told.watch.artifact_images:
+        if METRICS_FILE in files and run and run.facts.watch.artifact_images:
             drawn = f", drawn in [{CURVES_FIGURE}]({folder}{CURVES_FIGURE})" if CURVES_FIGURE in files else ""
             told = (
                 "No full report was made; what each evaluation of the run found of outliers is in "
