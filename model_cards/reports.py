@@ -1,4 +1,4 @@
-"""The parts of a card that tell how a model came about and what was measured of it."""
+"""The parts of a card about how a model was made and what was measured of it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +25,7 @@ AUGMENTS = {
 
 
 def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
-    """The recipe of a training run or the report of a conversion; empty for a model that is known to be neither.
+    """The recipe of a training run or the report of a conversion; empty for other models.
 
     Args:
         bundle: The model.
@@ -72,7 +72,7 @@ def _training(run: TrainingRun, best: BestModel | None, files: Sequence[str], fo
 
 
 def _objective(task: TaskOfRun) -> str:
-    """What was trained for, with what was on of label smoothing, mixing of images and averaging of weights."""
+    """The objective, with label smoothing, mixing of images and averaging of weights if they were on."""
     words = OBJECTIVES.get(task.kind, task.kind)
     if task.teacher:
         words += f", from the teacher {without_folders(task.teacher)}"
@@ -178,7 +178,7 @@ def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "
 
 
 def environment(bundle: ModelBundle) -> str:
-    """When, on what and by what the weights were made."""
+    """When, how and on which hardware the weights were made."""
     told = bundle.provenance
     lines = [
         ("Made", told.created),
