@@ -22,7 +22,7 @@ from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.conversion.text_tower import TextTower
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE, require_absent, write_folder
-from vitreg_hub.licenses import settle, told_by
+from vitreg_hub.licenses import settle, stated_licenses
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.model_cards.facts import KEPT_TOWER
 
@@ -94,7 +94,7 @@ def convert(
     with checksums(checkpoint.files) as sha256:
         plan = make_plan(checkpoint, request)
         tower = TextTower.of(plan) if text_tower else None
-        told = told_by(checkpoint.config, checkpoint.folder / CARD_FILE, header=checkpoint.metadata)
+        told = stated_licenses(checkpoint.config, checkpoint.folder / CARD_FILE, header=checkpoint.metadata)
         license = settle(told, license, called=checkpoint.called)
 
         def finished(state_dict: Mapping[str, Tensor]) -> ModelBundle:

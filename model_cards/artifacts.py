@@ -1,4 +1,4 @@
-"""The measured artifacts of a bundle's model: kept in the bundle, drawn beside it, told by its card."""
+"""Measured artifacts of a bundle's model: kept in the bundle, drawn beside it, described in its card."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,22 +17,22 @@ from vitreg_hub.model_cards.card import decoded, encoded, render, tells, update
 from vitreg_hub.plotting import png
 
 BLOCKS = {"artifacts": "artifacts", "doors": "results"}
-"""Which block of a card tells a field of provenance."""
+"""The block of a card that describes a field of provenance."""
 
 
 def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> bool:
-    """Keep a report in a bundle on the disk, draw it, and tell it in its card. The weights stay as they are.
+    """Keep a report in a bundle's folder, draw it, and describe it in the card. The weights stay as they are.
 
-    The card is written where there is none, and else brought up to date where it has blocks of this package; an
-    author's own text is not touched. All files change, or none.
+    If there is no card, one is written; otherwise this package's blocks are updated, and the author's text stays. All
+    files change, or none.
 
     Args:
         folder: A bundle's folder.
-        report: Of this bundle's model.
-        card: Whether there is to be a card.
+        report: The report on this bundle's model.
+        card: Whether to write or update the card.
 
     Returns:
-        Whether the card tells it.
+        Whether the card describes it.
 
     Raises:
         BundleError: The folder holds no bundle, or cannot be written to.
@@ -42,41 +42,29 @@ def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> 
 
 
 def record_doors(folder: str | Path, differences: Mapping[str, float], *, card: bool = True) -> bool:
-    """Keep what `doors.verify` found of a bundle on the disk, in the same way.
-
-    Args:
-        folder: A bundle's folder.
-        differences: Largest absolute difference of outputs, by door.
-        card: Whether there is to be a card.
-
-    Returns:
-        Whether the card tells it.
-
-    Raises:
-        BundleError: The folder holds no bundle, or cannot be written to.
-    """
+    """Keep what `doors.verify` found in a bundle's folder, like `record`."""
     return _keep(Path(folder), files={}, card=card, doors=differences)
 
 
 def _keep(folder: Path, *, files: Mapping[str, bytes], card: bool, **measured: Any) -> bool:
-    """Put fields into a bundle's provenance, write files beside it, and tell both in its card."""
+    """Put fields into a bundle's provenance, write files beside it, and describe both in its card."""
     config, bundle = read_config(folder, called=str(folder)), ModelBundle.load(folder)
     bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, **measured))
     config["vitreg"]["provenance"] = provenance_to_json(bundle.provenance)
     files = {**files, CONFIG_FILE: config_text(config).encode()}
-    told = False
+    described = False
     if card:
         beside = [name for name in EXTRA_FILES if name in files or (folder / name).is_file()]
         old = read_content(folder / CARD_FILE)
         new = render(bundle, files=beside) if old is None else update(decoded(old), bundle, files=beside)
-        told = all(tells(new, BLOCKS[name]) for name in measured)
+        described = all(tells(new, BLOCKS[name]) for name in measured)
         files[CARD_FILE] = encoded(new)
     replace_files(folder, files)
-    return told
+    return described
 
 
 def summary(report: ArtifactReport) -> ArtifactSummary:
-    """What a bundle keeps of a report, without the folders of a machine."""
+    """The part of a report that a bundle keeps, without the machine's folders."""
     return ArtifactSummary(
         verdict=verdict(report),
         images=without_folders(report.images.name),

@@ -1,4 +1,4 @@
-"""Model cards: what was measured or is written in the bundle, and nothing else."""
+"""Model cards: what was measured or stands in the bundle, and nothing else."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from vitreg_hub.model_cards.merging import front_matter, merge, record, recorded
 from vitreg_hub.model_cards.metadata import metadata
 
 PLACEHOLDER = "your-name/{arch}"
-"""Repository in the card of a bundle that is not published yet; `push` puts the real one in its place."""
+"""The repository in the card of a bundle that is not published yet; `push` replaces it."""
 
 PUBLISHED = re.compile(r'create_model\("hf-hub:(?!your-name/)([\w.-]+/[\w.-]+)(?:@([^"]+))?"')
-"""Where the block of usage tells the repository and its branch."""
+"""The repository and its branch in the block of usage."""
 
 MAIN = "main"
 BLOCKS = ("summary", "usage", "registers", "limits", "origin", "results", "artifacts", "environment", "citation")
-"""The blocks of a card, in order; after them stands one with the metadata that this package wrote last."""
+"""The blocks of a card, in order; one with the metadata that this package wrote last follows them."""
 METADATA = "metadata"
 
 
@@ -38,8 +38,8 @@ def render(
     Args:
         bundle: The model.
         repo: ``org/name`` under which it is published; a placeholder by default.
-        files: Names of the extra files beside the bundle; figures are shown if they are there.
-        revision: Branch under which it is published; main by default.
+        files: Names of the extra files beside the bundle, of which the card shows the figures.
+        revision: Branch on which it is published; main by default.
         towers: Whether both towers of a CLIP model are published beside it; by default, whether the bundle says so.
     """
     repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
@@ -59,19 +59,19 @@ def update(
     settled_license: bool = False,
     towers: bool | None = None,
 ) -> str:
-    """A card that is there, with our blocks and our metadata brought up to date, and every other character as it was.
+    """An existing card with our blocks and metadata brought up to date, and every other character as it was.
 
-    A block that the author has deleted stays so, and a text without any block is all the author's; where there is none,
-    the blocks are added. Metadata that cannot be read (the Hub refuses them too) or merged are left as they are.
+    Blocks that the author deleted stay deleted, and a text without blocks is all the author's; if there is no text, the
+    blocks are added. Metadata that cannot be read (the Hub refuses them too) or merged stay as they are.
 
     Args:
         existing: The card.
         bundle: The model.
-        repo: ``org/name`` under which it is published; the one that the card tells by default, with its branch.
+        repo: ``org/name`` under which it is published; by default the card's own, with its branch.
         files: Names of the extra files beside the bundle.
-        revision: Branch under which it is published.
-        settled_license: Whether the bundle's license holds even where the author has changed the card's.
-        towers: As of `render`.
+        revision: Branch on which it is published.
+        settled_license: Whether the bundle's license holds even if the author has changed the card's.
+        towers: As for `render`.
 
     Raises:
         BundleError: A block has lost one of its marks.
@@ -106,22 +106,22 @@ def tells(card: str, block: str) -> bool:
 
 
 def decoded(content: bytes) -> str:
-    """The text of a card's file, with its own line ends; `encoded` gives the same bytes back, whatever they are."""
+    """The text of a card's file, with its own line ends; `encoded` returns the same bytes, whatever they are."""
     return content.decode("utf-8", "surrogateescape")
 
 
 def encoded(card: str) -> bytes:
-    """What a card's file holds."""
+    """The content of a card's file."""
     return card.encode("utf-8", "surrogateescape")
 
 
 def with_doors(bundle: ModelBundle, differences: Mapping[str, float] | None) -> ModelBundle:
-    """A bundle whose card tells what `doors.verify` found of it."""
+    """A bundle with what `doors.verify` found, for its card."""
     return replace(bundle, provenance=replace(bundle.provenance, doors=differences))
 
 
 def _with_empty_blocks(text: str) -> str:
-    """A card of metadata alone, or of nothing, with all blocks to be filled in."""
+    """A card that has nothing but metadata, if any, with empty blocks."""
     body = join(dict.fromkeys((*BLOCKS, METADATA), ""))
     line_end = "\r\n" if "\r\n" in text else "\n"
     head = text.strip()

@@ -1,4 +1,4 @@
-"""The parts of a card that tell what a model is, how it is used and what it is for."""
+"""The parts of a card about what a model is, how to use it and what it is for."""
 
 from vitreg_hub import licenses
 from vitreg_hub.bundle.model_bundle import ModelBundle
@@ -86,7 +86,9 @@ def summary(bundle: ModelBundle, *, title: str) -> str:
     size = f"{params / 1e6:.1f} M" if params >= 1e6 else f"{params / 1e3:.1f} K"
     measured = ", ".join(f"{in_words(bundle, name)} {value:.4f}" for name, value in scores(bundle)) or "not measured"
     number = bundle.num_registers
-    head = f" Its head projects onto embeddings of width {bundle.num_classes:,}." * (output(bundle) == EMBEDDINGS)
+    head = ""
+    if output(bundle) == EMBEDDINGS:
+        head = f" Its head projects onto embeddings of width {bundle.num_classes:,}."
     return f"""\
 # {title}
 
@@ -101,14 +103,7 @@ parameters, {count(args["depth"], "block")} of width {args["embed_dim"]:,} with 
 
 
 def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers: bool | None = None) -> str:
-    """Code for timm and for transformers, without and with this package.
-
-    Args:
-        bundle: The model.
-        repo: ``org/name``.
-        revision: Its branch, where that is not main.
-        towers: Whether both towers of a CLIP model are published beside it; by default, whether the bundle says so.
-    """
+    """Code for timm and for transformers, without and with this package; arguments as of `card.render`."""
     facts = _usage_facts(bundle)
     plugin = "import vitreg_hub  # before models are loaded"
     in_timm = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
@@ -257,7 +252,7 @@ def limits(bundle: ModelBundle) -> str:
         f"deviation {std}; `img_size` and `dynamic_img_size` of timm allow other sides that are multiples of "
         f"{args['patch_size']} pixels. What it gives there was not measured."
     )
-    lines += filter(None, (part.limits(value) for part, value in bundle.untold))
+    lines += [text for part, value in bundle.untold if (text := part.limits(value))]
     found = measured_on(bundle)
     if scores(bundle) and found:
         lines.append(f"Was measured on {found.words} alone; nothing is known of other images, or of biases.")

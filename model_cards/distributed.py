@@ -1,4 +1,4 @@
-"""Cards of the models that this project distributes, in the folder `cards`: made from what is known, never by hand."""
+"""Cards of the models that this project distributes, in the folder `cards`: generated, never written by hand."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What several parts of a card tell of a bundle: its tokens, its output, its scores, and the images of these."""
+"""Facts about a bundle that several parts of its card need: tokens, output, scores, and the images behind them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -23,9 +23,9 @@ SOURCES = {
 }
 """Where the embedded data sets come from."""
 CUSTOM = "custom"
-"""In a model-index the identifier of data that are not on the Hub."""
+"""The identifier of data that are not on the Hub, in a model-index."""
 KEPT_TOWER = "text tower; kept beside the bundle, in open_clip's own form"
-"""In the report of a conversion the reason why the text tower is not in the bundle, if it is kept."""
+"""Why the text tower is not in the bundle, in the report of a conversion that keeps it."""
 LOGITS, EMBEDDINGS, FEATURES = "logits", "embeddings", "features"
 
 
@@ -55,10 +55,10 @@ class Images:
     """Images that something was measured on.
 
     Attributes:
-        name: As the run was told, without a machine's folders.
-        dataset: Identifier on the Hub, or name of an embedded set; `CUSTOM` for all else.
-        split: Part of it, where that is known.
-        words: For a sentence.
+        name: Name of the data, without a machine's folders.
+        dataset: Identifier on the Hub, or name of an embedded set; otherwise `CUSTOM`.
+        split: Part of the data, if known.
+        words: Name in a sentence.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Images:
 
 
 def output(bundle: ModelBundle) -> str:
-    """What a model makes of an image: logits of classes, embeddings in a space shared with texts, or bare features.
+    """A model's output: logits of classes, embeddings in a space shared with texts, or bare features.
 
-    Both kinds of head are counted as classes by timm. A CLIP model's is a projection, unless it has names of classes or
-    was trained here, where a head is always one that tells classes apart.
+    timm counts the width of either head as classes. A CLIP model's head is a projection, unless it has names of classes
+    or was trained here, where a head always classifies.
     """
     if not bundle.num_classes:
         return FEATURES
@@ -83,13 +83,13 @@ def output(bundle: ModelBundle) -> str:
 
 
 def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
-    """Name and value, in an order that does not depend on whether the bundle was on a disk."""
+    """Metrics and their values, by name: JSON does not keep their order."""
     return sorted(bundle.provenance.metrics.items())
 
 
 def objective_of(run: TrainingRun | None) -> Objective | None:
     """What a run trained for, as far as it or the kind of its task tells."""
-    return run and (run.objective or OLDER_OBJECTIVES.get(run.told.task.kind))
+    return run and (run.objective or OLDER_OBJECTIVES.get(run.facts.task.kind))
 
 
 def score_of(bundle: ModelBundle, metric: str) -> Score | None:
@@ -106,8 +106,8 @@ def in_words(bundle: ModelBundle, metric: str) -> str:
 
 
 def measured_on(bundle: ModelBundle) -> Images | None:
-    """The images of a bundle's metrics; None where nothing tells."""
-    data = bundle.provenance.run.told.data if bundle.provenance.run else DataOfRun()
+    """The images of a bundle's metrics; None if they are unknown."""
+    data = bundle.provenance.run.facts.data if bundle.provenance.run else DataOfRun()
     held_out = data.test or (data.train if data.train in TRAINING_SETS else None)
     if held_out in TRAINING_SETS:
         return Images(name=held_out, dataset=held_out, split="test", words=f"the held-out part of {held_out}")
@@ -121,7 +121,7 @@ def measured_on(bundle: ModelBundle) -> Images | None:
 
 
 def on_the_hub(dataset: str) -> tuple[str, str | None] | None:
-    """Identifier and split of data that are on the Hub without doubt: a folder may look like ``org/name`` alone."""
+    """Identifier and split of data that are surely on the Hub: a bare ``org/name`` may also be a folder."""
     found = ON_HUB.fullmatch(dataset.removeprefix(HUB_PREFIX))
     return found.groups() if found and (found[2] or dataset.startswith(HUB_PREFIX)) else None
 
@@ -141,8 +141,10 @@ def one_line(told: Any) -> Any:
 
 
 def count(number: int, word: str) -> str:
-    """A number with its noun, in the plural where it is one."""
-    return f"{number:,} {word}{'' if number == 1 else 'es' if word.endswith('ch') else 's'}"
+    """A number with its noun, in the plural if needed."""
+    if number != 1:
+        word += "es" if word.endswith("ch") else "s"
+    return f"{number:,} {word}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
-"""Blocks of a card that may be replaced; whatever stands outside of them is the author's and never touched.
+"""Blocks of a card that may be replaced; everything outside them is the author's and never touched.
 
 A block begins with the line ``<!-- vitreg:NAME -->`` and ends with the line ``<!-- /vitreg:NAME -->``; Markdown shows
-neither. Between them no other such line may stand, so a block that lost its end is none; see `require_whole`.
+neither. No other such line may stand between them, so a block without its end is none; see `require_whole`.
 """
 
 import re
@@ -17,7 +17,7 @@ BLOCK = re.compile(
 )
 MARK = re.compile(r"^<!-- (?P<end>/?)vitreg:(?P<name>\w+) -->", re.MULTILINE)
 COMMENT = re.compile(r"<!--(?! \{)")
-"""A comment that no text of ours holds: it could be the mark of a block."""
+"""A comment that our texts never hold, because it could be the mark of a block."""
 
 
 def join(blocks: Mapping[str, str]) -> str:
@@ -27,12 +27,12 @@ def join(blocks: Mapping[str, str]) -> str:
 
 
 def blocks_in(body: str) -> dict[str, str]:
-    """The text of every block by its name; of several of one name, the first."""
+    """The text of every block by its name; the first of several with one name."""
     return {found["name"]: found["text"] for found in reversed(list(BLOCK.finditer(body)))}
 
 
 def require_whole(body: str) -> None:
-    """Refuse a card in which a block lost its begin or its end: what it says of older weights would stay.
+    """Refuse a card in which a block has lost its begin or end: its text on older weights would stay.
 
     Raises:
         BundleError: With the mark that is missing.
@@ -48,12 +48,7 @@ def require_whole(body: str) -> None:
 
 
 def replace_blocks(body: str, blocks: Mapping[str, str]) -> str:
-    """Put new text into the blocks that are there, with their line ends; blocks of other names stay as they are.
-
-    Args:
-        body: A card's text.
-        blocks: Text by name.
-    """
+    """Put new texts, by name, into a card's blocks, with its line ends; other blocks stay as they are."""
 
     def new(found: re.Match[str]) -> str:
         if found["name"] not in blocks:
@@ -64,6 +59,6 @@ def replace_blocks(body: str, blocks: Mapping[str, str]) -> str:
 
 
 def _lines(text: str) -> str:
-    """Whole lines, in which what looks like a comment is shown as text."""
+    """Complete lines, in which anything like a comment is shown as text."""
     shown = COMMENT.sub("&lt;!--", text).strip("\n")
     return f"{shown}\n" if shown else ""

@@ -1,9 +1,8 @@
-"""A card's metadata with what this package has to say today, and with all that an author has made of it.
+"""Brings a card's metadata up to date and keeps what its author has changed.
 
 A merge has three sides: what we wrote last (`record`), what stands there now, and what we would write today. A value
-that is still ours is renewed; one that the author has changed, added or removed stays so. In lists this holds for each
-member, in a model-index for each result. What is renewed is put into the text in its place, and comments
-inside of it are lost; all else, comments included, keeps every character.
+that is still ours is renewed; what the author changed, added or removed stays. In lists this holds for each member, in
+a model-index for each result. A renewed value loses its comments; all other text keeps every character.
 """
 
 import json
@@ -31,14 +30,14 @@ def front_matter(data: Mapping[str, Any]) -> str:
 
 
 def record(data: Mapping[str, Any]) -> str:
-    """A comment that `recorded` reads: our metadata, and of a model-index only that there is one."""
+    """A comment for `recorded`: our metadata, but a model-index without its content."""
     plain = json.dumps(data | {MODEL_INDEX: []} if MODEL_INDEX in data else data)
     plain = plain.replace("--", r"-\u002d")  # two hyphens could end the comment
     return f"<!-- {plain} -->"
 
 
 def recorded(text: str) -> dict[str, Any]:
-    """The metadata in a comment of `record`; none if there is no such comment."""
+    """The metadata in a comment of `record`; empty if there is no such comment."""
     found = RECORD.search(text)
     try:
         return json.loads(found[1]) if found else {}
@@ -50,13 +49,13 @@ def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any], settled_
     """Bring a card's metadata up to date.
 
     Args:
-        card: Whole text.
-        old: What we wrote into it last; empty if that is not known.
+        card: The whole text.
+        old: What we wrote into it last; empty if unknown.
         new: What we would write today.
-        settled_license: Whether our license holds even where the author has changed the card's.
+        settled_license: Whether our license holds even if the author has changed the card's.
 
     Returns:
-        The card; None if its metadata cannot be read or are in a form that cannot be merged.
+        The card; None if its metadata cannot be read or merged.
     """
     line_end = "\r\n" if "\r\n" in card else "\n"
     found = REGEX_YAML_BLOCK.search(card)
@@ -72,9 +71,9 @@ def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any], settled_
         if wanted == theirs:
             return card
         merged = _spliced(text, _places(text, tree), theirs, wanted)
-        if yaml.safe_load(merged) != wanted:  # it is all on one line, or has anchors: a value stands elsewhere
+        if yaml.safe_load(merged) != wanted:  # all on one line, or with anchors
             return None
-    except (yaml.YAMLError, ValueError):  # the latter: a date that is none
+    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
         return None
     return card[: found.start(2)] + merged.rstrip("\n").replace("\n", line_end) + card[found.end(2) :]
 
@@ -82,11 +81,11 @@ def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any], settled_
 def _merged(
     theirs: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any], settled_license: bool
 ) -> dict[str, Any]:
-    """The values of an author's card with ours."""
-    told = {key: theirs[key] for key in (LICENSE, LICENSE_NAME) if theirs.get(key) is not None}
+    """An author's values merged with ours."""
+    stated = {key: theirs[key] for key in (LICENSE, LICENSE_NAME) if theirs.get(key) is not None}
     others, ours = ({key: x for key, x in side.items() if key not in (LICENSE, LICENSE_NAME)} for side in (old, new))
     if settled_license:  # as if we had written what stands there
-        old = others | told
+        old = others | stated
     elif theirs.get(LICENSE) != old.get(LICENSE):  # the author's, and then so is its name
         old, new = others, ours
     merged = dict(theirs)
@@ -105,7 +104,7 @@ def _merged(
             merged[key] = value
         elif theirs.get(key):
             del merged[key]
-    if str(merged.get(LICENSE)).lower() != str(theirs.get(LICENSE)).lower():  # what told of the author's tells no more
+    if str(merged.get(LICENSE)).lower() != str(theirs.get(LICENSE)).lower():  # name and link of the old one go
         merged = {key: value for key, value in merged.items() if key not in (LICENSE_NAME, LICENSE_LINK)}
         merged |= {key: value for key, value in new.items() if key == LICENSE_NAME}
     elif merged.get(LICENSE_NAME) != theirs.get(LICENSE_NAME):
@@ -114,14 +113,14 @@ def _merged(
 
 
 def _merged_list(theirs: Any, old: Any, new: Sequence[Any]) -> list[Any]:
-    """Theirs without those of ours that are no longer so, and with those that are new."""
+    """Their list, without our members that are gone and with our new ones."""
     theirs, old = (value if isinstance(value, list) else [value] if value else [] for value in (theirs, old))
     kept = [value for value in theirs if value in new or value not in old]
     return kept + [value for value in new if value not in theirs and value not in old]
 
 
 def _merged_index(theirs: Any, new: Sequence[Mapping[str, Any]]) -> Any:
-    """The results of others, and ours of today where ours stood, or else at the end."""
+    """The results of others, with today's of ours in place of the old ones or at the end."""
     if not isinstance(theirs, list) or not all(isinstance(model, dict) for model in theirs):
         return theirs
     index, left = [], list(new)
@@ -145,7 +144,7 @@ def _is_ours(result: Any) -> bool:
 def _spliced(
     text: str, places: Mapping[str, tuple[int, int]], theirs: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> str:
-    """YAML with the values that are wanted of our keys; new ones stand before the next of ours, or else at the end."""
+    """The YAML text with the wanted values of our keys; new keys stand before our next one, or at the end."""
 
     def changes() -> Iterator[tuple[int, int, str]]:
         for index, key in enumerate(ORDER):

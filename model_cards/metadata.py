@@ -10,19 +10,13 @@ from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.model_cards.facts import LOGITS, measured_on, on_the_hub, output, score_of, scores
 
 SOURCE = "vitreg_hub"
-"""Source of the results that this package writes into a model-index, by which it knows them again."""
+"""Source of the results that this package writes into a model-index, by which it recognises them."""
 TAGS = ("timm", "transformers", "vision-transformer", "registers", "vitreg")
 BASE_MODEL = re.compile(r"hf-hub:([\w.-]+/[\w.-]*\w)")
 
 
 def metadata(bundle: ModelBundle, repo: str, *, revision: str | None = None) -> dict[str, Any]:
-    """What a bundle's card tells the Hub.
-
-    Args:
-        bundle: The model.
-        repo: ``org/name``.
-        revision: Its branch, where that is not main.
-    """
+    """The metadata of a bundle's card, in a repository ``org/name`` and its branch, unless that is main."""
     page = f"https://huggingface.co/{repo}" + (f"/tree/{revision}" if revision else "")
     results = _results(bundle, page)
     on_hub = on_the_hub(bundle.provenance.dataset or "")
@@ -42,14 +36,16 @@ def metadata(bundle: ModelBundle, repo: str, *, revision: str | None = None) -> 
 
 def base_model(bundle: ModelBundle) -> str | None:
     """The repository whose weights were converted or trained on, if they came from one."""
-    told = bundle.provenance
-    told = (
-        told.conversion and told.conversion.source,
-        told.run and told.run.told.model.start,
-        told.origin,  # also tells where a start came from
-    )
-    found = (BASE_MODEL.search(text) for text in told if text)
-    return next((match[1] for match in found if match), None)
+    conversion, run = bundle.provenance.conversion, bundle.provenance.run
+    texts = [bundle.provenance.origin]  # also names the source of a start
+    if conversion:
+        texts.insert(0, conversion.source)
+    if run and run.facts.model.start:
+        texts.insert(0, run.facts.model.start)
+    for text in texts:
+        if found := BASE_MODEL.search(text):
+            return found[1]
+    return None
 
 
 def _results(bundle: ModelBundle, page: str) -> list[EvalResult]:
@@ -75,11 +71,11 @@ def _results(bundle: ModelBundle, page: str) -> list[EvalResult]:
 
 
 def _how(bundle: ModelBundle, name: str) -> dict[str, Any]:
-    """What a score depends on, as far as it is told."""
+    """What a score depends on, as far as it is recorded."""
     run = bundle.provenance.run
     if run is None:
         return {}
-    watch = run.told.watch
+    watch = run.facts.watch
     how = {"num_images": run.evaluated} if run.evaluated else {"max_images": watch.eval_images}
     if name == "knn_accuracy":
         how |= {"max_reference_images": watch.eval_images, "max_neighbors": watch.knn_neighbors}

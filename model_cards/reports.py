@@ -1,4 +1,4 @@
-"""The parts of a card that tell how a model came about and what was measured of it."""
+"""The parts of a card about how a model was made and what was measured of it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +19,7 @@ AUGMENTS = {
 
 
 def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
-    """The recipe of a training run or the report of a conversion; empty for a model that is known to be neither.
+    """The recipe of a training run or the report of a conversion; empty for other models.
 
     Args:
         bundle: The model.
@@ -33,7 +33,7 @@ def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") 
 
 
 def _training(bundle: ModelBundle, run: TrainingRun, files: Sequence[str], folder: str) -> str:
-    told, step, total, best = run.told, run.step, run.total_steps, bundle.provenance.best
+    told, step, total, best = run.facts, run.step, run.total_steps, bundle.provenance.best
     data, optim, start = told.data, told.optim, told.model.start
     needed = (told.name, told.task.kind, data.train, told.augment.kind, optim.opt, optim.lr, optim.weight_decay)
     if None in (*needed, told.batch_size, told.seed, step, total):  # an older bundle tells less
@@ -67,8 +67,8 @@ def _training(bundle: ModelBundle, run: TrainingRun, files: Sequence[str], folde
 
 
 def _objective(run: TrainingRun) -> str:
-    """What was trained for, with what was on of label smoothing, mixing of images and averaging of weights."""
-    task, objective = run.told.task, objective_of(run)
+    """The objective, with label smoothing, mixing of images and averaging of weights if they were on."""
+    task, objective = run.facts.task, objective_of(run)
     words = objective.words if objective else task.kind
     if task.teacher:
         words += f", from the teacher {without_folders(task.teacher)}"
@@ -112,7 +112,7 @@ def results(bundle: ModelBundle) -> str:
 
 
 def _how(run: TrainingRun, *, knn: bool) -> str:
-    watch, most = run.told.watch, ""
+    watch, most = run.facts.watch, ""
     if run.evaluated:
         most = f", {count(run.evaluated, 'image')}"
     elif watch.eval_images is not None:
@@ -152,7 +152,7 @@ def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "
     found, run = bundle.provenance.artifacts, bundle.provenance.run
     if not found:
         told = NOT_MEASURED
-        if METRICS_FILE in files and run and run.told.watch.artifact_images:
+        if METRICS_FILE in files and run and run.facts.watch.artifact_images:
             drawn = f", drawn in [{CURVES_FIGURE}]({folder}{CURVES_FIGURE})" if CURVES_FIGURE in files else ""
             told = (
                 "No full report was made; what each evaluation of the run found of outliers is in "
@@ -174,7 +174,7 @@ def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "
 
 
 def environment(bundle: ModelBundle) -> str:
-    """When, on what and by what the weights were made."""
+    """When, how and on which hardware the weights were made."""
     told = bundle.provenance
     lines = [
         ("Made", told.created),

@@ -314,7 +314,7 @@ def test_tag_asks_for_weights_and_a_bare_name_asks_nothing_of_the_hub(hub):
         ("vit_tiny_patch16_224.none", UnknownArchError, "has no weights 'none'; it has augreg_in21k"),
         ("vit_nano_reg4.none", UnknownArchError, "has no weights 'none'; it has digits"),
         ("some/folder", UnknownArchError, "there is no folder and no architecture 'some/folder'"),
-        ("hf-hub:too/many/parts", HubError, "is no repository id"),
+        ("hf-hub:too/many/parts", HubError, "is not a repository id"),
         ("hf-hub:lab/model", HubError, "cannot be reached"),
     ],
 )

@@ -17,7 +17,7 @@ from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.conversion import convert, export
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import LicenseError
-from vitreg_hub.licenses import IDENTIFIERS, UNKNOWN, is_noncommercial, metadata, settle, told_by
+from vitreg_hub.licenses import IDENTIFIERS, UNKNOWN, is_noncommercial, metadata, settle, stated_licenses
 
 NONCOMMERCIAL = {
     "apple-amlr",
@@ -80,12 +80,12 @@ def test_settled(told, given, settled):
 
 
 REFUSED = [
-    (None, None, "nothing tells the license of FOLDER: give it with --license"),
+    (None, None, "no license is stated for FOLDER: give it with --license"),
     ("", "", "--license '' names no license"),
     ("mit", " ", "--license '' names no license"),
-    ("unknown", None, "nothing tells the license of FOLDER"),
-    ("other", None, "nothing tells the license of FOLDER"),
-    ((), None, "nothing tells the license of FOLDER"),
+    ("unknown", None, "no license is stated for FOLDER"),
+    ("other", None, "no license is stated for FOLDER"),
+    ((), None, "no license is stated for FOLDER"),
     ("cc-by-nc-4.0", None, "is cc-by-nc-4.0, which does not allow every use: go on with --license cc-by-nc-4.0"),
     ("cc-by-nc-4.0", "unknown", "which does not allow every use"),
     ("cc-by-nc-4.0", "mit", "the license of FOLDER is cc-by-nc-4.0, not mit"),
@@ -93,14 +93,14 @@ REFUSED = [
     (("mit", "apache-2.0"), None, "FOLDER names several licenses, apache-2.0, mit: say with --license which"),
     (("mit", "cc-by-nc-4.0"), "unknown", "FOLDER names several licenses, cc-by-nc-4.0, mit"),
     (None, "apache2", "did you mean apache-2.0?"),
-    (None, "apache-2.0!", "'apache-2.0!' is no license identifier"),
+    (None, "apache-2.0!", "'apache-2.0!' is not a license identifier"),
     (None, "mit-license", "did you mean mit?"),
     (None, "cc-by-nc-4", "did you mean cc-by-nc-4.0?"),
     (None, "gpl3", "did you mean gpl-3.0?"),
     *((None, word, "names no license") for word in ("other", "none", "NULL", "n/a", "Unlicensed")),
     *((None, word, "names no license") for word in ("public domain", "Creative Commons")),
-    ("none", None, "nothing tells the license of FOLDER"),
-    ("mit", "apach-2.0", "did you mean apache-2.0?"),
+    ("none", None, "no license is stated for FOLDER"),
+    ("mit", "apach-2.0", "the license of FOLDER is mit, not apach-2.0"),
 ]
 
 
@@ -132,7 +132,7 @@ def test_however_it_is_spelled_a_noncommercial_license_is_not_settled_in_silence
     with pytest.raises(LicenseError, match="does not allow every use"):
         settle(license, None, called="x")
     (tmp_path / "README.md").write_text(f"---\nlicense: {license}\n---\n", encoding="utf-8")
-    (told,) = told_by({"pretrained_cfg": {"license": license.upper()}}, tmp_path / "README.md")
+    (told,) = stated_licenses({"pretrained_cfg": {"license": license.upper()}}, tmp_path / "README.md")
     assert settle(told, license, called="x") == told
 
 
@@ -143,7 +143,7 @@ def test_the_hub_takes_the_metadata(license, tmp_path):
     assert data.license in IDENTIFIERS
     assert (data.license == "other") == (data.license_name is not None)
     (tmp_path / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n")
-    assert told_by({}, tmp_path / "README.md") == ((license,) if license else ())
+    assert stated_licenses({}, tmp_path / "README.md") == ((license,) if license else ())
 
 
 CARDS = {
@@ -166,18 +166,20 @@ CARDS = {
 @pytest.mark.parametrize("card", CARDS)
 def test_what_a_card_tells(card, tmp_path):
     (tmp_path / "README.md").write_text(card)
-    assert told_by({}, tmp_path / "README.md") == CARDS[card]
+    assert stated_licenses({}, tmp_path / "README.md") == CARDS[card]
 
 
 def test_what_other_files_tell(tmp_path):
     card = tmp_path / "README.md"
-    assert told_by({}, card) == ()
-    assert told_by({"pretrained_cfg": {"license": "mit"}}, card) == ("mit",)
-    assert told_by({"pretrained_cfg": 3, "vitreg": {"provenance": [1]}}, card) == ()
-    assert told_by({"pretrained_cfg": {"license": 3}, "vitreg": {"provenance": {"license": "MIT"}}}, card) == ("mit",)
-    assert told_by({}, card, header={"format": "pt", "license": "mit"}) == ("mit",)
+    assert stated_licenses({}, card) == ()
+    assert stated_licenses({"pretrained_cfg": {"license": "mit"}}, card) == ("mit",)
+    assert stated_licenses({"pretrained_cfg": 3, "vitreg": {"provenance": [1]}}, card) == ()
+    assert stated_licenses({"pretrained_cfg": {"license": 3}, "vitreg": {"provenance": {"license": "MIT"}}}, card) == (
+        "mit",
+    )
+    assert stated_licenses({}, card, header={"format": "pt", "license": "mit"}) == ("mit",)
     card.write_bytes(b"---\nlicense: apache-2.0\n---\n\xff\xfe")
-    assert told_by({"pretrained_cfg": {"license": "mit"}}, card) in (("mit",), ("mit", "apache-2.0"))
+    assert stated_licenses({"pretrained_cfg": {"license": "mit"}}, card) in (("mit",), ("mit", "apache-2.0"))
 
 
 @pytest.fixture
@@ -194,7 +196,7 @@ def card_of(source, license: str) -> None:
 
 def test_a_bare_file_needs_a_license(source, refused, folder):
     for weights in source, source / "weights.safetensors":
-        assert "nothing tells the license of" in refused(weights, LicenseError, license=None, **DINOV2)
+        assert "no license is stated for" in refused(weights, LicenseError, license=None, **DINOV2)
     bundle = convert(source, folder, license="Apache-2.0", **DINOV2)
     report = ConversionReport.of(bundle)
     assert bundle.provenance.license == report.license == "apache-2.0"

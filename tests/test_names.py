@@ -58,7 +58,7 @@ TAKERS = {
 @pytest.mark.parametrize("taker", TAKERS)
 def test_repository_without_a_revision_after_the_at(taker, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(HubRefusedError, match="hf-hub:org/name@ names no revision: put a branch, tag or commit"):
+    with pytest.raises(HubRefusedError, match="hf-hub:org/name@ has nothing after the @: add a branch, tag or commit"):
         TAKERS[taker]("hf-hub:org/name@")
     assert not os.listdir(tmp_path)
 
@@ -67,7 +67,7 @@ def test_repository_without_a_revision_after_the_at(taker, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", ["", "x" * 300])
 def test_name_that_no_system_takes(taker, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BundleError, match=r"is no folder: give|cannot be used .File name too long"):
+    with pytest.raises(BundleError, match=r"is not a folder: give|cannot be used .File name too long"):
         TAKERS[taker](name)
     assert not os.listdir(tmp_path)
 
@@ -86,7 +86,7 @@ def test_unknown_names_are_refused_in_the_same_words(taker, tmp_path, monkeypatc
 
 
 def test_a_folder_is_asked_for_where_only_a_folder_will_do():
-    with pytest.raises(BundleError, match="hf-hub:lab/x is no folder: fetch a published bundle with `vitreg pull`"):
+    with pytest.raises(BundleError, match="hf-hub:lab/x is not a folder: fetch a published bundle with `vitreg pull`"):
         bundle_folder("hf-hub:lab/x")
     with pytest.raises(BundleError, match=r"ModelBundle.load\('vit_small_reg4.dinov2_lvd142m'\).save\(folder\) writes"):
         bundle_folder("vit_small_reg4.dinov2_lvd142m")

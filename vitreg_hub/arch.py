@@ -17,7 +17,7 @@ REGISTER_COUNTS = (0, 1, 2, 4, 8, 16)
 REGISTER_INIT_STD = 0.02
 """New registers are drawn from N(0, 0.02^2), as in DINOv3 (dinov3/models/vision_transformer.py, `init_weights`).
 
-Registers carry no position, so equal ones get equal gradients and stay equal for ever; timm's 1e-6 is nearly that.
+Registers have no positions, so equal ones get equal gradients and stay equal; timm's 1e-6 is nearly that.
 """
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,7 +26,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What the sizes of one lineage share.
+    """What all sizes of one lineage share.
 
     Attributes:
         img_size: Native image side in pixels.
@@ -225,7 +225,7 @@ ARCHS: dict[str, ArchSpec] = {
 
 
 def require_divisible(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> None:
-    """Refuse an image that would lose its last rows or columns: timm cuts them off in silence.
+    """Refuse an image that would lose its last rows or columns: timm cuts them off silently.
 
     Args:
         img_size: Side, or height and width, in pixels.
@@ -272,7 +272,7 @@ def get_arch(name: str) -> ArchSpec:
 
 
 def row(family: str, size: str, num_registers: int) -> ArchSpec:
-    """The row under which a number of registers is filed: the one that has so many, or else the greatest smaller count.
+    """The row for a number of registers: the one with that many, or else with the next smaller count.
 
     Raises:
         UnknownArchError: There is no such family or size, or it takes no registers.

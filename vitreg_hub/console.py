@@ -1,4 +1,4 @@
-"""What every command runs in: exit codes, log lines, a user's mistake as one sentence."""
+"""The frame of every command: exit codes, log lines, and a user's mistake as one sentence."""
 
 import argparse
 import logging
@@ -14,7 +14,7 @@ from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeErr
 USAGE = 2
 """Exit status of a command line that cannot be read."""
 HUB_FAILED = 3
-"""Exit status of a command that the Hub kept from succeeding."""
+"""Exit status of a command that failed because of the Hub."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -23,11 +23,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 @contextmanager
 def console() -> Iterator[None]:
-    """What a command runs in: log lines as they are, and a user's mistake as one sentence with exit status 1.
+    """Print log lines as they are, and a user's mistake as one sentence with exit status 1.
 
-    A Hub that failed, but did not refuse, ends in `HUB_FAILED`, so that a script knows what may succeed later.
-
-    All processes of a run read the same settings, so the first alone reports what is wrong with them.
+    Where the Hub failed but did not refuse, the status is `HUB_FAILED`: a script may try again later. All processes of
+    a run read the same settings, so only the first reports what is wrong with them.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("vitreg_hub").setLevel(logging.INFO)
@@ -54,7 +53,7 @@ def hide_loading() -> None:
 
 
 def show_transfers() -> None:
-    """Show the Hub's bars again, where someone can see them and has not turned them off."""
+    """Show the Hub's bars again, unless nobody can see them or the user has turned them off."""
     import huggingface_hub as hf
 
     if sys.stderr.isatty() and hf.constants.HF_HUB_DISABLE_PROGRESS_BARS is None:

@@ -1,4 +1,4 @@
-"""What Google-style docstrings say: the texts of help pages, which are written there alone."""
+"""Reads Google-style docstrings: help pages take their texts from there."""
 
 import inspect
 import re
@@ -10,7 +10,7 @@ def summary(documented: object) -> str:
 
 
 def texts(documented: object) -> dict[str, str]:
-    """What is said of each argument of a function, or each attribute of a class."""
+    """The text of each argument of a function, or of each attribute of a class."""
     section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n?)+)", inspect.getdoc(documented) or "", re.MULTILINE)
     entries = re.findall(r"^    \*{0,2}(\w+): (.*(?:\n        .*)*)", section[1] if section else "", re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}

@@ -1,4 +1,4 @@
-"""Where and by what something is made: what provenance and model cards tell of it."""
+"""Where, when and by which command something was made, for provenance and model cards."""
 
 import os
 import platform
@@ -31,10 +31,10 @@ SECRET_OPTION = re.compile(r"--?(.*[._-])?(token|password|secret|api[-_]?key)", 
 TOKEN, LONG_TOKEN = re.compile(r"hf_\w+"), re.compile(r"hf_\w{16,}")
 """An access token of the Hub, as a value and anywhere else."""
 QUERY = re.compile(r"(://[^?#]*)[?#].*", re.DOTALL)
-"""The end of a URL, in which signatures and keys stand."""
+"""The end of a URL, which may hold signatures and keys."""
 URL = re.compile(r"""((?!file:)\b[a-z][a-z0-9+.-]*://[^\s'"\[\](),]*)""", re.IGNORECASE)
 PIPE = re.compile(r"(pipe:).*", re.DOTALL)
-"""A shell's command, of which anything may be secret."""
+"""A shell command, any part of which may be secret."""
 HIDDEN = "***"
 
 
@@ -50,10 +50,9 @@ def versions(*libraries: str) -> dict[str, str]:
 
 
 def command(argv: Sequence[str] | None = None) -> str | None:
-    """The command line that runs, None where this package is called from a program of someone else.
+    """The command line that runs; None if someone else's program calls this package.
 
-    Of paths outside the current folder only the last part is kept, for the folders of a machine are nobody's business,
-    and of secrets nothing.
+    It is made public: paths outside the current folder are cut to their last part, and secrets are hidden.
 
     Args:
         argv: `sys.argv` by default.
@@ -65,22 +64,22 @@ def command(argv: Sequence[str] | None = None) -> str | None:
         name = MODULES.get(path.parent)
     if name is None:
         return None
-    shown = (_shown(arg, after=before) for before, arg in zip([program, *args], args, strict=False))
+    shown = (_shown(arg, before=before) for before, arg in zip([program, *args], args, strict=False))
     return f"{name} {shlex.join(shown)}".rstrip()
 
 
-def _shown(arg: str, *, after: str) -> str:
-    """An argument as others may see it; `after` is the one before it."""
+def _shown(arg: str, *, before: str) -> str:
+    """An argument as others may see it, given the one before it."""
     option, equals, _ = arg.partition("=")
     if equals and SECRET_OPTION.fullmatch(option):
         return f"{option}={HIDDEN}"
-    if SECRET_OPTION.fullmatch(after):
+    if SECRET_OPTION.fullmatch(before):
         return HIDDEN
     return public_text(arg)
 
 
 def public_text(text: str) -> str:
-    """A text as others may see it: of paths outside the current folder the last part, and of secrets nothing."""
+    """A text as others may see it: paths outside the current folder are cut to their last part, secrets are hidden."""
     shown = PIPE.sub(rf"\1{HIDDEN}", QUERY.sub(rf"\1?{HIDDEN}", text))
     texts = [_shown_url(part) if URL.fullmatch(part) else _shown_paths(part) for part in URL.split(shown)]
     return LONG_TOKEN.sub(HIDDEN, "".join(texts))
@@ -95,7 +94,7 @@ def _shown_paths(text: str) -> str:
     for before, part in pairwise(["", *BETWEEN.split(text)]):
         if TOKEN.fullmatch(part):
             shown += HIDDEN
-        elif before.endswith("}") and part.startswith("/"):  # goes on with a path: {a,b}/c
+        elif before.endswith("}") and part.startswith("/"):  # continues a path: {a,b}/c
             shown += part if text.startswith(shown) else f"/{os.path.basename(part.rstrip('/'))}"
         else:
             shown += without_folders(part)
@@ -103,25 +102,22 @@ def _shown_paths(text: str) -> str:
 
 
 def without_folders(name: str) -> str:
-    """A name; of a path that leaves the current folder, the last part: a machine's folders are nobody's business."""
-    leaves = name.startswith(("/", "~")) or os.path.normpath(name).startswith("..")
-    return os.path.basename(name.rstrip("/")) or name if leaves else name
+    """A name as it is, or the last part of a path that leaves the current folder: a machine's folders stay private."""
+    if name.startswith(("/", "~")) or os.path.normpath(name).startswith(".."):
+        return os.path.basename(name.rstrip("/")) or name
+    return name
 
 
 def duration(seconds: float) -> str:
-    """A time in words, in seconds below two minutes, in hours from two of them."""
+    """A time in words: seconds up to two minutes, minutes up to two hours, then hours."""
     if seconds < 120:
         return f"{seconds:.3g} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def commit(root: Path = PACKAGE.parent) -> str | None:
-    """The commit of this package's source, with `-dirty` if it was changed since; None if it is no checkout.
-
-    Args:
-        root: What may be the checkout.
-    """
-    if not (root / ".git").exists() or not (root / "training").exists():  # a wheel has that folder in the package
+    """The commit of this package's source, with `-dirty` if it was changed since; None if `root` is no checkout."""
+    if not (root / ".git").exists() or not (root / "training").exists():  # in a wheel, training/ is inside the package
         return None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -131,18 +127,18 @@ def commit(root: Path = PACKAGE.parent) -> str | None:
 
 
 def hardware(device: "torch.device | None" = None, *, num_processes: int = 1) -> str:
-    """What computes, in words.
+    """The hardware, in words.
 
     Args:
         device: Of this process; the CPU by default.
         num_processes: Processes with a device like this one.
     """
-    import torch  # here: the rest of this module is also for those who cannot wait for it
+    import torch  # takes seconds, and the rest of this module does not need it
 
     if device is not None and device.type == "cuda":
         return f"{num_processes} x {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
-    words = f"{_cpu()}, {threads} thread{'s' * (threads > 1)}"
+    words = f"{_cpu()}, {threads} thread{'' if threads == 1 else 's'}"
     return words if num_processes == 1 else f"{words} in each of {num_processes} processes"
 
 

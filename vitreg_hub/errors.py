@@ -10,7 +10,7 @@ class VitregError(ValueError):
 
 
 class UnknownArchError(VitregError):
-    """A name that is in no table."""
+    """A name that no table has."""
 
 
 class BundleError(VitregError):
@@ -18,7 +18,7 @@ class BundleError(VitregError):
 
 
 class ConversionError(VitregError):
-    """A checkpoint that does not fit its format, or that no bundle can hold."""
+    """A checkpoint that does not fit its format, or cannot become a bundle."""
 
 
 class DataError(VitregError):
@@ -26,19 +26,19 @@ class DataError(VitregError):
 
 
 class HubError(VitregError):
-    """A Hub that refused, or could not be reached."""
+    """The Hub refused, failed or could not be reached."""
 
 
 class HubRefusedError(HubError):
-    """A Hub that says no, and would again."""
+    """The Hub refused, and would refuse again."""
 
 
 class LicenseError(VitregError):
-    """Weights whose license nobody told, or that do not allow every use."""
+    """Weights whose license is not stated, or does not allow every use."""
 
 
 class RecipeError(VitregError):
-    """A training setting that is wrong, or that contradicts another."""
+    """A training setting that is wrong or contradicts another."""
 
 
 class TrainingError(VitregError):
@@ -50,10 +50,10 @@ def readable(source: str | Path) -> Iterator[None]:
     """Read a folder that a user named.
 
     Raises:
-        BundleError: The name is empty, which `Path` takes for the current folder, or the system does not let us read.
+        BundleError: The name is empty, which `Path` takes for the current folder, or it cannot be read.
     """
     if not str(source):
-        raise BundleError("'' is no folder: give '.' for the current one.")
+        raise BundleError("'' is not a folder: give '.' for the current one.")
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whole or absent: how files and folders are written, and what those of a bundle are called."""
+"""Files and folders that appear complete or not at all, and the names of a bundle's files."""
 
 import hashlib
 import os
@@ -19,21 +19,21 @@ EXTRA_FILES = (ARTIFACTS_FIGURE, CURVES_FIGURE, RECIPE_FILE, METRICS_FILE) = (
     "recipe.yaml",
     "metrics.jsonl",
 )
-"""What may lie beside a bundle and is published with it: its card shows the figures; of a training run, how it went."""
+"""What may lie beside a bundle and is published with it: figures for its card, and the record of a training run."""
 PREPROCESSOR_FILE = "preprocessor_config.json"
 OPENCLIP_CONFIG, OPENCLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TOWER_SUFFIX = "-open_clip"
-"""Ends the name of a folder with both towers of a CLIP model, beside its bundle, and of its repository."""
+"""Ends the name of the folder, or repository, with both towers of a CLIP model, beside that of its bundle."""
 
 SWAP, NEW, OLD = "-swap", "new", "old"
 """What `replace_folder` calls its folders."""
 
 
 def require_absent(target: Path) -> None:
-    """Refuse to replace a folder.
+    """Refuse to replace a file or folder.
 
     Raises:
-        BundleError: There is something, or the system does not tell.
+        BundleError: It exists, or the file system does not let us look.
     """
     try:
         target.lstat()
@@ -67,14 +67,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     try:
         fill(staging)
         mask = _umask()
-        for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make private ones
+        for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make them private
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         staging.rename(target)
     except BaseException as error:
         shutil.rmtree(staging)
         for folder in made:
             folder.rmdir()
-        if isinstance(error, OSError | SafetensorError):  # a full disk ends in either
+        if isinstance(error, OSError | SafetensorError):  # a full disk raises either
             raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
         raise
     return target
@@ -86,10 +86,10 @@ def write_file(target: Path, write: Callable[[Path], object], *, replace: bool =
     Args:
         target: The file; must not exist unless `replace`.
         write: Takes the path to write to.
-        replace: Put it in the place of an old one.
+        replace: Whether it may replace an old one.
 
     Raises:
-        BundleError: `target` exists, or cannot be written; it is as it was before.
+        BundleError: `target` exists, or cannot be written; it stays as it was.
     """
     if not replace:
         require_absent(target)
@@ -107,8 +107,8 @@ def checksum(content: Path | bytes, *, like: str) -> str:
     """The checksum of a file, of the kind that the Hub keeps of it.
 
     Args:
-        content: The file, or what is in it.
-        like: A checksum of that kind, in hexadecimal: sha256 of a large file (LFS), Git's sha1 of any other.
+        content: The file, or its content.
+        like: A checksum of that kind, in hexadecimal: sha256 for a large file (LFS), Git's sha1 for any other.
     """
     with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         if len(like) == 40:
@@ -119,32 +119,28 @@ def checksum(content: Path | bytes, *, like: str) -> str:
 
 
 def require_space(folder: Path, num_bytes: int, *, what: str) -> None:
-    """Refuse to write what does not fit on a disk.
-
-    Args:
-        folder: Where, or a folder that will hold it.
-        num_bytes: How much.
-        what: For the message.
+    """Refuse to write `num_bytes` of `what` into a folder, which need not exist yet, if its disk is too full.
 
     Raises:
         HubError: There is not enough room.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if (free := shutil.disk_usage(existing).free) < num_bytes:
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
         raise HubError(
             f"{what} takes {num_bytes / 1e6:,.1f} MB, but at {existing} only {free / 1e6:,.1f} MB are free: make room."
         )
 
 
 def replace_folder(target: Path, write: Callable[[Path], object]) -> Path:
-    """Put a new folder in the place of an old one, if there is one.
+    """Write a folder in place of an old one, if there is one.
 
-    No portable call exchanges two folders. Whoever is killed between the two renames leaves both of them complete, and
-    `restore_folders` puts the old one back.
+    No portable call exchanges two folders. A process that is killed between the two renames leaves both folders
+    complete, and `restore_folders` puts the old one back.
 
     Args:
         target: The folder.
-        write: Writes a folder that does not exist yet, complete or not at all.
+        write: Writes a folder that does not exist yet, completely or not at all.
 
     Raises:
         BundleError: It cannot be written; the old one stays.
@@ -164,7 +160,7 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> Path:
 
 
 def read_content(file: Path) -> bytes | None:
-    """What a file holds; None if there is none.
+    """The content of a file; None if there is none.
 
     Raises:
         BundleError: It cannot be read.
@@ -176,7 +172,7 @@ def read_content(file: Path) -> bytes | None:
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put new files into a folder, in the place of old ones: all, or none.
+    """Write files into a folder, in place of old ones: all or none.
 
     Raises:
         BundleError: It cannot be written to.

@@ -1,6 +1,5 @@
 """Whose weights may be published: a license comes from the source, or from whoever takes the responsibility."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ from huggingface_hub import metadata_load
 from vitreg_hub.errors import LicenseError
 
 UNKNOWN, OTHER = "unknown", "other"
-"""The Hub's identifiers for a license that nobody knows, which a user may say too, and for one without identifier."""
+"""The Hub's identifiers for an unknown license, which a user may give too, and for one that it does not list."""
 
 NAMELESS = frozenset(
     {"", UNKNOWN, OTHER, "none", "null", "na", "n-a", "no-license", "unlicensed", "public-domain", "creative-commons"}
 )
-"""What stands where a license should, and names none."""
+"""What people write in place of a license without naming one."""
 
 IDENTIFIERS = frozenset(
     """
@@ -32,27 +31,26 @@ IDENTIFIERS = frozenset(
     grok2-community gemma unknown other
     """.split()  # noqa: SIM905
 )
-"""The only values of `license` in a card that the Hub takes. Source: huggingface.co/docs/hub/repositories-licenses."""
+"""The only values of `license` that the Hub accepts in a card (huggingface.co/docs/hub/repositories-licenses)."""
 
 NONCOMMERCIAL = re.compile(
     r"(^|.*-)(by)?nc([-\d].*|$)|.*no(n|t|t-for)?-?commercial.*|.*research.*|apple-amlr|deepfloyd-if.*|seer-license"
 )
-"""Names of licenses that are taken to forbid commercial use: those whose names say so, and besides Apple's AMLR,
-DeepFloyd's, and SEER's, which timm names. Licenses with other names are not looked into."""
+"""Licenses that are taken to forbid commercial use: those whose names say so, and Apple's, DeepFloyd's and SEER's."""
 
 SEPARATORS = re.compile(r"[\s_/\u2010-\u2015-]+")
 """What people write for the hyphens of an identifier."""
 NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-"""Close to what the Hub takes as `license_name`."""
+"""Close to what the Hub accepts as `license_name`."""
 
 
 def is_noncommercial(license: str) -> bool:
-    """Whether a license forbids commercial use, as far as its name tells."""
+    """Whether a license forbids commercial use, judging by its name."""
     return NONCOMMERCIAL.fullmatch(_spelled(license)) is not None
 
 
 def metadata(license: str | None) -> dict[str, str]:
-    """How a card's metadata tells a license: the Hub refuses cards with other values than its own.
+    """A license as a card's metadata states it: the Hub refuses cards with values other than its own.
 
     Returns:
         Keyword arguments of `huggingface_hub.ModelCardData`.
@@ -62,13 +60,15 @@ def metadata(license: str | None) -> dict[str, str]:
     return {"license": license} if license in IDENTIFIERS else {"license": OTHER, "license_name": license}
 
 
-def told_by(config: Mapping[str, Any], card: Path, *, header: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The licenses that a repository's files tell, spelled as the Hub does, each once.
+def stated_licenses(
+    config: Mapping[str, Any], card: Path, *, header: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """The licenses that a repository's files state, spelled as the Hub does, each once.
 
     Args:
-        config: config.json of timm, or of a bundle; those of other libraries tell none.
-        card: README.md; need not exist, and tells nothing if its metadata cannot be read.
-        header: Texts by name in the header of a .safetensors file.
+        config: config.json of timm, or of a bundle; those of other libraries state none.
+        card: README.md; need not exist, and states nothing if its metadata cannot be read.
+        header: The metadata in the header of a .safetensors file.
     """
     cfg, ours = config.get("pretrained_cfg"), config.get("vitreg")
     origin = ours.get("provenance") if isinstance(ours, Mapping) else None
@@ -85,38 +85,38 @@ def told_by(config: Mapping[str, Any], card: Path, *, header: Mapping[str, str] 
     return tuple(dict.fromkeys(name for name in names if name not in NAMELESS))
 
 
-def settle(told: str | Sequence[str] | None, given: str | None, *, called: str) -> str | None:
-    """Decide under which license weights go on.
+def settle(stated: str | Sequence[str] | None, given: str | None, *, called: str) -> str | None:
+    """Decide which license weights carry from here on.
 
     Args:
-        told: What the source says: an identifier of the Hub or another name, or several where its files differ.
-        given: What the user says; "unknown" goes on without knowing, where the source does not tell either.
+        stated: By the source: an identifier of the Hub or another name, or several where its files differ.
+        given: By the user; "unknown" accepts that the source states none.
         called: The source, for messages.
 
     Returns:
-        The identifier in lower case and with hyphens; None if nobody knows.
+        The identifier in lower case and with hyphens; None if it is unknown.
 
     Raises:
-        LicenseError: Nobody says; or it is a non-commercial one and the user does not say so too; or the two differ; or
-            the user's is misspelled.
+        LicenseError: None is stated; or it is a non-commercial one and the user does not agree to it; or source and
+            user contradict each other; or the user's is misspelled.
     """
-    names = [told] if isinstance(told, str) else told or ()
-    told = sorted({_spelled(name) for name in names} - NAMELESS)
+    names = [stated] if isinstance(stated, str) else stated or ()
+    stated = sorted({_spelled(name) for name in names} - NAMELESS)
     given = None if given is None else _spelled(given)
-    if given is not None and given not in told:
+    if given is not None and given not in stated:
         _require_spelled(given)
-    if not told:
+    if not stated:
         if not given:
             raise LicenseError(
-                f"nothing tells the license of {called}: give it with --license, as the Hub spells it "
-                "(apache-2.0, mit, cc-by-nc-4.0, ..., the own name of one that it does not list, or unknown)."
+                f"no license is stated for {called}: give it with --license, as the Hub spells it (apache-2.0, mit, "
+                "cc-by-nc-4.0, ...), or by its own name if the Hub does not list it, or say unknown."
             )
         return None if given == UNKNOWN else given
-    if len(told) > 1 and given not in told:
-        raise LicenseError(f"{called} names several licenses, {', '.join(told)}: say with --license which one holds.")
-    if given in told:
+    if given in stated:
         return given
-    (license,) = told
+    if len(stated) > 1:
+        raise LicenseError(f"{called} names several licenses, {', '.join(stated)}: say with --license which one holds.")
+    (license,) = stated
     if given and given != UNKNOWN:
         raise LicenseError(
             f"the license of {called} is {license}, not {given}: leave --license out, or correct what the source says."
@@ -124,17 +124,13 @@ def settle(told: str | Sequence[str] | None, given: str | None, *, called: str) 
     if is_noncommercial(license):
         raise LicenseError(
             f"the license of {called} is {license}, which does not allow every use: go on with --license {license} if "
-            "yours is one that it does."
+            "it allows yours."
         )
     return license
 
 
 def _require_spelled(name: str) -> None:
-    """Refuse what is no name, or nearly one of the Hub's identifiers; a license that the Hub does not list is let pass.
-
-    Raises:
-        LicenseError: With the nearest identifiers.
-    """
+    """Refuse what names no license or misspells one of the Hub's; names that the Hub does not list may pass."""
     if name in NAMELESS - {UNKNOWN}:
         raise LicenseError(
             f"--license {name or repr(name)} names no license: give it as the Hub spells it (apache-2.0, cc0-1.0, ...) "
@@ -143,10 +139,9 @@ def _require_spelled(name: str) -> None:
     if name in IDENTIFIERS:
         return
     if not NAME.fullmatch(name):
-        raise LicenseError(f"{name!r} is no license identifier: give one as the Hub spells it, such as apache-2.0.")
+        raise LicenseError(f"{name!r} is not a license identifier: give one as the Hub spells it, such as apache-2.0.")
     letters = {_letters(known): known for known in sorted(IDENTIFIERS)}
     near = [known for squeezed, known in letters.items() if squeezed.startswith(_letters(name))]
-    near = near or [letters[found] for found in difflib.get_close_matches(_letters(name), letters, n=1, cutoff=0.9)]
     if near:
         raise LicenseError(f"--license {name} is not how the Hub spells it: did you mean {', '.join(near[:4])}?")
 

@@ -1,4 +1,4 @@
-"""What a user may type for a model, parsed once: every command reads it here, and refuses it in the same words."""
+"""What a user may type for a model: parsed here for every command, and refused in the same words."""
 
 import difflib
 from collections.abc import Collection, Sequence
@@ -21,21 +21,21 @@ def parse_repo(name: str) -> tuple[str, str | None]:
     """
     repo_id, at, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if at and not revision:
-        raise HubRefusedError(f"{name} names no revision: put a branch, tag or commit after the @, or leave the @ out.")
+        raise HubRefusedError(f"{name} has nothing after the @: add a branch, tag or commit, or leave the @ out.")
     return repo_id, revision or None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelName:
-    """A model as a user named it: something on the disk, a repository on the Hub, or else an architecture.
+    """A model as a user named it: a file or folder, a repository on the Hub, or else an architecture.
 
     Attributes:
         given: What was typed.
         path: The file or folder of that name, if there is one.
         repo_id: ``org/name`` on the Hub.
         revision: Branch, tag or commit; None for the main branch.
-        arch: Name of an architecture, of ours or of timm. Nobody has looked yet whether it exists.
-        tag: Of its weights; empty without one.
+        arch: Name of an architecture, ours or timm's, which may not exist.
+        tag: Tag of its weights, or empty.
     """
 
     given: str
@@ -47,10 +47,10 @@ class ModelName:
 
     @classmethod
     def parse(cls, given: str | Path) -> Self:
-        """Tell what a name is: ``hf-hub:org/name[@revision]``, a path, or an architecture with or without a tag.
+        """Read a name: ``hf-hub:org/name[@revision]``, a path, or an architecture with or without a tag.
 
         Raises:
-            BundleError: It is empty, or the system does not let us look.
+            BundleError: It is empty, or the file system does not let us look.
             HubRefusedError: Nothing follows the @.
         """
         text = str(given)
@@ -70,17 +70,17 @@ class ModelName:
 
     @property
     def shipped(self) -> Path | None:
-        """The folder of the weights in this package that it names; the tag may be left out where there is one only."""
+        """The folder of the weights in this package that it names; an only tag may be left out."""
         known = tags(self.arch)
         tag = self.tag or (known[0] if len(known) == 1 else "")
         folder = SHIPPED_WEIGHTS / f"{self.arch}.{tag}"
         return folder if tag in known and folder.is_dir() else None
 
     def require_ours(self) -> None:
-        """Refuse an architecture that `vitreg list` does not have, or weights that it does not have.
+        """Refuse an architecture or a tag that `vitreg list` does not have.
 
         Raises:
-            UnknownArchError: There is none of that name, or it has no such tag.
+            UnknownArchError: There is no such architecture, or it has no such tag.
         """
         if not self.is_ours:
             raise self._unknown(ARCHS)
@@ -88,10 +88,10 @@ class ModelName:
             self._require_tag(tags(self.arch))
 
     def asks_for_weights(self) -> bool:
-        """Whether an architecture of ours or of timm names weights: by a tag, or because some ship with this package.
+        """Whether an architecture, ours or timm's, comes with weights: by its tag, or because this package has some.
 
         Raises:
-            UnknownArchError: Neither we nor timm have it, or it has no such tag.
+            UnknownArchError: Neither this package nor timm has it, or it has no such tag.
         """
         import timm  # takes seconds, and other names do not need it
 
@@ -103,16 +103,16 @@ class ModelName:
         return bool(self.tag or self.shipped)
 
     def require_known(self) -> None:
-        """Refuse a name that means nothing, without opening the model.
+        """Refuse a name that means nothing, without opening a model.
 
         Raises:
-            UnknownArchError: It is no path, no repository and no architecture, or has no such tag.
+            UnknownArchError: It is neither a path, a repository nor an architecture, or has no such tag.
         """
         if self.arch:
             self.asks_for_weights()
 
     def require_weights(self) -> None:
-        """Refuse an architecture that `vitreg list` does not have, or that has no weights under this name.
+        """Refuse an architecture that `vitreg list` does not have, or that has no weights there.
 
         Raises:
             UnknownArchError: As `require_ours`, or there are no weights at all.

@@ -1,4 +1,4 @@
-"""Which rows have weights, under which tags of timm's; imports no timm."""
+"""Which rows have weights, and under which of timm's tags; does not import timm."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 """Bundles that are part of the package: one folder each, named architecture.tag."""
 
 DINOV2_SIZES = ("small", "base", "large", "giant")
-"""Sizes of which timm distributes Meta's DINOv2 weights with four registers (dinov2/hub/backbones.py)."""
+"""The sizes in which timm distributes Meta's DINOv2 weights with four registers."""
 
 
 def tags(arch: str) -> tuple[str, ...]:

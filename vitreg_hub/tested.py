@@ -1,6 +1,6 @@
-"""The versions of other libraries that this one was tested with, and those that are installed.
+"""The library versions that this package was tested with, and those that are installed.
 
-The ranges are the extra `tested` in pyproject.toml, which an installation holds as metadata: no library is imported.
+The ranges are the extra `tested` in pyproject.toml, read from the installation's metadata: no library is imported.
 """
 
 import platform
@@ -19,8 +19,8 @@ class Library:
     """A library that this package was tested with.
 
     Attributes:
-        name: What pip calls it.
-        installed: Its version here, None if it is not installed.
+        name: As pip knows it.
+        installed: Its installed version, or None.
         tested: The versions that were tested.
     """
 
@@ -36,12 +36,8 @@ class Library:
     @property
     def words(self) -> tuple[str, str, str]:
         """Its name, its version, and the tested range."""
-        oldest_first = ",".join(sorted(map(str, self.tested), reverse=True))
-        return (
-            self.name,
-            self.installed or "not installed",
-            f"{oldest_first}  untested" if self.is_outside else oldest_first,
-        )
+        tested = ",".join(sorted(map(str, self.tested), reverse=True))  # oldest first
+        return self.name, self.installed or "not installed", f"{tested}  untested" if self.is_outside else tested
 
 
 def tested_ranges() -> dict[str, SpecifierSet]:
@@ -51,7 +47,7 @@ def tested_ranges() -> dict[str, SpecifierSet]:
 
 
 def libraries(ranges: Mapping[str, SpecifierSet] | None = None) -> list[Library]:
-    """Every library that this package was tested with, and what is installed of it.
+    """Every library that this package was tested with, and its installed version.
 
     Args:
         ranges: Tested versions by name; those of this installation by default.
@@ -68,12 +64,7 @@ def _installed(name: str) -> str | None:
 
 
 def version_text(verbose: bool = False, ranges: Mapping[str, SpecifierSet] | None = None) -> str:
-    """The version of this package; if verbose also of Python and of each library, with the versions that were tested.
-
-    Args:
-        verbose: Tell of the libraries too.
-        ranges: As in `libraries`.
-    """
+    """The version of this package; if verbose, also of Python and of each library, with its tested `ranges`."""
     ours = f"vitreg_hub {version('vitreg_hub')}"
     if not verbose:
         return ours

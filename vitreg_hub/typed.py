@@ -1,6 +1,6 @@
-"""JSON and YAML into frozen dataclasses: pydantic checks the types, strictly, and this module says what is wrong.
+"""JSON and YAML into frozen dataclasses: pydantic checks the types strictly, and this module words the mistakes.
 
-A dataclass that checks more than types does so in its `__post_init__`, in a sentence of its own.
+A dataclass that checks more than types does so in its `__post_init__`, with a sentence of its own.
 """
 
 import json
@@ -33,7 +33,7 @@ WANTED = {
     "union_tag_invalid": "of the kind {expected_tags}",
     "union_tag_not_found": "an object with the key {discriminator}",
 }
-"""What a value must be, by pydantic's name of what is wrong with it."""
+"""What a value must be, by pydantic's name of the mistake."""
 UNKNOWN_KEY = "unexpected_keyword_argument"
 
 
@@ -45,18 +45,18 @@ def read(
     error: type[VitregError] = VitregError,
     unknown: Literal["forbid", "ignore"] = "forbid",
 ) -> T:
-    """Read what a JSON or YAML file holds.
+    """Check data from a JSON or YAML file, and read them into a type.
 
     Args:
         kind: A dataclass, or any other type.
-        data: As `json.loads` gives it. Nothing is converted: true is no number, and "1" neither. Lists become tuples,
-            whole numbers become floats where floats are wanted.
-        called: The key under which the data stand; empty for all of a file.
-        error: Class of what is raised.
-        unknown: Whether keys that `kind` does not have are refused or passed over.
+        data: As `json.loads` gives it. Nothing is converted (neither true nor "1" is a number), but lists become tuples
+            and whole numbers become floats where those are wanted.
+        called: Key of the data in their file; empty for all of the file.
+        error: Class of the exception.
+        unknown: Whether keys that `kind` does not have are refused or ignored.
 
     Raises:
-        error: The data are something else; the message names every key and what is wrong with it.
+        error: The data do not fit; the message names every wrong key and what is wrong with it.
     """
     try:
         return _adapter(kind, unknown).validate_json(json.dumps({called: data}, default=str))[called]
@@ -66,8 +66,8 @@ def read(
 
 @cache
 def _adapter(kind: type[T], unknown: Literal["forbid", "ignore"]) -> TypeAdapter[dict[str, T]]:
-    # inside of a dictionary, for a plain dataclass takes its settings from what holds it; JSON, for a strict reading
-    # of Python's own values takes no dictionary for a dataclass
+    # Inside a dictionary, because a plain dataclass takes its settings from what contains it. As JSON, because strict
+    # reading of Python values does not take a dictionary for a dataclass.
     return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, extra=unknown))
 
 
@@ -84,25 +84,29 @@ def _problems(errors: Iterable[ErrorDetails], data: Any) -> Iterator[str]:
 
 
 def _sentence(key: str, error: ErrorDetails) -> str:
-    told: Mapping[str, Any] = error.get("ctx", {})
-    if isinstance(told.get("error"), VitregError):
-        return str(told["error"])
+    context: Mapping[str, Any] = error.get("ctx", {})
+    if isinstance(context.get("error"), VitregError):
+        return str(context["error"])
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] in WANTED:
-        return f"{key} must be {WANTED[error['type']].format_map(told)}, not {error['input']!r}"
+        return f"{key} must be {WANTED[error['type']].format_map(context)}, not {error['input']!r}"
     return f"{key} cannot be read ({error['msg']})"
 
 
 def _place(error: ErrorDetails, data: Any) -> list[str | int]:
-    """The keys among what pydantic tells of a place, where it also names which kind of several it has tried."""
+    """The keys of an error's location, which also names the members of unions that pydantic has tried."""
     place: list[str | int] = []
     inside = data
     for part in error["loc"]:
-        if part in (inside if isinstance(inside, dict) else range(len(inside)) if isinstance(inside, list) else ()):
-            place.append(part)
+        try:
             inside = inside[part]
-    return [*place, error["loc"][-1]] if error["type"] == "missing" else place or list(data)
+        except (KeyError, IndexError, TypeError):
+            continue
+        place.append(part)
+    if error["type"] == "missing":
+        return [*place, error["loc"][-1]]
+    return place or list(data)
 
 
 def _key(location: Iterable[str | int]) -> str:

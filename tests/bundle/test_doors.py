@@ -28,7 +28,7 @@ def test_verify_refuses_what_is_no_number(folder):
     bundle.state_dict["head.bias"][0] = float("nan")
     bundle.save(folder)
     with pytest.raises(
-        BundleError, match=r"the logits of .*bundle hold infinities or NaN, so its weights .*: make it anew"
+        BundleError, match=r"the logits of .*bundle hold infinities or NaN, so its weights .*: make it again"
     ):
         verify(folder)
 

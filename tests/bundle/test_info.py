@@ -228,7 +228,7 @@ MISTAKES = [
     ("vit_nano_reg4.letters", UnknownArchError, "vit_nano_reg4 has no weights 'letters'; it has digits."),
     ("vit_tiny_reg4.digits", UnknownArchError, "vit_tiny_reg4 has no weights 'digits'; it has none."),
     ("org/name", UnknownArchError, "a Hub repository needs the prefix 'hf-hub:'"),
-    ("{tmp}", BundleError, "is no bundle: it has no config.json"),
+    ("{tmp}", BundleError, "is not a bundle: it has no config.json"),
 ]
 
 
@@ -244,7 +244,7 @@ def test_repositories_without_a_bundle(hub):
     with pytest.raises(HubError, match="no repository lab/nothing"):
         describe("hf-hub:lab/nothing")
     put(hub, "lab/notes", {"notes.txt": b"nothing"})
-    with pytest.raises(BundleError, match="hf-hub:lab/notes is no bundle"):
+    with pytest.raises(BundleError, match="hf-hub:lab/notes is not a bundle"):
         describe("hf-hub:lab/notes")
 
 

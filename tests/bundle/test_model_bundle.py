@@ -344,7 +344,7 @@ def test_loaded_bundle_outlives_its_folder(saved):
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_nano_reg8"])
 def test_model_of_another_architecture_is_refused(name):
-    with pytest.raises(BundleError, match="this is no bundle of vit_nano_reg4: "):
+    with pytest.raises(BundleError, match="this is not a bundle of vit_nano_reg4: "):
         ModelBundle.from_timm(timm.create_model(name), arch="vit_nano_reg4", provenance=Provenance(origin="x"))
 
 

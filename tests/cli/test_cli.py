@@ -102,18 +102,18 @@ def test_reader_of_the_output_may_stop():
 
 MISTAKES = {
     "no architecture matches 'vit_hug'; `vitreg list` prints all 147.": ["list", "vit_hug"],
-    "{tmp}/nothing is no folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
-    "{tmp} is no bundle: it has no config.json.": ["verify", "{tmp}"],
-    "hf-hub:lab/x is no folder: fetch": ["push", "hf-hub:lab/x", "lab/y", "--dry-run"],
-    "vit_small_reg4.dinov2_lvd142m is no folder: ModelBundle.load('vit_small_reg4.dinov2_lvd142m').save(folder) w": [
+    "{tmp}/nothing is not a folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
+    "{tmp} is not a bundle: it has no config.json.": ["verify", "{tmp}"],
+    "hf-hub:lab/x is not a folder: fetch": ["push", "hf-hub:lab/x", "lab/y", "--dry-run"],
+    "vit_small_reg4.dinov2_lvd142m is not a folder: ModelBundle.load('vit_small_reg4.dinov2_lvd142m').save(folder) w": [
         "push",
         "vit_small_reg4.dinov2_lvd142m",
         "lab/x",
         "--dry-run",
     ],
-    "'' is no folder: give '.' for the current one.": ["push", "", "lab/x", "--dry-run"],
-    " '' is no folder: give '.' for the current one.": ["info", ""],
-    "/ is no bundle: it has no config.json.": ["push", "/", "lab/x", "--dry-run"],
+    "'' is not a folder: give '.' for the current one.": ["push", "", "lab/x", "--dry-run"],
+    " '' is not a folder: give '.' for the current one.": ["info", ""],
+    "/ is not a bundle: it has no config.json.": ["push", "/", "lab/x", "--dry-run"],
     "x cannot be used (File name too long): look at its name": ["info", "x" * 300],
     "x: File name too long.": ["pull", "lab/x", "{tmp}/" + "x" * 300],
     "cannot write {tmp}/broken/config.json/new/recipe.yaml: Not a": [
@@ -122,7 +122,7 @@ MISTAKES = {
         "{tmp}/broken/config.json/new",
     ],
     "{tmp} exists and holds no run: choose another folder.": ["quickstart", "--out", "{tmp}"],
-    "'a/b/c' is no repository id: give it as organisation/name.": ["pull", "a/b/c", "{tmp}/new"],
+    "'a/b/c' is not a repository id: give it as organisation/name.": ["pull", "a/b/c", "{tmp}/new"],
     "R6: there is no model.safetensors": ["verify", "{tmp}/broken"],
 }
 

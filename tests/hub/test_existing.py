@@ -76,8 +76,8 @@ def test_model_that_is_replaced_is_told_once(hub, api, saved, caplog):
     plan(saved, REPO)
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        f"the card of {REPO} is its author's and stays as it is: see that it tells of these weights.",
-        f"{REPO} holds a model that is no bundle, of which only the history will be left.",
+        f"the card of {REPO} is its author's and stays as it is: check that it describes these weights.",
+        f"{REPO} holds a model that is not a bundle: it will be replaced, and remain in the history only.",
     ]
     push(saved, REPO)
     assert hub.repos[REPO].files()["README.md"] == b"# Old\n"
@@ -109,7 +109,7 @@ def test_authors_text_in_the_folder_is_told_where_the_hub_has_it_not(hub, api, s
     push(saved, REPO)
     assert "Of the folder." not in card_on(hub)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{REPO} keeps the text of its card, and what the folder's README.md says beside our blocks is not published: "
+        f"{REPO} keeps the text of its card, and what the folder's README.md says outside our blocks is not published: "
         "edit the card on the Hub."
     ]
 
@@ -117,7 +117,7 @@ def test_authors_text_in_the_folder_is_told_where_the_hub_has_it_not(hub, api, s
 def test_card_that_is_no_text_is_refused_before_a_repository_is_made(hub, saved):
     (saved / "README.md").write_bytes(b"# Caf\xe9\n")
     for attempt in (plan, push):
-        with pytest.raises(BundleError, match=r"README\.md is no text in UTF-8 \(byte 5\)") as caught:
+        with pytest.raises(BundleError, match=r"README\.md is not UTF-8 \(byte 5\)") as caught:
             attempt(saved, REPO)
         sentence(caught)
     assert not hub.repos
@@ -203,7 +203,7 @@ def test_taken_tag_stops_a_push_that_changes_nothing(hub, saved, tmp_path):
 @pytest.mark.parametrize("name", ["HEAD", "a.lock", "a" * 201, "refs/heads/a", "-a"])
 def test_names_that_git_has_not(hub, saved, name):
     for kind in ("branch", "tag"):
-        with pytest.raises(HubRefusedError, match=f"is no name of a {kind}") as caught:
+        with pytest.raises(HubRefusedError, match=f"is not a valid {kind} name") as caught:
             push(saved, REPO, **{kind: name})
         sentence(caught)
     assert not hub.requests

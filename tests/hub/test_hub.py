@@ -148,7 +148,7 @@ def test_push_with_a_token_that_does_not_do(token, says, hub, saved, monkeypatch
 def test_push_to_someone_elses_name(hub, saved):
     with pytest.raises(HubError, match="may not do this"):
         push(saved, "someone/model")
-    with pytest.raises(HubError, match="is no repository id"):
+    with pytest.raises(HubError, match="is not a repository id"):
         push(saved, "too/many/parts")
 
 
@@ -181,7 +181,7 @@ def test_dropped_download_leaves_nothing(hub, saved, tmp_path):
 
 def test_repository_that_is_no_bundle(hub, tmp_path):
     timm.models.push_to_hf_hub(timm.create_model("test_vit"), "lab/plain", safe_serialization=True)
-    with pytest.raises(BundleError, match=r"lab/plain is no bundle but a timm model \(test_vit\)") as caught:
+    with pytest.raises(BundleError, match=r"lab/plain is not a bundle but a timm model \(test_vit\)") as caught:
         pull("lab/plain", tmp_path / "pulled")
     sentence(caught)
     assert not [path for _, path, _ in hub.requests if path.endswith("resolve/main/model.safetensors")]
@@ -205,7 +205,7 @@ def test_repository_without_a_bundle_says_what_it_is(hub, tmp_path, what):
     for name, content in KINDS[what].items():
         api.upload_file(repo_id="lab/thing", path_or_fileobj=content or b"much", path_in_repo=name)
     asked = len(hub.requests)
-    with pytest.raises(BundleError, match=re.escape(f"hf-hub:lab/thing is no bundle but {what}")) as caught:
+    with pytest.raises(BundleError, match=re.escape(f"hf-hub:lab/thing is not a bundle but {what}")) as caught:
         pull("lab/thing", tmp_path / "pulled")
     assert ("`vitreg convert hf-hub:lab/thing FOLDER`" in sentence(caught)) == ("make" in what)
     fetched = {path.rpartition("/")[2] for verb, path, _ in hub.requests[asked:] if "/resolve/" in path}
@@ -286,7 +286,7 @@ def test_published_models_are_found_by_their_tag(hub, tmp_path, capsys):
 
 def test_listing_of_what_is_no_hub(hub):
     hub.fault = Fault(method="GET", path="/api/models", act=200, body=HTML).on(hub)
-    with pytest.raises(HubError, match="not what a Hub does") as caught:
+    with pytest.raises(HubError, match="does not answer like a Hub") as caught:
         list_models()
     sentence(caught)
     hub.fault = Fault(method="GET", path="/api/models", act=200, body=HTML, times=1).on(hub)

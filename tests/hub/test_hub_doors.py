@@ -139,7 +139,7 @@ def test_both_towers_open_in_open_clip_from_anywhere(hub, towers, tmp_path, monk
         assert torch.equal(tensor, expected[key]), key
         assert (tensor[0] - tensor[1]).abs().max() > 1e-4
 
-    with pytest.raises(BundleError, match="lab/vit_nano_reg4-open_clip is no bundle but an OpenCLIP model"):
+    with pytest.raises(BundleError, match="lab/vit_nano_reg4-open_clip is not a bundle but an OpenCLIP model"):
         pull(f"{repo}-open_clip", tmp_path / "pulled")
     assert [model.repo_id for model in list_models()] == [repo]
 
@@ -177,7 +177,7 @@ def test_what_the_towers_cannot_be_stops_the_push_before_it_starts(hub, towers, 
     with pytest.raises(HubError, match="m-open_clip has a tag v1 already"):
         push(folder, "lab/m", tag="v1")
     folder.with_name("model-open_clip").rename(tmp_path / "other-open_clip")
-    with pytest.raises(HubError, match="no repository lab/other-open_clip that takes a pull request"):
+    with pytest.raises(HubError, match="no repository lab/other-open_clip to open a pull request in"):
         push(tmp_path / "other", "lab/other", create_pr=True)
     assert {name: dict(hub.repos[name].branches) for name in before} == before
     assert not hub.repos["lab/other"].pull_requests
@@ -204,7 +204,7 @@ def test_towers_card_follows_the_license_and_keeps_its_authors_words(hub, towers
 BROKEN = {
     "has no open_clip_model.safetensors": lambda both: (both / "open_clip_model.safetensors").unlink(),
     "holds old.pt: such files can run code": lambda both: (both / "old.pt").write_bytes(b"pickle"),
-    "open_clip_config.json is no JSON": lambda both: (both / "open_clip_config.json").write_text("{"),
+    "open_clip_config.json is not JSON": lambda both: (both / "open_clip_config.json").write_text("{"),
     "has no 'model_cfg', as open_clip wants it": lambda both: (both / "open_clip_config.json").write_text("{}"),
     "has no config.json, from which timm builds": lambda both: (both / "config.json").unlink(),
 }

@@ -39,9 +39,9 @@ PULLERS = {
     "a private one of others": ("lab/secret", "hf_bob", "no repository lab/secret .*private.*hf auth login"),
     "a wrong token": (REPO, "hf_wrong", "access token for lab/model is missing or invalid"),
     "a gated one": ("lab/gated", "hf_good", "lab/gated is gated: ask for access at .*/lab/gated"),
-    "no name": ("a/b/c", "hf_good", "'a/b/c' is no repository id"),
-    "no revision": (f"{REPO}@", "hf_good", "lab/model@ names no revision: put a branch, tag or commit after the @"),
-    "no token at all": (REPO, "hf_gü", "the access token holds letters that no token has: run `hf auth login`"),
+    "no name": ("a/b/c", "hf_good", "'a/b/c' is not a repository id"),
+    "no revision": (f"{REPO}@", "hf_good", "lab/model@ has nothing after the @: add a branch, tag or commit"),
+    "no token at all": (REPO, "hf_gü", "the access token has characters that no token has: run `hf auth login`"),
 }
 
 
@@ -234,11 +234,17 @@ NOT_DOWNLOADED = {
     "the weights always fail": (Fault(**WEIGHTS, act=503).on, "status 503 .*try again later"),
     "the head always fails": (Fault(method="GET", path="/revision/main", act=500).on, "status 500 .*try again"),
     "the listing always fails": (Fault(method="GET", path="/tree/", act=503).on, "status 503 .*try again later"),
-    "the head is another's": (Fault(method="GET", path="/revision/main", act=200, body=HTML).on, "not what a Hub does"),
-    "files are another's": (Fault(method="HEAD", path="/resolve/", act=200, body=HTML).on, "not what a Hub does"),
+    "the head is another's": (
+        Fault(method="GET", path="/revision/main", act=200, body=HTML).on,
+        "does not answer like a Hub",
+    ),
+    "files are another's": (
+        Fault(method="HEAD", path="/resolve/", act=200, body=HTML).on,
+        "does not answer like a Hub",
+    ),
     "the weights are not the listing's": (
         with_weights(spoiled),
-        "has not the checksum that the Hub told, fetched twice",
+        "was fetched twice, and twice its checksum was wrong",
     ),
 }
 
@@ -298,7 +304,7 @@ def test_damage_that_another_process_deletes_first(hub, published, monkeypatch):
         return found
 
     monkeypatch.setattr("vitreg_hub.remote.download.checksum", checked)
-    with pytest.raises(HubError, match="has not the checksum that the Hub told, fetched twice"):
+    with pytest.raises(HubError, match="was fetched twice, and twice its checksum was wrong"):
         download(REPO)
     require_sound_cache()
 
@@ -463,7 +469,7 @@ def test_broken_config_on_the_hub(hub, published, tmp_path):
     for content in (b"{", json.dumps([1]).encode()):
         hub.repos[REPO].commit("main", "broken", {**files, "config.json": Blob(content)})
         with pytest.raises(
-            BundleError, match="hf-hub:lab/model is no bundle but a repository with the checkp"
+            BundleError, match="hf-hub:lab/model is not a bundle but a repository with the checkp"
         ) as caught:
             pull(REPO, tmp_path / "pulled")
         sentence(caught)

@@ -173,9 +173,9 @@ def test_tag_is_set_at_last_and_belongs_to_one_commit(hub, saved, tmp_path):
 
 
 REFUSED_TARGETS = {
-    "'a..b' is no name of a branch": {"branch": "a..b"},
-    "'refs/pr/1' is no name of a branch": {"branch": "refs/pr/1"},
-    "'v 1' is no name of a tag": {"tag": "v 1"},
+    "'a..b' is not a valid branch name": {"branch": "a..b"},
+    "'refs/pr/1' is not a valid branch name": {"branch": "refs/pr/1"},
+    "'v 1' is not a valid tag name": {"tag": "v 1"},
     "leave --tag out": {"tag": "v2", "create_pr": True},
     "v1 is a tag of": {"branch": "v1"},
     "has no branch none for a pull request": {"branch": "none", "create_pr": True},
@@ -198,7 +198,7 @@ def test_targets_that_cannot_be_are_refused_before_anything_is_written(hub, save
 
 
 def test_pull_request_needs_a_repository(hub, saved):
-    with pytest.raises(HubError, match="no repository lab/none that takes a pull request"):
+    with pytest.raises(HubError, match="no repository lab/none to open a pull request in"):
         push(saved, "lab/none", create_pr=True)
     assert not hub.repos
 
@@ -315,13 +315,13 @@ def test_authors_own_card_with_another_license_has_to_be_changed_by_its_author(h
     api = HfApi(endpoint=hub.endpoint, token="hf_good")
     api.create_repo(REPO)
     api.upload_file(repo_id=REPO, path_or_fileobj=card_with("gpl-3.0").encode(), path_in_repo="README.md")
-    for license, says in ((None, "several licenses"), (told, "is its author's and tells the license gpl-3.0")):
+    for license, says in ((None, "several licenses"), (told, "is its author's and states the license gpl-3.0")):
         with pytest.raises(LicenseError, match=says) as caught:
             push(saved, REPO, license=license)
         sentence(caught)
     assert len(hub.repos[REPO].commits) == 2
     unknown = replace(random_bundle(), provenance=Provenance(origin="somewhere")).save(saved.parent / "unknown")
-    with pytest.raises(LicenseError, match=r"tells the license gpl-3\.0: push with --license gpl-3\.0"):
+    with pytest.raises(LicenseError, match=r"states the license gpl-3\.0: push with --license gpl-3\.0"):
         push(unknown, REPO, license="unknown")
 
 

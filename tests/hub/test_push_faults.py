@@ -76,9 +76,12 @@ GIVEN_UP = {
     "asking where to upload fails": (Fault(method="POST", path="/objects/batch", act=503), "status 503 .*again later"),
     "the card is refused": (
         Fault(method="POST", path="/validate-yaml", act=400, body=b'{"errors": [{"message": "no such license"}]}'),
-        "the Hub does not take a file for lab/model: Invalid metadata in README.md. - no such license",
+        "the Hub does not accept a file for lab/model: Invalid metadata in README.md. - no such license",
     ),
-    "the card is never checked": (Fault(method="POST", path="/validate-yaml", act=503), "not what a Hub does: check"),
+    "the card is never checked": (
+        Fault(method="POST", path="/validate-yaml", act=503),
+        "does not answer like a Hub: check",
+    ),
     "the commit always fails": (Fault(method="POST", path="/commit/", act=500), "status 500 .*try again later"),
     "the commit is always dropped": (
         Fault(method="POST", path="/commit/", act=DROP),
@@ -87,7 +90,10 @@ GIVEN_UP = {
     "the commit is refused": (Fault(method="POST", path="/commit/", act=400, body=b"no\nsuch\nluck"), "no such luck"),
     "too many commits": (Fault(method="POST", path="/commit/", act=429), "wait some minutes and try again"),
     "the refs always fail": (Fault(method="GET", path="/refs", act=500), "status 500 .*try again later"),
-    "the refs are another's": (Fault(method="GET", path="/refs", act=200, body=HTML), "not what a Hub does: check"),
+    "the refs are another's": (
+        Fault(method="GET", path="/refs", act=200, body=HTML),
+        "does not answer like a Hub: check",
+    ),
     "the old card always fails": (Fault(method="HEAD", path="/resolve/", act=503), "status 503 .*try again later"),
 }
 
@@ -289,7 +295,7 @@ def test_lost_reply_of_a_hub_that_then_says_nothing(hub, published, new):
     lose = Fault(method="POST", path="/commit/", act=LOSE, times=1).on(hub)
     silent = Fault(method="GET", path="/commits/", act=500).on(hub)
     hub.fault = lambda request: lose(request) or silent(request)
-    with pytest.raises(HubError, match=r"does not tell whether the commit is there: push again later") as caught:
+    with pytest.raises(HubError, match=r"does not say whether the commit is there: push again later") as caught:
         push(new, REPO)
     sentence(caught)
     hub.fault = lambda request: None
@@ -299,7 +305,7 @@ def test_lost_reply_of_a_hub_that_then_says_nothing(hub, published, new):
 
 def test_pull_request_whose_reply_is_lost_is_not_opened_twice(hub, published, new):
     hub.fault = Fault(method="POST", path="/commit/", act=LOSE, times=1).on(hub)
-    with pytest.raises(HubError, match=rf"look at {hub.endpoint}/{REPO}/discussions") as caught:
+    with pytest.raises(HubError, match=rf"look for it at {hub.endpoint}/{REPO}/discussions") as caught:
         push(new, REPO, create_pr=True)
     sentence(caught)
     assert len(hub.repos[REPO].pull_requests) == 1
@@ -348,7 +354,7 @@ def test_branch_that_cannot_be_made(hub, published, new):
 def test_tag_that_cannot_be_set_is_set_by_the_next_push(hub, published, new):
     hub.fault = Fault(method="POST", path="/tag/", act=500).on(hub)
     with pytest.raises(
-        HubError, match=r"the commit is there .*but not the tag v1, which the same push again sets"
+        HubError, match=r"the commit is there .*but not the tag v1; run the same push again to set it"
     ) as caught:
         push(new, REPO, tag="v1")
     repo = hub.repos[REPO]

@@ -50,7 +50,7 @@ def card(bundle) -> str:
 def test_every_section_is_there_and_holds_something(bundle, card):
     found = sections(card)
     run, conversion = bundle.provenance.run, bundle.provenance.conversion
-    absent = set() if run and run.told.batch_size else {"Training"}
+    absent = set() if run and run.facts.batch_size else {"Training"}
     absent |= set() if conversion else {"Conversion"}
     assert list(found) == [title for title in SECTIONS if title not in absent]
     assert all(found.values())

@@ -482,7 +482,7 @@ def test_record_changes_everything_or_nothing(fails, tmp_path, monkeypatch):
 
 
 def test_record_needs_a_bundle(tmp_path):
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         record(tmp_path, report())
     assert not list(tmp_path.iterdir())
     folder = random_bundle().save(tmp_path / "model")

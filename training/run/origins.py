@@ -16,7 +16,7 @@ from vitreg_hub.bundle.provenance import SourceOfRun
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import HubError, LicenseError
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from vitreg_hub.licenses import UNKNOWN, is_noncommercial, settle, told_by
+from vitreg_hub.licenses import UNKNOWN, is_noncommercial, settle, stated_licenses
 from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.remote.client import hub_errors, patiently
 from vitreg_hub.training.recipes.named import default_license
@@ -112,7 +112,7 @@ def _source(setting: str, name: str) -> Source:
     return Source(
         setting=setting,
         name=name,
-        licenses=told_by({"pretrained_cfg": {"license": cfg and cfg.license}}, Path()),
+        licenses=stated_licenses({"pretrained_cfg": {"license": cfg and cfg.license}}, Path()),
         origin=f"weights of {HUB_PREFIX}{repo_id}@{file.parent.name}" if file else None,
         sha256=file and _sha256(file),
     )
@@ -126,7 +126,7 @@ def _in_folder(setting: str, name: str, folder: Path | None) -> Source:
     return Source(
         setting=setting,
         name=name,
-        licenses=told_by(config, folder / CARD_FILE),
+        licenses=stated_licenses(config, folder / CARD_FILE),
         origin=config["vitreg"]["provenance"]["origin"] if "vitreg" in config else None,
         sha256=_sha256(weights) if weights.is_file() else None,
     )

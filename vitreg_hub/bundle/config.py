@@ -1,4 +1,4 @@
-"""What a bundle's config.json holds, typed: one reader, one writer, and what follows from it.
+"""The content of a bundle's config.json, typed: one reader, one writer, and what follows from it.
 
 A bundle is a folder, which is also a Hub repository: config.json, model.safetensors, README.md.
 """
@@ -32,7 +32,7 @@ ARGUMENTS = {
     "depth": PositiveInt,
     "num_heads": PositiveInt,
 }
-"""Types of the arguments that this package reads from `model_args`; the others are timm's to check."""
+"""Types of the arguments in `model_args` that this package reads; timm checks the others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,13 +62,13 @@ class Preprocess:
         Raises:
             BundleError: One is missing, or of another type.
         """
-        told = {f.name: cfg[f.name] for f in dataclasses.fields(cls) if cfg.get(f.name) is not None}
-        return typed.read(cls, told, called="pretrained_cfg", error=BundleError)
+        known = {f.name: cfg[f.name] for f in dataclasses.fields(cls) if cfg.get(f.name) is not None}
+        return typed.read(cls, known, called="pretrained_cfg", error=BundleError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundleConfig:
-    """All that a bundle's config.json holds.
+    """The content of a bundle's config.json.
 
     Attributes:
         arch: Name of a row of the table.
@@ -138,7 +138,7 @@ class BundleConfig:
 
     @property
     def untold(self) -> tuple[tuple[Untold, Any], ...]:
-        """What plain timm is not told, in the order in which it is applied, each with its value."""
+        """The facts that plain timm is not told, with their values, in the order in which they are applied."""
         return tuple((part, getattr(self, part.key)) for part in UNTOLD)
 
     def to_json(self) -> dict[str, Any]:
@@ -185,12 +185,12 @@ _Entry = dataclasses.make_dataclass(
     frozen=True,
     kw_only=True,
 )
-"""What of a `BundleConfig` stands under `vitreg`, for timm has no place for it."""
+"""The fields of a `BundleConfig` that timm has no place for: they stand under `vitreg`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """The keys of a config.json that are read; the others follow from them."""
+    """The keys of a config.json that are read; all others follow from them."""
 
     model_args: Mapping[str, Any]
     num_classes: int
@@ -199,23 +199,23 @@ class _Form:
     vitreg: _Entry
 
 
-def read_entry(told: Any) -> dict[str, Any]:
-    """Read what a config.json says under `vitreg`: fields of `BundleConfig`.
+def read_entry(entry: Any) -> dict[str, Any]:
+    """Read the entry `vitreg` of a config.json: fields of `BundleConfig`.
 
     Raises:
-        BundleError: It says something else; the message names every key and what is wrong with it.
+        BundleError: The entry does not fit; the message names every wrong key and what is wrong with it.
     """
-    return vars(typed.read(_Entry, told, called="vitreg", error=BundleError))
+    return vars(typed.read(_Entry, entry, called="vitreg", error=BundleError))
 
 
 def config_from_json(config: Mapping[str, Any]) -> BundleConfig:
-    """Read the content of a config.json. Whether it keeps the rules is not looked at (`rules.py`).
+    """Read the content of a config.json; `rules.py` checks the rules.
 
     Raises:
         BundleError: Something is missing or of another type; the message names every key and what is wrong with it.
     """
-    told = {f.name: config[f.name] for f in dataclasses.fields(_Form) if f.name in config}
-    form = typed.read(_Form, told, error=BundleError)
+    known = {f.name: config[f.name] for f in dataclasses.fields(_Form) if f.name in config}
+    form = typed.read(_Form, known, error=BundleError)
     registers = {kind_of(get_arch(form.vitreg.arch)).registers_argument: NonNegativeInt}
     for name, wanted in (ARGUMENTS | registers).items():
         if name in form.model_args:
@@ -230,7 +230,7 @@ def config_from_json(config: Mapping[str, Any]) -> BundleConfig:
 
 
 def config_text(config: Mapping[str, Any]) -> str:
-    """A JSON file, with sorted keys, so that equal bundles have equal files."""
+    """The text of a config.json, with sorted keys, so that equal bundles have equal files."""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
@@ -238,20 +238,20 @@ def read_config(folder: Path, *, called: str) -> dict[str, Any]:
     """Read a bundle's config.json, as it is written.
 
     Raises:
-        BundleError: There is none, it cannot be read, or it is no JSON object with this package's `vitreg` key.
+        BundleError: There is none, it cannot be read, or it is not a JSON object with this package's `vitreg` key.
     """
     with readable(called):
         if not folder.is_dir():
-            raise BundleError(f"{called} is no folder, so no bundle.")
+            raise BundleError(f"{called} is not a folder, so not a bundle.")
         if not (folder / CONFIG_FILE).is_file():
-            raise BundleError(f"{called} is no bundle: it has no {CONFIG_FILE}.")
+            raise BundleError(f"{called} is not a bundle: it has no {CONFIG_FILE}.")
         content = (folder / CONFIG_FILE).read_bytes()
     try:
         config = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{called} is no bundle: its {CONFIG_FILE} is not JSON ({error}).") from error
+        raise BundleError(f"{called} is not a bundle: its {CONFIG_FILE} is not JSON ({error}).") from error
     if not isinstance(config, dict) or not isinstance(config.get("vitreg"), dict):
-        raise BundleError(f"{called} is no bundle: its {CONFIG_FILE} has no 'vitreg' entry.")
+        raise BundleError(f"{called} is not a bundle: its {CONFIG_FILE} has no 'vitreg' entry.")
     return config
 
 

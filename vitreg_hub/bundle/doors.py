@@ -1,4 +1,4 @@
-"""Open a bundle through every door that its users have, and compare what comes out."""
+"""Opens a bundle in each of the four ways that users have, and compares the outputs."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def verify(folder: str | Path, *, images: Tensor | None = None, bundle: ModelBun
         folder: A bundle's folder, ``hf-hub:org/name[@revision]``, or the name of weights in this package
             (``vit_nano_reg4.digits``).
         images: [B, C, H, W] of the bundle's input size; two images of noise by default.
-        bundle: What the folder holds, if that is loaded already.
+        bundle: The folder's bundle, if it is loaded already.
 
     Returns:
         Largest absolute difference to `ModelBundle.build` per door: all 0.
@@ -59,7 +59,7 @@ def verify(folder: str | Path, *, images: Tensor | None = None, bundle: ModelBun
 
 
 def bundle_folder(source: str | Path | ModelName) -> Path:
-    """The folder of a bundle: as it was given, or of weights in this package by their name.
+    """The folder of a bundle, given itself or by the name of weights in this package.
 
     Raises:
         BundleError: There is none, or it cannot be read.
@@ -71,7 +71,7 @@ def bundle_folder(source: str | Path | ModelName) -> Path:
     remedy = "fetch a published bundle with `vitreg pull` first"
     if name.tag in tags(name.arch):
         remedy = f"ModelBundle.load({name.given!r}).save(folder) writes one with these weights"
-    raise BundleError(f"{name.given} is no folder: {remedy}.")
+    raise BundleError(f"{name.given} is not a folder: {remedy}.")
 
 
 def _open_plain_doors(folder: Path, images: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -96,7 +96,7 @@ def _difference(folder: Path, door: str, ours: dict[str, Tensor], theirs: dict[s
     for name, tensor in ours.items():
         if not (tensor.isfinite().all() and theirs[name].isfinite().all()):
             raise BundleError(
-                f"the {name} of {folder} hold infinities or NaN, so its weights are of no use: make it anew, from an "
+                f"the {name} of {folder} hold infinities or NaN, so its weights are useless: make it again, from an "
                 "earlier checkpoint of its training or another copy of its source."
             )
         if tensor.shape != theirs[name].shape:

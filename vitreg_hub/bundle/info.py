@@ -1,4 +1,4 @@
-"""What a model is and where it came from, told without its weights."""
+"""What a model is and where it came from, without its weights."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from vitreg_hub.timm_models import eval_cfg
 
 NOT_RECORDED = "not recorded"
 SHOWN = 4
-"""Names of dropped tensors that the table shows; JSON has all."""
+"""How many names of dropped tensors the table shows; JSON has all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class ModelInfo:
     Attributes:
         name: Architecture, architecture.tag, folder, or repository with its commit.
         architecture: Facts of the network and its images.
-        provenance: Where the weights came from, None for an architecture alone. What nobody recorded is None or empty.
+        provenance: Where the weights came from; None for an architecture alone.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ModelInfo:
 
 
 def describe(source: str | Path) -> ModelInfo:
-    """Tell what a model is. Of a repository only its config.json is fetched.
+    """Say what a model is. From a repository only its config.json is fetched.
 
     Args:
         source: An architecture with or without the tag of its weights, a bundle's folder, or
@@ -98,7 +98,7 @@ def _of_bundle(folder: Path, *, name: str, called: str) -> ModelInfo:
 
 
 def _architecture(config: BundleConfig) -> dict[str, Any]:
-    """Facts of the network that a config.json describes, most of them counted in it."""
+    """Facts about the network that a config.json describes, most of them counted in the network itself."""
     spec, args, model = config.spec, config.model_args, empty_model(config, weight_init="skip")
     return {
         "architecture": spec.name,
@@ -204,9 +204,9 @@ def _conversion_rows(report: Conversion) -> Iterator[tuple[str, str]]:
 
 
 def _training(run: TrainingRun, best: BestModel | None) -> str:
-    """A run in a line, as far as it is told."""
-    recipe, total = run.told, run.total_steps
-    told = {
+    """A run in a line, as far as it is recorded."""
+    recipe, total = run.facts, run.total_steps
+    facts = {
         "recipe": recipe.name,
         "steps": run.step if run.step == total else f"{run.step} of {total}",
         "batch size": recipe.batch_size,
@@ -215,9 +215,9 @@ def _training(run: TrainingRun, best: BestModel | None) -> str:
         "seed": recipe.seed,
         "best of its run by": best and best.score,
     }
-    return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) or NOT_RECORDED
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) or NOT_RECORDED
 
 
 def _printable(text: str) -> str:
-    """Text of a stranger's file on one line, without what would move the terminal's cursor."""
+    """Text from someone else's file on one line, without characters that move the terminal's cursor."""
     return "".join(char if char.isprintable() else " " for char in text)

@@ -32,7 +32,7 @@ from vitreg_hub.remote.download import download
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelBundle(BundleConfig):
-    """A model with everything that is needed to use and to distribute it: all of its config.json, and the weights.
+    """A model with everything that is needed to use and to distribute it: the content of config.json, and the weights.
 
     Attributes:
         state_dict: Weights under timm's names. Read-only: `build` never shares them with a model.
@@ -53,8 +53,7 @@ class ModelBundle(BundleConfig):
     ) -> Self:
         """Bundle a timm model that was built as one of our architectures, with a copy of its weights.
 
-        The position rule that it follows is kept, and so is the effect of another LayerNorm epsilon, as a scale of the
-        weights.
+        Its position rule is kept, and so is the effect of another LayerNorm epsilon, as a scale of the weights.
 
         Raises:
             BundleError: A setting of the model cannot be stored, or is not what the architecture says.
@@ -93,8 +92,8 @@ class ModelBundle(BundleConfig):
                 its tag (``vit_nano_reg4.digits``).
 
         Raises:
-            BundleError: What is there breaks a rule of the form; the message names all of them.
-            HubError: The Hub refused or cannot be reached.
+            BundleError: The bundle breaks rules of its form; the message names all of them.
+            HubError: The Hub refuses or cannot be reached.
             UnknownArchError: Neither a folder nor a known name, or one without weights.
         """
         name = ModelName.parse(source)
@@ -115,7 +114,7 @@ class ModelBundle(BundleConfig):
         if problems:
             raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
         bundle = cls.of(config, load_file(folder / WEIGHTS_FILE))
-        object.__setattr__(bundle, "weights_file", folder / WEIGHTS_FILE)  # of this bundle alone: `replace` drops it
+        object.__setattr__(bundle, "weights_file", folder / WEIGHTS_FILE)  # not copied by `replace`
         return bundle
 
     @classmethod
@@ -150,7 +149,7 @@ class ModelBundle(BundleConfig):
         """
         problems = list(rule_problems(self.to_json())) or list(tensor_problems(self, shapes_of(self.state_dict)))
         if problems:
-            raise BundleError(f"this is no bundle of {self.arch}: " + "; ".join(problems))
+            raise BundleError(f"this is not a bundle of {self.arch}: " + "; ".join(problems))
 
     def save(self, folder: str | Path, *, card: str | None = None) -> Path:
         """Write the bundle to a new folder, which appears complete or not at all.
@@ -165,10 +164,10 @@ class ModelBundle(BundleConfig):
         return write_folder(Path(folder), lambda staging: self.write_into(staging, card=card))
 
     def write_into(self, folder: Path, *, card: str | None = None) -> None:
-        """Write the bundle's files into a folder that someone else makes appear complete or not at all.
+        """Write the bundle's files into an existing folder.
 
         Args:
-            folder: Exists.
+            folder: The folder.
             card: Text of README.md.
 
         Raises:
@@ -181,7 +180,7 @@ class ModelBundle(BundleConfig):
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     def build(self, **timm_kwargs: Any) -> nn.Module:
-        """Build the timm model, without initialising what the weights replace anyway.
+        """Build the timm model, without initialising tensors that the weights replace.
 
         Args:
             **timm_kwargs: As for `timm.create_model`: img_size, dynamic_img_size (positions are resampled by the
@@ -194,7 +193,7 @@ class ModelBundle(BundleConfig):
             BundleError: The arguments change the network so that these weights do not fit.
         """
         placement = {k: timm_kwargs.pop(k) for k in ("device", "dtype") if k in timm_kwargs}
-        placement.setdefault("dtype", torch.get_default_dtype())  # as timm, whatever the weights are stored in
+        placement.setdefault("dtype", torch.get_default_dtype())  # as timm does, whatever the stored type
         model = empty_model(self, **timm_kwargs)
         network = model.model if timm_kwargs.get("features_only") else model
         state_dict = self._fresh_tensors()
@@ -209,7 +208,7 @@ class ModelBundle(BundleConfig):
         positions = self._positions(state_dict, network)
         state_dict = self.kind.adapt(state_dict, network) | positions
         try:
-            # assign: the tensors are the model's alone, so they become its parameters without another copy
+            # assign: nobody else holds these tensors, so they become the parameters without another copy
             left = network.load_state_dict(state_dict, strict=False, assign=True)
         except RuntimeError as error:
             mismatch = str(error).rpartition("\n")[2].strip()
@@ -219,7 +218,7 @@ class ModelBundle(BundleConfig):
         if missing or unused:
             raise BundleError(
                 f"{self.arch}: the weights do not fit a model with {timm_kwargs}: "
-                f"{len(missing)} tensors lack, {len(unused)} have no place, first {[*missing, *unused][0]}"
+                f"{len(missing)} tensors are missing, {len(unused)} have no place, first {[*missing, *unused][0]}"
             )
         for prefix in sorted({key.partition(".")[0] for key in left.missing_keys}):  # as timm draws a head
             head = network.get_submodule(prefix).to_empty(device="cpu")
@@ -228,7 +227,7 @@ class ModelBundle(BundleConfig):
         return model.to(**placement).eval()
 
     def _positions(self, state_dict: dict[str, Tensor], network: VisionTransformer) -> dict[str, Tensor]:
-        """Take the position table out of the weights, for timm has one rule only, and fit it to a network's grid."""
+        """Take the position table out of the weights and fit it to a network's grid: timm knows only its own rule."""
         name = self.kind.positions
         if name not in state_dict:
             return {}
@@ -236,13 +235,13 @@ class ModelBundle(BundleConfig):
         return {name: self.positions.resample(table, old=self.grid, new=new)}
 
     def _fresh_tensors(self) -> dict[str, Tensor]:
-        """Weights that no one else holds: the file mapped once more, which costs no copy, or copies."""
+        """Weights that nobody else holds: the file mapped once more, which costs no copy, or copies."""
         if self.weights_file is not None and self.weights_file.exists():
             return load_file(self.weights_file)
         return {name: tensor.clone() for name, tensor in self.state_dict.items()}
 
 
 def _cached_commit(repo_id: str) -> str:
-    """What names the commit of weights that were just loaded, ``@`` and its hash; empty if the cache does not tell."""
+    """``@`` and the commit of weights that were just loaded; empty if the cache does not know it."""
     found = hf.try_to_load_from_cache(repo_id, WEIGHTS_FILE)
     return f"@{Path(found).parent.name}" if isinstance(found, str) else ""

@@ -13,7 +13,7 @@ from vitreg_hub.objectives import Objective
 from vitreg_hub.typed import read
 
 CALLED = "vitreg.provenance"
-"""Where a config.json holds it."""
+"""Its key in a config.json."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,14 +25,14 @@ class Conversion:
         sha256: Checksum of every weights file.
         format: Name of the format.
         arch: Name of the row of the table.
-        license: Under which the weights went on; None if nobody knows.
+        license: License of the bundle; None if it is unknown.
         num_mapped: Tensors of the source that the bundle holds.
-        dropped: Tensors that it does not, by reason.
-        network: What no tensor tells, as the bundle has it now.
+        dropped: Tensors that it does not hold, by reason.
+        network: Facts that no tensor shows, as the bundle has them.
         notes: What a user should know.
         untrained_registers: Registers that were drawn at random.
-        measured: Largest absolute difference to a reference implementation by output, with its name under "reference";
-            empty where it was not measured.
+        measured: Largest absolute difference to a reference implementation by output, and its name under "reference";
+            empty if it was not measured.
     """
 
     kind: Literal["conversion"] = "conversion"
@@ -64,7 +64,7 @@ class ModelOfRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskOfRun:
-    """The objective of a run, by the name of its settings' class, and what some objectives have."""
+    """The objective of a run, by the name of its settings' class, and settings of some objectives."""
 
     kind: str | None = None
     teacher: str | None = None
@@ -84,14 +84,14 @@ class DataOfRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentOfRun:
-    """What was done to the images, by the name of its settings' class."""
+    """The augmentation of the images, by the name of its settings' class."""
 
     kind: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimOfRun:
-    """The optimiser, its peak learning rate for so many images, and its weight decay."""
+    """The optimiser, its peak learning rate for `lr_batch` images, and its weight decay."""
 
     opt: str | None = None
     lr: float | None = None
@@ -112,7 +112,7 @@ class WatchOfRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeFacts:
-    """What cards and tables tell of a recipe. Names as in `recipe.yaml`; None where an older bundle does not tell."""
+    """The part of a recipe that cards and tables show, named as in `recipe.yaml`; older bundles lack some of it."""
 
     name: str | None = None
     model: ModelOfRun = ModelOfRun()
@@ -131,8 +131,8 @@ class SourceOfRun:
 
     Attributes:
         name: Without the machine's folders.
-        license: That its files tell.
-        sha256: Of its weights; None where they are not in one file.
+        license: The license that its files state.
+        sha256: Checksum of its weights; None if they are not in one file.
     """
 
     name: str
@@ -162,16 +162,12 @@ class TrainingRun:
     sources: Mapping[str, SourceOfRun] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a recipe of which `told` cannot be read.
-
-        Raises:
-            BundleError: With the setting.
-        """
-        _ = self.told
+        """Refuse a recipe whose facts cannot be read."""
+        _ = self.facts
 
     @property
-    def told(self) -> RecipeFacts:
-        """The part of the recipe that cards and tables tell."""
+    def facts(self) -> RecipeFacts:
+        """The part of the recipe that cards and tables show."""
         return read(RecipeFacts, self.recipe, called=f"{CALLED}.made.recipe", error=BundleError, unknown="ignore")
 
 
@@ -191,10 +187,10 @@ class Transformation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Foreign:
-    """Someone's weights, of which this package knows what they told.
+    """Weights that this package did not make.
 
     Attributes:
-        settings: That, in a form of their own.
+        settings: What their maker recorded, in any form.
     """
 
     kind: Literal["foreign"] = "foreign"
@@ -249,7 +245,7 @@ class ArtifactSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestModel:
-    """By which score, and after how many steps, weights are the best of their run."""
+    """The score by which weights are the best of their run, and their step."""
 
     score: str
     step: int
@@ -265,15 +261,15 @@ class Provenance:
         dataset: What they were trained or measured on.
         metrics: Measured figures by name, shares in [0, 1].
         made: What made them.
-        best: By what they are the best of their run, if it is as such that they were bundled.
+        best: Why they are the best of their run, if they were bundled as such.
         artifacts: What was measured of high-norm tokens.
         doors: Largest absolute difference of outputs, by door, as `doors.verify` found it.
         versions: Versions of the libraries that were used.
         command: Command line that made them, without the machine's folders.
-        commit: Commit of this package's source that did.
+        commit: Commit of this package's source.
         created: When, in UTC (ISO 8601).
-        hardware: What computed.
-        seconds: Wall time that it took.
+        hardware: The hardware that made them.
+        seconds: The wall time that this took.
     """
 
     origin: str
@@ -303,26 +299,26 @@ class Provenance:
 
 
 def provenance_to_json(provenance: Provenance) -> dict[str, Any]:
-    """The entry of a config.json, as json would give it back; what nobody recorded is not there."""
-    told = json.loads(json.dumps(dataclasses.asdict(provenance)))
-    return {key: value for key, value in told.items() if value is not None}
+    """The entry of a config.json, as `json` reads it back, without what was not recorded."""
+    entry = json.loads(json.dumps(dataclasses.asdict(provenance)))
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def provenance_from_json(data: Any) -> Provenance:
     """Read the entry of a config.json, of any age.
 
     Raises:
-        BundleError: Something in it is of another kind than it must be, or unknown; one line that names the keys.
+        BundleError: Something in it is unknown or of the wrong type; the message names the keys.
     """
     entry = read(dict[str, Any], data, called=CALLED, error=BundleError)
     return read(Provenance, migrate(entry), called=CALLED, error=BundleError)
 
 
 def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry in today's form, of one in the form that had all in `settings`, without a word on what they are.
+    """Bring an entry of the first form, which had everything in `settings`, into today's form.
 
     Raises:
-        BundleError: The settings are no object.
+        BundleError: The settings are not an object.
     """
     if "made" in data or "settings" not in data:
         return dict(data)
@@ -340,7 +336,7 @@ def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A training run, of a recipe with the run's own figures among its settings."""
+    """A training run, from a recipe that has the run's own figures among its settings."""
     own = {key: settings[key] for key in ("step", "total_steps", "sources") if key in settings}
     recipe = {key: value for key, value in settings.items() if key not in own}
     if "optim" not in recipe:  # the first recipes were flat

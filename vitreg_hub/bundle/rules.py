@@ -1,7 +1,6 @@
-"""The six rules of a bundle, and what breaks which door.
+"""The six rules of a bundle (R1 to R6), and what breaks without them.
 
-The rules (R1 to R6) make a bundle open in plain timm and plain transformers as well as with this package, and let it
-open nothing but itself.
+A bundle that keeps them opens in plain timm, in plain transformers and with this package, and loads no other weights.
 """
 
 import dataclasses
@@ -19,16 +18,16 @@ from vitreg_hub.files import WEIGHTS_FILE
 from vitreg_hub.network.kinds import KINDS
 
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
-"""What transformers' Trainer writes beside a model: no weights, never read here and never published."""
+"""What transformers' Trainer writes beside a model: not weights; never read here and never published."""
 NETWORK_ARGS = frozenset().union(*(kind.arguments for kind in KINDS.values()))
-"""What `model_args` may hold: `timm.create_model` takes more from them, such as files and addresses of weights."""
+"""What `model_args` may hold: `timm.create_model` accepts more, such as files and addresses of weights."""
 OTHER_WEIGHTS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
-"""Fields of timm's `PretrainedCfg` that lead away from a bundle's own weights."""
+"""Fields of timm's `PretrainedCfg` that name other weights than the bundle's own."""
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def source_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what in a config.json would have timm open or fetch something else than the bundle's own weights."""
+    """Yield what in a config.json would make timm load something else than the bundle's own weights."""
     args, cfg = config.get("model_args"), config.get("pretrained_cfg")
     if isinstance(args, dict) and (unknown := sorted(args.keys() - NETWORK_ARGS)):
         yield f"model_args holds {unknown}, which do not describe a network of timm's VisionTransformer"
@@ -37,7 +36,7 @@ def source_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _register_problems(config: BundleConfig) -> Iterator[str]:
-    """Yield why a row is not the one under which a number of registers is filed."""
+    """Yield why a bundle's row is not the one for its number of registers."""
     spec, registers, argument = config.spec, config.num_registers, config.kind.registers_argument
     said = f"{spec.name} has {spec.num_registers} registers, but model_args.{argument} is {registers}"
     try:
@@ -46,7 +45,7 @@ def _register_problems(config: BundleConfig) -> Iterator[str]:
     except UnknownArchError:
         yield f"{said}: there is no room for registers"
     if spec.lineage.distilled and config.model_args.get("no_embed_class"):
-        yield f"model_args.no_embed_class must be false, for in {spec.name} both tokens have positions"
+        yield f"model_args.no_embed_class must be false, because in {spec.name} both tokens have positions"
 
 
 def rule_problems(content: Mapping[str, Any]) -> Iterator[str]:
@@ -68,7 +67,7 @@ def rule_problems(content: Mapping[str, Any]) -> Iterator[str]:
         )
     missing = sorted(spec.model_args().keys() - args.keys())
     if missing:
-        yield f"R2: model_args lacks {missing}, so transformers would build the model at upstream's defaults"
+        yield f"R2: model_args is missing {missing}, so transformers would build the model at upstream's defaults"
     if "num_classes" in args:
         yield "R3: model_args holds num_classes, which transformers then passes twice"
     if unknown := sorted(cfg.keys() - {f.name for f in dataclasses.fields(PretrainedCfg)}):
@@ -87,8 +86,8 @@ def weights_problems(folder: Path, config: BundleConfig | None) -> Iterator[str]
     """Yield what in a bundle's weights would close a door (rule R6), from the header alone.
 
     Args:
-        folder: The bundle's.
-        config: What its tensors must fit; None if it breaks the rules itself.
+        folder: The bundle's folder.
+        config: The config that its tensors must fit; None if it breaks the rules itself.
     """
     found = {path.name for pattern in WEIGHTS_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     for name in sorted(found - {WEIGHTS_FILE} - TRAINER_FILES):
@@ -96,7 +95,7 @@ def weights_problems(folder: Path, config: BundleConfig | None) -> Iterator[str]
     if WEIGHTS_FILE not in found:
         yield f"R6: there is no {WEIGHTS_FILE}"
         return
-    (folder / WEIGHTS_FILE).open("rb").close()  # safetensors calls a file that it may not read missing
+    (folder / WEIGHTS_FILE).open("rb").close()  # safetensors calls an unreadable file missing
     try:
         with safe_open(folder / WEIGHTS_FILE, "pt") as weights:
             metadata = weights.metadata() or {}
@@ -104,10 +103,10 @@ def weights_problems(folder: Path, config: BundleConfig | None) -> Iterator[str]
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
             integers = [name for name in names if not weights.get_slice(name).get_dtype().startswith(("F", "BF"))]
     except SafetensorError as error:
-        yield f"R6: {WEIGHTS_FILE} is truncated or no safetensors file ({error})"
+        yield f"R6: {WEIGHTS_FILE} is truncated or not a safetensors file ({error})"
         return
     if integers:
-        yield f"R6: {len(integers)} tensors of {WEIGHTS_FILE} are no floating-point numbers, first {integers[0]}"
+        yield f"R6: {len(integers)} tensors of {WEIGHTS_FILE} are not floating-point numbers, first {integers[0]}"
     if metadata.get("format") != "pt":
         yield f"R6: the header of {WEIGHTS_FILE} has format {metadata.get('format')!r}; transformers wants 'pt'"
     if config is not None:
@@ -123,7 +122,9 @@ def tensor_problems(config: BundleConfig, shapes: Mapping[str, tuple[int, ...]])
         yield f"timm cannot build the model from model_args ({type(error).__name__}: {reason})"
         return
     wanted = shapes_of(model.state_dict())
-    yield from filter(None, (part.problem(model, value) for part, value in config.untold))
+    for part, value in config.untold:
+        if problem := part.problem(model, value):
+            yield problem
     if missing := sorted(wanted.keys() - shapes.keys()):
         yield f"R6: {len(missing)} tensors are missing under timm's names, first {missing[0]}"
     if unknown := sorted(shapes.keys() - wanted.keys()):

@@ -13,12 +13,10 @@ from vitreg_hub.docstrings import summary
 from vitreg_hub.tested import version_text
 
 TRAIN = "train"
-COMMANDS = (
-    *(TRAIN, "quickstart", "list", "info", "verify", "convert", "export", "analyze", "attention", "push", "pull"),
-)
+COMMANDS = [TRAIN, "quickstart", "list", "info", "verify", "convert", "export", "analyze", "attention", "push", "pull"]
 """Every command has a module of its name, imported when it is called, with a function `run`.
 
-What takes long to import is imported in that function, so that help, lists and mistakes come at once.
+That function imports what takes long, so that help, lists and mistakes come at once.
 """
 
 EXAMPLES = """examples:
@@ -68,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    """What `vitreg --help` shows; the commands' own arguments are read by them."""
+    """The parser for `vitreg --help`; every command reads its own arguments."""
     parser = ArgumentParser(prog="vitreg", description=__doc__, epilog=EXAMPLES, formatter_class=HelpFormatter)
     parser.add_argument(
         "--version", action="version", version=version_text(), help="print it; with --verbose, the libraries' too"

@@ -75,6 +75,8 @@ def run(
         for note in report.notes:
             print(f"  {note}")
     print(f"report   {Path(out, REPORT_PAGE)}")
-    for model, report in zip(models, reports, strict=True) if card else ():
-        told = "recorded in the bundle and its card" if record(model, report) else "recorded; its card is an author's"
-        print(f"card     {model}: {told}")
+    if not card:
+        return
+    for model, report in zip(models, reports, strict=True):
+        done = "recorded in the bundle and its card" if record(model, report) else "recorded; its card is an author's"
+        print(f"card     {model}: {done}")

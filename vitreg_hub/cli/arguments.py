@@ -1,4 +1,4 @@
-"""A command's arguments, written once: names, types and defaults in a signature, their texts in its docstring."""
+"""Arguments of commands, written once: names, types and defaults in a signature, texts in its docstring."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +18,7 @@ NumberType = Literal["float32", "bfloat16", "float16"]
 
 
 def call(command: Callable[..., None], args: Sequence[str], *, called: str) -> None:
-    """Run a command with the arguments of a command line.
-
-    Args:
-        command: Positional arguments are its positional parameters, options those that are given by name.
-        args: The arguments.
-        called: What the command is called in its help.
-    """
+    """Run a function with the arguments of a command line; its keyword parameters are options."""
     parser = ArgumentParser(prog=called, description=summary(command))
     for names, settings in arguments(command):
         parser.add_argument(*names, **settings)
@@ -37,7 +31,7 @@ def call(command: Callable[..., None], args: Sequence[str], *, called: str) -> N
 def arguments(command: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Yield what argparse's `add_argument` takes, for each parameter of a function, or each field of a dataclass.
 
-    ``Annotated[int, "N"]`` tells how a value is called in the help.
+    ``Annotated[int, "N"]`` names the value in the help.
     """
     hints, meanings = get_type_hints(command, include_extras=True), texts(command)
     for name, parameter in inspect.signature(command).parameters.items():
@@ -45,19 +39,20 @@ def arguments(command: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], di
         settings: dict[str, Any] = {"help": meanings[name], **_kind(hint)}
         if shown:
             settings["metavar"] = shown[0]
-        required = parameter.default is Parameter.empty
+        required, option = parameter.default is Parameter.empty, parameter.kind is Parameter.KEYWORD_ONLY
         if not required and hint is not bool:
             settings["default"] = parameter.default
         if parameter.kind is Parameter.VAR_POSITIONAL:
-            yield (name,), {**settings, "nargs": "+"}
-        elif parameter.kind is Parameter.KEYWORD_ONLY:
-            yield (f"--{name.replace('_', '-')}",), settings | ({"required": True} if required else {})
-        else:
-            yield (name,), settings | ({} if required else {"nargs": "?"})
+            settings["nargs"] = "+"
+        elif option and required:
+            settings["required"] = True
+        elif not option and not required:
+            settings["nargs"] = "?"
+        yield (f"--{name.replace('_', '-')}" if option else name,), settings
 
 
 def _kind(hint: Any) -> dict[str, Any]:
-    """What argparse wants to know of a type; texts are taken as they are."""
+    """The settings of argparse for a type; text needs none."""
     if get_origin(hint) is UnionType:
         return _kind(next(member for member in get_args(hint) if member is not NoneType))
     if get_origin(hint) is Literal:

@@ -29,12 +29,12 @@ def run(
         out: new folder for the bundle
         format: auto, openclip-timm, openclip, openai, hf-clip, ph-reg, hf-dinov2-with-registers, hf-dinov2, hf-deit,
             hf-vit, dino, deit3, deit, dinov2, timm
-        arch: row of `vitreg list` that the checkpoint must be; tells heads and activation
+        arch: row of `vitreg list` that the checkpoint must be; settles heads and activation
         img_size: bake the position table for images of this size in
         registers: add untrained registers to a checkpoint that has none
-        num_heads: attention heads, where nothing else tells
-        act: gelu or quick_gelu, where nothing else tells
-        license: where the source tells none, or one that does not allow every use; or unknown
+        num_heads: attention heads, if nothing else settles them
+        act: gelu or quick_gelu, if nothing else settles it
+        license: if the source states none, or one that does not allow every use; or unknown
         text_tower: keep OpenCLIP's whole model beside the bundle
         verify: measure the difference to a reference implementation
     """

@@ -7,7 +7,7 @@ from vitreg_hub.console import hide_loading
 
 
 def run(model: str, *, json: bool = False) -> None:
-    """Tell what a model is and where it came from, without its weights.
+    """Say what a model is and where it came from, without its weights.
 
     Args:
         model: an architecture with or without the tag of its weights, folder, or hf-hub:org/name

@@ -34,13 +34,14 @@ def _published(pattern: str) -> list[tuple[str, ...]]:
     from vitreg_hub.hub.listing import list_models
 
     models = list_models()
-    chosen = [m for m in models if any(fnmatch.fnmatch(n, pattern) for n in (m.repo_id, m.repo_id.split("/")[-1]))]
+    chosen = [m for m in models if fnmatch.filter((m.repo_id, m.repo_id.split("/")[-1]), pattern)]
     if not chosen:
         raise VitregError(f"none of the {len(models)} published models matches {pattern!r}.")
     rows = [("repository", "architecture", "license", "downloads", "likes", "updated")]
     for model in chosen:
         arch = next((tag for tag in model.tags if tag in ARCHS), "?")
         updated = f"{model.last_modified:%Y-%m-%d}" if model.last_modified else "?"
-        row = (model.repo_id, arch, model.license or "unknown", str(model.downloads), str(model.likes), updated)
-        rows.append(row if not model.private else (*row[:-1], f"{updated} (private)"))
+        if model.private:
+            updated += " (private)"
+        rows.append((model.repo_id, arch, model.license or "unknown", str(model.downloads), str(model.likes), updated))
     return rows

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vitreg_hub.console import hide_loading, show_transfers
 
 if TYPE_CHECKING:
-    from vitreg_hub.hub.publish import PushPlan
+    from vitreg_hub.hub.publish import Pushed, PushPlan
 
 
 def run(
@@ -24,11 +24,11 @@ def run(
     Args:
         folder: folder of a bundle, or the name of weights in this package
         repo: org/name; made if it does not exist
-        private: a new repository can be seen by its owner alone
-        branch: where the commit goes; a new one starts from main
+        private: only its owner sees a new repository
+        branch: branch of the commit; a new one starts from main
         create_pr: open a pull request instead
         tag: name for the commit, such as v1
-        license: of the weights, where the bundle does not tell, or a non-commercial one to agree to
+        license: of the weights, if the bundle states none, or a non-commercial one to agree to
         dry_run: check everything, list what would be sent, send nothing
     """
     from vitreg_hub.hub import publish
@@ -40,16 +40,25 @@ def run(
         _print_plan(publish.plan(folder, repo, **options))
         return
     pushed = publish.push(folder, repo, **options)
-    for done in filter(None, (pushed.text_tower, pushed)):  # the bundle's address is the last line
-        did = (*done.sent, *(f"deleted {name}" for name in done.deleted))
-        print(f"{done.repo_id}: {', '.join(did) or 'nothing had changed'}")
-        if done.pull_request:
-            print(f"pull request {done.pull_request}")
-        print(done.url)
+    if pushed.text_tower:
+        _print_pushed(pushed.text_tower)
+    _print_pushed(pushed)  # the bundle's address is the last line
+
+
+def _print_pushed(pushed: "Pushed") -> None:
+    done = [*pushed.sent, *(f"deleted {name}" for name in pushed.deleted)]
+    print(f"{pushed.repo_id}: {', '.join(done) or 'nothing had changed'}")
+    if pushed.pull_request:
+        print(f"pull request {pushed.pull_request}")
+    print(pushed.url)
 
 
 def _print_plan(plan: "PushPlan") -> None:
-    made = " (new)" if plan.makes_repository else " (new branch)" if plan.makes_branch else ""
+    made = ""
+    if plan.makes_repository:
+        made = " (new)"
+    elif plan.makes_branch:
+        made = " (new branch)"
     print(f"{plan.repo_id}, branch {plan.branch}{made}, license {plan.license or 'unknown'}")
     for file in plan.files:
         print(f"  {file.state.ljust(9)}  {file.size:>13,} bytes  {file.name}")

@@ -35,7 +35,7 @@ EXAMPLES = """examples:
   accelerate launch --num_processes 8 -m vitreg_hub.training dinov2_vitl14 --out ssl
 """
 SCORE_PREFIX = "eval/"
-"""What the names of scores begin with, among all that an evaluation measures."""
+"""Begins the names of scores among all that an evaluation measures."""
 HELP, PRINT = ("-h", "--help"), "--print_config"
 
 
@@ -51,7 +51,7 @@ class Options:
         dry_run: two steps, then memory and time of the whole; nothing is written
         push: publish the last model on the branch main, and the best one on best
         push_every: publish at each checkpoint, in the background, or last
-        private: of --push: a new repository can be seen by its owner alone
+        private: of --push: only its owner sees a new repository
     """
 
     registers: OptionalN = None
@@ -108,7 +108,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def overview() -> str:
-    """What `vitreg train --help` says: the recipes and examples."""
+    """The text of `vitreg train --help`: the recipes and examples."""
     width = max(map(len, RECIPES))
     lines = [f"  {name.ljust(width)}  {summary(recipe)}" for name, recipe in RECIPES.items()]
     return "\n".join(
@@ -117,7 +117,7 @@ def overview() -> str:
             *lines,
             f"\n{EXAMPLES}",
             "DIR/model is the last model, DIR/best that of the best evaluation (watch.eval_every). --push publishes",
-            "both with recipe and curves, as hf-hub:org/name and hf-hub:org/name@best, and must know their --license.",
+            "both with recipe and curves, as hf-hub:org/name and hf-hub:org/name@best, and needs their --license.",
             "`vitreg train RECIPE --help` shows every setting of a recipe with its value and meaning.",
         )
     )
@@ -147,7 +147,7 @@ def _read(args: Sequence[str]) -> tuple[Options, dict[str, str], argparse.Namesp
 
 
 def _help(name: str, recipe: Recipe) -> str:
-    """What `vitreg train RECIPE --help` says: every setting with its value."""
+    """The text of `vitreg train RECIPE --help`: every setting with its value."""
     parser = ArgumentParser(
         prog=f"vitreg train {name}",
         usage=USAGE.replace("RECIPE", name),

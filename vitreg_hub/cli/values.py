@@ -1,4 +1,4 @@
-"""What several commands make of their arguments, and print."""
+"""What several commands do with their arguments and print."""
 
 import sys
 from typing import Any
@@ -10,7 +10,7 @@ def image_size(given: str | None) -> tuple[int, int] | None:
     """Height and width in pixels.
 
     Raises:
-        VitregError: It is neither a side nor both.
+        VitregError: It is neither a side nor two sides.
     """
     if given is None:
         return None
@@ -21,10 +21,10 @@ def image_size(given: str | None) -> tuple[int, int] | None:
 
 
 def analysis_options(*, block: int, img_size: str | None, device: str | None, dtype: str) -> dict[str, Any]:
-    """The options of an analysis that all its commands have.
+    """The options that all commands of analysis share.
 
     Raises:
-        VitregError: One cannot be.
+        VitregError: `img_size` is not a size.
     """
     import torch
 
@@ -33,13 +33,13 @@ def analysis_options(*, block: int, img_size: str | None, device: str | None, dt
 
 
 def print_doors(differences: dict[str, float]) -> None:
-    """Tell how far apart the ways to open a bundle are."""
+    """Print how far apart the outputs of a bundle's doors are."""
     for door, difference in differences.items():
         print(f"opens    in {door.ljust(24)} largest difference {difference:g}")
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Print rows in columns, the first of which are their names."""
+    """Print rows in columns, under the titles in the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())

@@ -10,12 +10,12 @@ from vitreg_hub.arch import get_arch
 from vitreg_hub.remote.client import hub_errors, patiently
 
 TAG = "vitreg"
-"""Of every card that this package writes."""
+"""On every card that this package writes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedModel:
-    """A model on the Hub, as its listing tells it."""
+    """A model in the Hub's list."""
 
     repo_id: str
     license: str | None
@@ -38,14 +38,14 @@ def list_models(
         limit: How many at most.
 
     Raises:
-        HubError: No network, or a Hub that refuses.
+        HubError: The Hub refuses or cannot be reached.
         UnknownArchError: No such architecture.
     """
     tags = [TAG] if arch is None else [TAG, get_arch(arch).name]
-    told = ["tags", "downloads", "likes", "lastModified", "private"]
+    fields = ["tags", "downloads", "likes", "lastModified", "private"]
     ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, filter=tags, author=author, search=search)
     with hub_errors("the list of models"):
-        found = patiently(lambda: list(ask(sort="downloads", limit=limit, expand=told)))
+        found = patiently(lambda: list(ask(sort="downloads", limit=limit, expand=fields)))
     return tuple(
         PublishedModel(
             repo_id=model.id,

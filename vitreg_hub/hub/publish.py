@@ -1,4 +1,4 @@
-"""Bundles to the Hub and back. The token is huggingface_hub's: `hf auth login` or HF_TOKEN."""
+"""Bundles to the Hub and back, with huggingface_hub's access token (`hf auth login` or HF_TOKEN)."""
 
 import dataclasses
 import shlex
@@ -27,13 +27,13 @@ class Pushed:
 
     Attributes:
         repo_id: ``org/name``.
-        commit: Id of the commit that holds the bundle: a new one, or the old one if nothing had changed.
+        commit: The commit that holds the bundle: a new one, or the old one if nothing had changed.
         url: Its address.
-        private: Whether the repository can be seen by its owner alone.
+        private: Whether only its owner sees the repository.
         pull_request: Address of the pull request, if one was asked for.
-        sent: Names of the files that were new or had changed.
-        deleted: Names of the files that told of earlier weights.
-        text_tower: The same of both towers' repository, if the bundle has one.
+        sent: The files that were new or had changed.
+        deleted: The files that described earlier weights.
+        text_tower: The same for both towers' repository, if there is one.
     """
 
     repo_id: str
@@ -48,7 +48,7 @@ class Pushed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedFile:
-    """One file of a push that was not made: its size in bytes; new, changed, unchanged or deleted."""
+    """A file of a planned push: its size in bytes, and whether it is new, changed, unchanged or deleted."""
 
     name: str
     size: int
@@ -61,12 +61,12 @@ class PushPlan:
 
     Attributes:
         repo_id: ``org/name``.
-        branch: Where the commit would go.
+        branch: Branch of the commit.
         makes_repository: Whether the repository would be made.
         makes_branch: Whether the branch would be made.
-        license: Under which it would be published; None if nobody knows.
+        license: The license of the weights; None if it is unknown.
         files: All files of the bundle.
-        left_out: Names in the folder that are not published.
+        left_out: What the folder also holds, which is not published.
         text_tower: The same for both towers' repository.
     """
 
@@ -81,24 +81,24 @@ class PushPlan:
 
 
 def require_token(repo_id: str) -> None:
-    """Refuse what cannot be published, before any work is done for it.
+    """Refuse early what cannot be published.
 
     Raises:
-        HubError: No token, or no repository id.
+        HubError: There is no token, or this is not a repository id.
     """
     _require_repo_id(repo_id)
     token = hf.get_token()
     if token is None:
         raise HubRefusedError("no access token: run `hf auth login` or set HF_TOKEN, then try again.")
     if not token.isascii():
-        raise HubRefusedError("the access token holds letters that no token has: run `hf auth login` or set HF_TOKEN.")
+        raise HubRefusedError("the access token has characters that no token has: run `hf auth login` or set HF_TOKEN.")
 
 
 def _require_repo_id(repo_id: str) -> None:
     with hub_errors(repo_id):
         hf.utils.validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise HubRefusedError(f"{repo_id!r} is no repository id: give it as organisation/name.")
+        raise HubRefusedError(f"{repo_id!r} is not a repository id: give it as organisation/name.")
 
 
 def push(
@@ -112,33 +112,33 @@ def push(
     license: str | None = None,
     verify: Verify = doors.verify,
 ) -> Pushed:
-    """Verify a bundle and publish it in one commit; what is missing of repository and branch is made.
+    """Verify a bundle and publish it in one commit; repository and branch are made if they do not exist.
 
-    Only files that are new or changed are sent; if there are none, no commit is made. The commit fails if someone else
-    pushes at the same time. Of a card on the Hub only this package's blocks change. Both towers of a CLIP model, in the
-    folder's neighbour with `-open_clip`, follow in a repository of their own.
+    Only new and changed files are sent; without any, no commit is made. The commit fails if someone else pushes at the
+    same time. In a card that is on the Hub, only this package's blocks change. Both towers of a CLIP model, in the
+    neighbouring folder that ends in `-open_clip`, follow in a repository of their own.
 
     Args:
         folder: A bundle's folder.
         repo_id: ``org/name``.
-        private: Whether a new repository can be seen by its owner alone.
-        branch: Where the commit goes; a new branch starts from main.
-        create_pr: Open a pull request instead, another one each time.
-        tag: Name for the commit.
-        license: Of the weights, where the bundle does not tell, or tells a non-commercial one.
-        verify: Opens the bundle; replaced in tests.
+        private: Whether only its owner will see a new repository.
+        branch: Branch of the commit; a new one starts from main.
+        create_pr: Whether to open a pull request instead, a new one each time.
+        tag: Tag for the commit.
+        license: License of the weights, if the bundle states none, or a non-commercial one.
+        verify: Opens the bundle.
 
     Raises:
         BundleError: The folder fails a door or holds pickles; nothing was sent.
-        LicenseError: Nobody tells the license, or it is a non-commercial one and `license` does not say so.
-        HubError: No token, no permission, no network, or someone else pushed. The repository is as it was, or the
+        LicenseError: No license is stated, or it is a non-commercial one and `license` does not agree to it.
+        HubError: No token, no permission, no network, or someone else pushed. The repository is as it was, unless the
             message says otherwise.
     """
     require_token(repo_id)
     target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
     shipment, towers = make_shipments(folder, repo_id, branch=branch, license=license, verify=verify)
     if towers is not None:
-        _plan(towers, _as_private(target, repo_id))  # what it cannot be is found before the bundle is sent
+        _plan(towers, _as_private(target, repo_id))  # its problems are found before the bundle is sent
     pushed = _publish(shipment, target)
     if towers is None:
         return pushed
@@ -150,7 +150,7 @@ def push(
 
 
 def push_command(folder: str | Path, repo_id: str, *, branch: str, private: bool, license: str | None) -> str:
-    """What a user types to push as `push` does, for messages."""
+    """The command that pushes as `push` does, for messages."""
     options = ["--branch", branch]
     if private:
         options.append("--private")
@@ -170,9 +170,9 @@ def plan(
     license: str | None = None,
     verify: Verify = doors.verify,
 ) -> PushPlan:
-    """Everything that `push` does before it writes anything: checks, doors, and what it would send.
+    """Do all that `push` does before it writes anything, and say what it would send.
 
-    It needs no token and does not tell whether the Hub would take the files. Args and other errors are those of `push`.
+    It needs no token, and cannot say whether the Hub would accept the files. Arguments and errors are those of `push`.
     """
     _require_repo_id(repo_id)
     target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
@@ -184,9 +184,7 @@ def plan(
 
 
 def pull(name: str, folder: str | Path) -> Path:
-    """Fetch a bundle, with the figures and the recipe that lie beside it, into a new folder.
-
-    The folder appears complete or not at all.
+    """Fetch a bundle, with the figures and the recipe beside it, into a new folder that is complete or not there.
 
     Args:
         name: ``[hf-hub:]org/name[@revision]``.
@@ -194,7 +192,7 @@ def pull(name: str, folder: str | Path) -> Path:
 
     Raises:
         BundleError: The repository is no bundle, or the folder exists or cannot be written.
-        HubError: No such repository or revision, no permission, no network, no room, or damage that stays.
+        HubError: No such repository or revision, no permission, no network, no room, or lasting damage.
     """
     target = Path(folder)
     require_absent(target)
@@ -211,7 +209,7 @@ def pull(name: str, folder: str | Path) -> Path:
 
 
 def _as_private(target: Target, repo_id: str) -> Target:
-    """The target of what goes beside a repository, which is private if that one is."""
+    """The target of the repository beside another one: private if that one is."""
     with hub_errors(repo_id):
         tree = look(hf.HfApi(library_name="vitreg_hub"), repo_id, target).tree
     return dataclasses.replace(target, private=target.private or (tree is not None and tree.private))
@@ -241,22 +239,23 @@ def _planned(name: str, content: Path | bytes | None, *, there: Collection[str],
     if content is None:
         return PlannedFile(name=name, size=0, state="deleted")
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    return PlannedFile(
-        name=name, size=size, state="unchanged" if not changed else "changed" if name in there else "new"
-    )
+    state = "unchanged"
+    if changed:
+        state = "changed" if name in there else "new"
+    return PlannedFile(name=name, size=size, state=state)
 
 
 def _publish(shipment: Shipment, target: Target) -> Pushed:
-    """Bring a repository to what it is to hold."""
+    """Make a repository hold a shipment."""
     api, repo_id = hf.HfApi(library_name="vitreg_hub"), shipment.repo_id
     with hub_errors(repo_id):
         found = look(api, repo_id, target)
         if found.refs is None:
-            hidden = target.private or None  # None: as the organisation has it
-            patiently(partial(api.create_repo, repo_id, private=hidden, exist_ok=True))
+            private = target.private or None  # None: the organisation's default
+            patiently(partial(api.create_repo, repo_id, private=private, exist_ok=True))
             found = look(api, repo_id, target)
             if found.refs is None:
-                raise HubError(f"{repo_id} was made but cannot be read: use a token that may read it, too.")
+                raise HubError(f"{repo_id} was made but cannot be read: use a token that may also read it.")
         _, files = compare(shipment, target, found)
         if target.branch not in found.refs.branches:
             start = found.tree.commit
@@ -288,5 +287,5 @@ def _tag(api: hf.HfApi, repo_id: str, tag: str, commit: str, url: str) -> None:
             set_tag(api, repo_id, tag, commit)
     except HubError as error:
         raise HubError(
-            f"the commit is there ({url}), but not the tag {tag}, which the same push again sets if it can be: {error}"
+            f"the commit is there ({url}), but not the tag {tag}; run the same push again to set it: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""What a push puts into a repository: a bundle's files and no others, with its license told and a card."""
+"""What a push puts into a repository: a bundle's files and no others, with its license and a card."""
 
 import copy
 import dataclasses
@@ -31,26 +31,13 @@ from vitreg_hub.model_cards.marked import blocks_in, replace_blocks, require_who
 from vitreg_hub.model_cards.merging import merge
 from vitreg_hub.remote.commit import Files
 
-PICKLES = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".joblib",
-    ".npy",
-    ".npz",
-    ".h5",
-    ".hdf5",
-    ".keras",
-    ".pyth",
+PICKLES = frozenset(
+    [".bin", ".pt", ".pth", ".pyth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".hdf5", ".keras"]
 )
-"""Endings of weights that can run code when they are opened, or that nobody needs beside safetensors."""
-
+"""Weights that can run code when they are opened, or that nobody needs beside safetensors."""
 
 Verify = Callable[..., Mapping[str, float]]
-"""Opens a bundle as `doors.verify` does, with the same arguments."""
+"""Opens a bundle like `doors.verify`, with the same arguments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +46,13 @@ class Shipment:
 
     Attributes:
         repo_id: ``org/name``.
-        title: Of the commit.
-        license: Under which it is published; None if nobody knows.
-        given_license: What the user says of it.
+        title: Title of the commit.
+        license: The license of the weights; None if it is unknown.
+        given_license: The license that the user gave.
         files: All but the card.
-        card: Makes the card of the one that is on the Hub, if any.
-        own_card: The folder's, if it has one.
-        left_out: Names in the folder that are not published.
+        card: Makes the card out of the one on the Hub, or out of None.
+        own_card: The folder's card, if it has one.
+        left_out: What the folder also holds, which is not published.
     """
 
     repo_id: str
@@ -86,52 +73,39 @@ def make_shipments(
     license: str | None,
     verify: Verify,
 ) -> tuple[Shipment, Shipment | None]:
-    """What the repositories of a bundle, and of both towers beside it, are to hold, after all checks but the Hub's.
-
-    Args:
-        source: A bundle's folder, or the name of weights in this package.
-        repo_id: ``org/name``.
-        branch: Where it goes.
-        license: What the user says of it.
-        verify: Opens the bundle, as `doors.verify`.
+    """What the repositories of a bundle, and of both towers beside it, are to hold; arguments as of `push`.
 
     Raises:
         BundleError: The folder fails a door or holds pickles.
-        LicenseError: Nobody tells the license, or bundle, card and user contradict each other.
+        LicenseError: No license is stated, or bundle, card and user contradict each other.
     """
     folder = bundle_folder(source)
     with readable(folder):
         towers = find_tower(folder)
-        for checked in filter(None, (folder, towers)):
-            _refuse_pickles(checked)
+        _refuse_pickles(folder)
+        if towers is not None:
+            _refuse_pickles(towers)
         bundle = ModelBundle.load(folder)
-        told = licenses.told_by(bundle.to_json(), folder / CARD_FILE)
-        settled = licenses.settle(told, license, called=str(folder))  # before the doors, which take seconds
+        stated = licenses.stated_licenses(bundle.to_json(), folder / CARD_FILE)
+        settled = licenses.settle(stated, license, called=str(folder))  # before the doors, which take seconds
         bundle = with_doors(bundle, verify(folder, bundle=bundle))
         bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, license=settled))
         where = {"repo": repo_id, "revision": branch, "towers": towers is not None}
         shipment = _bundle_shipment(folder, bundle, where, given_license=license)
-        return shipment, towers and _tower_shipment(towers, repo_id, branch=branch, license=settled)
+        if towers is None:
+            return shipment, None
+        return shipment, _tower_shipment(towers, repo_id, branch=branch, license=settled)
 
 
 def _bundle_shipment(
     folder: Path, bundle: ModelBundle, where: Mapping[str, Any], *, given_license: str | None
 ) -> Shipment:
-    """What a bundle's repository is to hold. Its config.json and card tell the license; the folder stays as it is.
-
-    Files that lay beside an earlier bundle, and beside this one do not, are to go: they tell of other weights.
-
-    Args:
-        folder: Where it lies.
-        bundle: What is in it, with its doors and its license.
-        where: What the card tells of its repository, as `render` takes it.
-        given_license: What the user says of the license.
-    """
+    """What a bundle's repository is to hold: extra files that are not in the folder are deleted there."""
     extras = [name for name in EXTRA_FILES if (folder / name).is_file()]
     files: dict[str, Path | bytes | None] = {name: folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, *extras)}
     files |= dict.fromkeys(set(EXTRA_FILES) - set(extras))
     old = read_config(folder, called=str(folder))
-    config = _told(old, bundle)
+    config = _with_provenance(old, bundle)
     if config != old:
         files[CONFIG_FILE] = config_text(config).encode()
     own_card = _own_card(folder)
@@ -155,11 +129,7 @@ def _bundle_shipment(
 
 
 def _tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str | None) -> Shipment:
-    """What the repository of both towers beside a bundle is to hold. A card that is its author's stays.
-
-    Raises:
-        BundleError: Files are missing or broken.
-    """
+    """What the repository of both towers beside a bundle is to hold."""
     files = dict(tower_files(folder, bundle_repo=bundle_repo, branch=branch, license=license))
     card = files.pop(CARD_FILE).decode()
     return Shipment(
@@ -173,24 +143,18 @@ def _tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str
     )
 
 
-def _told(config: Mapping[str, Any], bundle: ModelBundle) -> dict[str, Any]:
-    """A bundle's config that tells its license and what was measured."""
-    told = copy.deepcopy(dict(config))
-    license = bundle.provenance.license
-    told["vitreg"]["provenance"] = provenance_to_json(bundle.provenance)
+def _with_provenance(config: Mapping[str, Any], bundle: ModelBundle) -> dict[str, Any]:
+    """A config.json with the provenance and the license of a bundle."""
+    new, license = copy.deepcopy(dict(config)), bundle.provenance.license
+    new["vitreg"]["provenance"] = provenance_to_json(bundle.provenance)
+    new["pretrained_cfg"].pop("license", None)
     if license is not None:
-        told["pretrained_cfg"]["license"] = license
-    else:
-        told["pretrained_cfg"].pop("license", None)
-    return told
+        new["pretrained_cfg"]["license"] = license
+    return new
 
 
 def _own_card(folder: Path) -> str | None:
-    """The card in a bundle's folder.
-
-    Raises:
-        BundleError: It is no text in UTF-8, which the Hub does not take.
-    """
+    """The card in a bundle's folder; the Hub accepts only UTF-8."""
     file = folder / CARD_FILE
     if not file.is_file():
         return None
@@ -198,7 +162,7 @@ def _own_card(folder: Path) -> str | None:
     try:
         content.decode()
     except UnicodeDecodeError as error:
-        raise BundleError(f"{file} is no text in UTF-8 (byte {error.start}): save it so, or delete it.") from error
+        raise BundleError(f"{file} is not UTF-8 (byte {error.start}): save it in UTF-8, or delete it.") from error
     return decoded(content)
 
 
@@ -207,19 +171,13 @@ def _towers_card(existing: str, fresh: str) -> str:
     require_whole(existing)
     if TOWERS_BLOCK not in blocks_in(existing):
         return existing
-    told = hf.ModelCard(fresh).data.to_dict()
+    data = hf.ModelCard(fresh).data.to_dict()
     card = replace_blocks(existing, {TOWERS_BLOCK: blocks_in(fresh)[TOWERS_BLOCK]})
-    return merge(card, old=told, new=told, settled_license=True) or card
+    return merge(card, old=data, new=data, settled_license=True) or card
 
 
 def _refuse_pickles(folder: Path) -> None:
-    """Refuse weights that are no safetensors. Folders below are never published.
-
-    Raises:
-        BundleError: With their names.
-    """
-    if not folder.is_dir():
-        return
+    """Refuse weights other than safetensors. Subfolders are never published."""
     found = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in PICKLES)
     if found:
         raise BundleError(

@@ -1,4 +1,4 @@
-"""The repository of both towers of a CLIP model, beside its bundle's: what open_clip loads from anywhere."""
+"""The repository of both towers of a CLIP model, beside its bundle's, which open_clip can load."""
 
 import json
 from pathlib import Path
@@ -46,9 +46,9 @@ from huggingface_hub import snapshot_download
 folder = snapshot_download("{repo}", revision="{branch}")
 model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{{folder}}")
 tokenizer = open_clip.get_tokenizer(f"local-dir:{{folder}}")"""
-"""open_clip itself loads nothing but main."""
+"""open_clip itself loads only main."""
 TOWERS_BLOCK = "towers"
-"""Name of the card's block, between marks as in all cards of this package."""
+"""Name of the card's block."""
 
 
 def find_tower(folder: Path) -> Path | None:
@@ -59,16 +59,16 @@ def find_tower(folder: Path) -> Path | None:
 
 
 def tower_files(folder: Path, *, bundle_repo: str, branch: str, license: str | None) -> Files:
-    """What the towers' repository holds.
+    """What the towers' repository is to hold.
 
-    An image tower that is named by a folder of this machine is named by the repository itself, which holds the
-    config.json that timm wants to see: weights and configuration change in one commit.
+    Where the configuration names the image tower by a local folder, it names this repository instead, which then also
+    holds the config.json that timm reads.
 
     Args:
-        folder: As `find_tower` gives it.
+        folder: The folder of both towers.
         bundle_repo: ``org/name`` of the bundle.
-        branch: Of the towers' repository.
-        license: Of both; None if nobody knows.
+        branch: Branch of both repositories.
+        license: License of the weights; None if it is unknown.
 
     Raises:
         BundleError: Files are missing or broken.
@@ -95,7 +95,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / OPENCLIP_CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{folder}/{OPENCLIP_CONFIG} is no JSON ({error}): write it again.") from error
+        raise BundleError(f"{folder}/{OPENCLIP_CONFIG} is not JSON ({error}): write it again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise BundleError(f"{folder}/{OPENCLIP_CONFIG} has no 'model_cfg', as open_clip wants it: write it again.")
     return config
@@ -110,10 +110,13 @@ def _has_registers(weights: Path) -> bool:
 
 
 def _card(repo: str, bundle_repo: str, license: str | None, *, branch: str, registers: bool) -> str:
+    tags = ["open_clip", "clip"]
+    if registers:
+        tags.append("registers")
     metadata = hf.ModelCardData(
         library_name="open_clip",
         pipeline_tag="zero-shot-image-classification",
-        tags=["open_clip", "clip", *["registers"] * registers],
+        tags=tags,
         **licenses.metadata(license),
     )
     main = branch == "main"

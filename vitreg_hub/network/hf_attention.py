@@ -1,4 +1,4 @@
-"""timm's attention layer and block with what transformers' users choose: the kernel, and gradient checkpointing."""
+"""timm's attention layer and block with transformers' choice of kernel and gradient checkpointing."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def _eager_attention(
 class AttentionKernel(nn.Module):
     """The part of an attention layer that transformers lets users choose. Returns values and, if wanted, weights."""
 
-    is_causal = False  # read by transformers' kernels
+    is_causal = False  # for transformers' kernels
     gradient_checkpointing = False  # set by transformers, here as in the blocks
 
     config: PreTrainedConfig  # the model's, set by it
@@ -33,7 +33,7 @@ class AttentionKernel(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", _eager_attention)
         attended, weights = attend(self, query, key, value, None, scaling=scaling, dropout=dropout)
         if attend is not _eager_attention and wants_attentions():
-            # fused kernels never form the weights, and a checkpointed block is run again without a collector
+            # fused kernels never form the weights; a checkpointed block runs again without a collector
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.gradient_checkpointing):
                 weights = (query * scaling @ key.transpose(-2, -1)).softmax(dim=-1)
         return attended, weights

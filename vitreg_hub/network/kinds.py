@@ -1,6 +1,6 @@
 """The timm classes that rows of the table build on: one record each, of what differs between them.
 
-Blocks, final norms and the patch embedding have the same names in all of them.
+Blocks, final norm and patch embedding have the same names in all of them.
 """
 
 import inspect
@@ -21,7 +21,7 @@ STEM = "patch_embed.proj"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkKind:
-    """One timm class. Names are those of its attributes, and so of its tensors.
+    """One timm class. All names are its attributes, and so its tensors.
 
     Attributes:
         timm_class: The class.
@@ -45,7 +45,7 @@ class NetworkKind:
 
     @property
     def arguments(self) -> frozenset[str]:
-        """The constructor's arguments by name, also those that it hands on to its base, without device and dtype."""
+        """Names of the constructor's arguments, also those for its base class, without device and dtype."""
         named = [inspect.signature(base.__init__).parameters for base in self.timm_class.__mro__]
         return frozenset().union(*named) - {"self", "args", "kwargs", "device", "dtype"}
 
@@ -88,7 +88,7 @@ KINDS = {
         ),
     )
 }
-"""By the class's name, which a row's family gives."""
+"""By the name of the class, which a row's family gives."""
 
 
 def kind_of(model: ArchSpec | nn.Module) -> NetworkKind:
@@ -103,7 +103,7 @@ def kind_of(model: ArchSpec | nn.Module) -> NetworkKind:
         for kind in KINDS.values():
             if kind.timm_class is base:
                 return kind
-    raise DataError(f"a {type(model).__name__} is none of the networks that architectures build: {', '.join(KINDS)}.")
+    raise DataError(f"a {type(model).__name__} is not a network of any architecture: those are {', '.join(KINDS)}.")
 
 
 def is_registers(name: str) -> bool:

@@ -26,10 +26,10 @@ SUPPORTED = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VitLayout:
-    """Parts of a ViT under names of ours. The modules are the model's own.
+    """The parts of a ViT under common names. The modules are the model's own.
 
     Attributes:
-        network: timm's or transformers' network, without heads or what training wraps around it.
+        network: timm's or transformers' network, without heads and training wrappers.
         blocks: Transformer blocks, in order. Each gives tokens [B, N, D]: class, registers, patches.
         norm: The norm after the last block. CLIP and SigLIP apply theirs after pooling; here it is for all tokens.
         embedding: The convolution that makes patches into tokens, before positions are added.
@@ -46,10 +46,10 @@ class VitLayout:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """Find the parts of a model of timm or transformers, also where it is compiled, or wrapped by DDP.
+        """Find the parts of a timm or transformers model, which may be compiled or wrapped by DDP.
 
         Raises:
-            DataError: It is no ViT that keeps all its tokens from block to block.
+            DataError: It is not a ViT that keeps all its tokens from block to block.
         """
         network: Any = unwrapped(model)
         scale = 1.0
@@ -83,10 +83,10 @@ class VitLayout:
     def run(self, images: Tensor) -> None:
         """Run the network on images [B, 3, height, width], without a head, on its own device and in its own type.
 
-        Parts that are compiled run as they were written, for compiled code has no hooks.
+        Compiled parts run uncompiled, because compiled code has no hooks.
 
         Raises:
-            DataError: It takes images of another size only.
+            DataError: It takes only images of another size.
         """
         images = images.to(self.embedding.weight.device, self.embedding.weight.dtype)
         if not isinstance(self.network, PreTrainedModel):
@@ -107,7 +107,7 @@ class VitLayout:
             self.network(pixel_values=images, **options)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches that images [B, 3, height, width] are cut into."""
+        """Rows and columns of patches of images [B, 3, height, width]."""
         height, width = images.shape[-2:]
         cut = getattr(getattr(self.network, "patch_embed", None), "dynamic_feat_size", None)
         if cut is not None:
@@ -120,11 +120,11 @@ class VitLayout:
         """The attention layer of a block, whose calls `attention_weights` understands.
 
         Raises:
-            DataError: The block keeps its attention in a way of its own.
+            DataError: The block keeps its attention in an unknown place.
         """
         for name in ("attn", *HF_ATTENTIONS, None):
             layer: Any = self.blocks[block] if name is None else getattr(self.blocks[block], name, None)
-            layer = getattr(layer, "kernel", layer)  # of our transformers models, where users choose it
+            layer = getattr(layer, "kernel", layer)  # our transformers models, whose kernel users choose
             if hasattr(layer, "attn_drop") or hasattr(layer, "config"):
                 return layer
         raise DataError(f"the attention of a {type(self.blocks[block]).__name__} cannot be read: {SUPPORTED}.")
@@ -133,8 +133,7 @@ class VitLayout:
 def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Attention weights [B, H, N, N] of a call, by the library's own code that forms them.
 
-    Fused kernels never form the weights, so the layer is run once more, unfused and without dropout. It is afterwards
-    as it was before.
+    Fused kernels never form the weights, so the layer runs once more without them or dropout, and is then restored.
 
     Raises:
         DataError: The layer never forms them.
@@ -143,7 +142,8 @@ def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         found: list[Tensor] = []
         handle = layer.attn_drop.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
         try:
-            with _replaced(layer, **({"fused_attn": False} if hasattr(layer, "fused_attn") else {})):
+            unfused = {"fused_attn": False} if hasattr(layer, "fused_attn") else {}
+            with _replaced(layer, **unfused):
                 layer.forward(*args, **kwargs)
         finally:
             handle.remove()
@@ -152,15 +152,16 @@ def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return found[0]
     config = copy.copy(layer.config)
     config._attn_implementation = "eager"
-    # the flexible kernel has masks of its own, which mask nothing here: images have no padding
+    # masks of the flexible kernel mask nothing here: images have no padding
     args = tuple(value if isinstance(value, Tensor) else None for value in args)
-    kwargs = kwargs | ({"attention_mask": None} if "attention_mask" in kwargs else {})
+    if "attention_mask" in kwargs:
+        kwargs = kwargs | {"attention_mask": None}
     with _replaced(layer, config=config):
         return layer.forward(*args, **kwargs)[1]
 
 
 def _uncompiled() -> AbstractContextManager[None]:
-    """Run what torch.compile compiled as it was written. Its import takes a second, and was made if there is any."""
+    """Run compiled code uncompiled. Importing torch._dynamo takes a second; where code was compiled, it is imported."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
@@ -178,7 +179,7 @@ def _replaced(module: nn.Module, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and every module back into its own mode afterwards."""
+    """Put a model into evaluation mode without gradients, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
@@ -191,7 +192,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _embeds_patches(module: nn.Module) -> bool:
-    """Whether this is a vision network of transformers, not the head around it or the text tower beside it."""
+    """Whether this is transformers' vision network itself, not the model around it or a text tower."""
     embeddings = getattr(module, "embeddings", None)
     return isinstance(embeddings, nn.Module) and any(isinstance(m, nn.Conv2d) for m in embeddings.modules())
 

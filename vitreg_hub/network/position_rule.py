@@ -1,4 +1,4 @@
-"""The rule by which a lineage resamples position embeddings for another grid, as data that needs no torch."""
+"""The rule by which a lineage resamples position embeddings for another grid; imports no torch until it is applied."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PositionRule:
         for name in ("antialias", "keep_equal_count"):
             if not isinstance(getattr(self, name), bool):
                 raise BundleError(f"positions.{name} must be true or false, not {getattr(self, name)!r}")
-        if type(self.offset) not in (int, float) or not 0 <= self.offset < 1:  # also refuses what is no number
+        if type(self.offset) not in (int, float) or not 0 <= self.offset < 1:  # also refuses anything but numbers
             raise BundleError(f"positions.offset must be a number from 0 to 1, 1 excluded, not {self.offset!r}")
 
     def resample(self, table: Tensor, *, old: Grid, new: Grid) -> Tensor:
@@ -50,8 +50,7 @@ class PositionRule:
         import torch
 
         (old_height, old_width), (height, width) = old, new
-        # without an offset the same grid gives the same table, so an exported program need not be bound to one side
-        # of this question
+        # Without an offset the same grid gives the same table, so an exported program need not depend on this branch.
         if (self.offset or not torch.compiler.is_exporting()) and (old_height, old_width) == (height, width):
             return table
         if self.keep_equal_count and old_height * old_width == height * width:

@@ -1,4 +1,4 @@
-"""Letting a timm ViT resample its position embeddings by the rule of another lineage."""
+"""Makes a timm ViT resample its position embeddings by the rule of another lineage."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
 
 
 class _FollowsRule(VisionTransformer):
-    """A timm ViT that resamples its positions by a rule of its own wherever timm does."""
+    """A timm ViT that resamples its positions by its own rule wherever timm does."""
 
     position_rule: PositionRule
 
@@ -50,7 +50,7 @@ RULED = {VisionTransformer: RuledVisionTransformer, VisionTransformerDistilled: 
 
 
 def follow(model: VisionTransformer, rule: PositionRule) -> None:
-    """Let a model resample its positions by a rule. Its class changes, for timm's entrypoints fix it; nothing else.
+    """Make a model resample its positions by a rule. This changes its class, which timm's entrypoints fix.
 
     Raises:
         BundleError: The model is of another class than timm's `VisionTransformer` and `VisionTransformerDistilled`.

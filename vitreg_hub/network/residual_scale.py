@@ -1,4 +1,4 @@
-"""Another LayerNorm epsilon than the one that a timm entrypoint fixes, told by the scale of the residual stream.
+"""A LayerNorm epsilon other than the one that a timm entrypoint fixes, as a scale of the residual stream.
 
 JSON cannot carry an epsilon, and timm has no ViT with the 1e-12 of transformers' ViT and DeiT. A network whose residual
 stream is s times larger and whose LayerNorms have epsilon e computes exactly what the network with epsilon e / s^2
@@ -20,13 +20,13 @@ from vitreg_hub.errors import BundleError
 WRITES_TO_STREAM = re.compile(
     r"cls_token|reg_token|dist_token|pos_embed|patch_embed\.proj\.\w+|blocks\.\d+\.(attn\.proj|mlp\.fc2)\.\w+"
 )
-"""Tensors of a timm ViT whose product is added to the residual stream."""
+"""Tensors of a timm ViT that write to the residual stream."""
 
 READS_STREAM = re.compile(r"norm|norm_pre|fc_norm|blocks\.\d+\.norm[12]")
 """Modules that normalise the residual stream, as opposed to the norms inside attention and MLP."""
 
 FAR_BELOW_VARIANCE = 1e-11
-"""Of an epsilon below, a tenth is nothing to float32 unless a token's variance is as small as 1e-5 of the usual."""
+"""A tenth of a smaller epsilon makes no difference in float32, unless a token's variance is unusually small (1e-5)."""
 
 
 def _power_of_two(scale: Any) -> float:
@@ -40,7 +40,7 @@ ResidualScale = Annotated[float, PlainValidator(_power_of_two)]
 
 
 def unscaled_epsilon(eps: float, scale: float) -> float:
-    """The epsilon of a network that computes what one with `eps` and a stream `scale` times larger does."""
+    """The epsilon for the same outputs as with `eps` and a residual stream that is `scale` times larger."""
     return eps / scale**2
 
 
@@ -59,7 +59,7 @@ def stream_norms(model: nn.Module) -> Iterator[nn.LayerNorm]:
 
 
 def can_scale(model: VisionTransformer) -> bool:
-    """Whether the stream starts at the embeddings, has no LayerScale, and ends in the final norm."""
+    """Whether the residual stream starts at the embeddings, has no LayerScale, and ends in the final norm."""
     has_layer_scale = any(isinstance(module, LayerScale) for module in model.modules())
     return isinstance(model.norm_pre, nn.Identity) and isinstance(model.norm, nn.LayerNorm) and not has_layer_scale
 

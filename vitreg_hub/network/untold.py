@@ -1,7 +1,7 @@
-"""What JSON cannot tell plain timm about a network: one ordered list, over which all who read, write and build go.
+"""What JSON cannot tell plain timm about a network: one ordered list for all code that reads, writes and builds.
 
-A bundle's weights are stored for what plain timm builds. Each entry of `UNTOLD` says what that lacks: how it is kept
-under `vitreg` in config.json, how a network is given it, and what a card must say of the doors that never hear of it.
+A bundle's weights are stored for the network that plain timm builds. Each entry of `UNTOLD` is a fact that this network
+misses: how `vitreg` in config.json stores it, how it is applied, and what a card says of plain timm without it.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from vitreg_hub.network.residual_scale import (
 
 
 class Untold:
-    """One fact about a network. What a subclass does not define leaves everything as it is.
+    """One fact about a network. Methods that a subclass does not define change nothing.
 
     Attributes:
-        key: Its key in config.json, and the field of `BundleConfig`.
-        kind: The type of its value, as `typed.read` takes it.
-        default: What plain timm does, which is not written down.
+        key: Its key in config.json, and its field of `BundleConfig`.
+        kind: The type of its value, for `typed.read`.
+        default: The value that plain timm has, which is not stored.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Untold:
         return value
 
     def found_in(self, model: nn.Module, spec: ArchSpec) -> Any:
-        """The value for a timm model that is to be stored as a row.
+        """The value of a timm model that is to be stored as a row.
 
         Raises:
             BundleError: There is none.
@@ -49,10 +49,10 @@ class Untold:
         raise NotImplementedError
 
     def problem(self, network: nn.Module, value: Any) -> str | None:
-        """Why a network of plain timm cannot have the value, None if it can."""
+        """Why a network of plain timm cannot have the value; None if it can."""
 
     def apply(self, network: nn.Module, value: Any) -> None:
-        """Give it to a network of plain timm that keeps its weights as they are stored.
+        """Apply the value to a network of plain timm that keeps its weights as they are stored.
 
         Raises:
             BundleError: The network cannot have it.
@@ -76,7 +76,7 @@ class Untold:
         return tokens
 
     def limits(self, value: Any) -> str | None:
-        """What a card says of it, None where there is nothing to say."""
+        """What a card says of the value; None if there is nothing to say."""
 
 
 class _Positions(Untold):

@@ -1,4 +1,4 @@
-"""Talking to the Hub: patient where that is safe, and with every failure a user can meet turned into one sentence."""
+"""Talking to the Hub: with patience where that is safe, and one sentence for every failure that a user can meet."""
 
 import errno
 import json
@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 
 
 WAITS = (1, 2, 4)
-"""Seconds between one try of a request and the next."""
+"""Seconds between the tries of a request."""
 LONGEST_WAIT = 300
-"""Seconds. The Hub counts requests in windows of five minutes. Source: https://huggingface.co/docs/hub/rate-limits"""
+"""Seconds: the Hub counts requests in windows of five minutes (https://huggingface.co/docs/hub/rate-limits)."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
-"""Of a folder that cannot be made."""
+"""Errors of a folder that cannot be made."""
 
 
 def is_transient(error: BaseException | None) -> bool:
@@ -38,16 +38,16 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def _is_garbled(error: BaseException | None) -> bool:
-    """Whether a reply is no JSON, or a file shorter than announced, of which the client makes a bare OSError."""
+    """Whether a reply is not JSON, or a file is shorter than announced, which the client reports as a bare OSError."""
     return isinstance(error, json.JSONDecodeError) or (type(error) is OSError and error.errno is None)
 
 
 def patiently(request: Callable[[], Result]) -> Result:
-    """Make a request that may be made twice, again where it fails for reasons that pass.
+    """Make a request that may safely be repeated, and repeat it after failures that may pass.
 
     Raises:
-        HubError: What answers is no Hub, or a download from Xet, the Hub's storage, broke off.
-        httpx.TransportError: As the client raises it, and so is huggingface_hub's HfHubHTTPError.
+        HubError: What answers is not a Hub, or a download from Xet, the Hub's storage, broke off.
+        httpx.TransportError: From the client, as is huggingface_hub's HfHubHTTPError.
     """
     for wait in (*WAITS, None):
         try:
@@ -64,19 +64,19 @@ def patiently(request: Callable[[], Result]) -> Result:
 
 
 def no_hub() -> str:
-    """The sentence for replies that cannot be understood."""
-    return f"what {hf.constants.ENDPOINT} answers is not what a Hub does: check HF_ENDPOINT, proxy and network."
+    """The message for replies that cannot be understood."""
+    return f"{hf.constants.ENDPOINT} does not answer like a Hub: check HF_ENDPOINT, proxy and network."
 
 
 def pause(error: BaseException, wait: float) -> None:
-    """Wait before the next try, and where the Hub limits requests, until it takes more, but not for ever."""
+    """Wait before the next try; where the Hub limits requests, until it accepts more, up to `LONGEST_WAIT`."""
     if isinstance(error, hf_errors.HfHubHTTPError):
         headers = error.response.headers
         limit = hf.utils.parse_ratelimit_headers(headers)
         if limit is not None and limit.remaining == 0:
             wait = max(wait, limit.reset_in_seconds + 1)
-        elif (told := headers.get("Retry-After", "")).isdecimal():
-            wait = max(wait, int(told) + 1)
+        elif headers.get("Retry-After", "").isdecimal():
+            wait = max(wait, int(headers["Retry-After"]) + 1)
     time.sleep(min(wait, LONGEST_WAIT))
 
 
@@ -87,7 +87,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
     except hf_errors.HFValidationError as error:
-        raise HubRefusedError(f"{repo_id!r} is no repository id: give it as organisation/name.") from error
+        raise HubRefusedError(f"{repo_id!r} is not a repository id: give it as organisation/name.") from error
     except hf_errors.RevisionNotFoundError as error:
         raise HubRefusedError(f"{repo_id} has no such branch, tag or commit at {endpoint}.") from error
     except hf_errors.GatedRepoError as error:
@@ -100,17 +100,17 @@ def hub_errors(repo_id: str) -> Iterator[None]:
             "run `hf auth login` or set HF_TOKEN."
         ) from error
     except hf_errors.LocalEntryNotFoundError as error:
-        raise HubError(_lacking(repo_id, error)) from error
+        raise HubError(_missing(repo_id, error)) from error
     except hf_errors.HfHubHTTPError as error:
         kind = HubRefusedError if error.response.status_code in (401, 403) else HubError
         raise kind(_refusal(repo_id, error)) from error
-    except (httpx.TransportError, ConnectionError, TimeoutError) as error:  # Python's own are those of hf_xet
+    except (httpx.TransportError, ConnectionError, TimeoutError) as error:  # hf_xet raises Python's own
         raise HubError(
             f"{endpoint} cannot be reached ({type(error).__name__}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from error
     except UnicodeEncodeError as error:
         raise HubRefusedError(
-            "the access token holds letters that no token has: run `hf auth login` or set HF_TOKEN."
+            "the access token has characters that no token has: run `hf auth login` or set HF_TOKEN."
         ) from error
     except OSError as error:
         of_cache = error.filename is None or _is_of_cache(Path(str(error.filename)))
@@ -127,13 +127,13 @@ def hub_errors(repo_id: str) -> Iterator[None]:
 
 
 def _is_of_cache(path: Path) -> bool:
-    """Whether a path leads to the client's cache, or is in it or beside it."""
+    """Whether a path leads to the client's cache, lies in it or beside it."""
     cache, home = Path(hf.constants.HF_HUB_CACHE), Path(hf.constants.HF_HOME)
     return cache.is_relative_to(path) or path.is_relative_to(cache) or path.is_relative_to(home)
 
 
-def _lacking(repo_id: str, error: hf_errors.LocalEntryNotFoundError) -> str:
-    """What is not in the cache and could not be fetched, and why not."""
+def _missing(repo_id: str, error: hf_errors.LocalEntryNotFoundError) -> str:
+    """Why something that is not in the cache could not be fetched."""
     if isinstance(error.__cause__, hf_errors.HfHubHTTPError):
         return _refusal(repo_id, error.__cause__)
     endpoint = hf.constants.ENDPOINT
@@ -149,15 +149,15 @@ def _refusal(repo_id: str, error: hf_errors.HfHubHTTPError) -> str:
     if status == 401:
         return f"the access token for {repo_id} is missing or invalid: run `hf auth login` or set HF_TOKEN."
     if status == 403:
-        told = f" ({one_line(error.server_message).rstrip('.')})" if error.server_message else ""
-        return f"the access token may not do this with {repo_id}{told}: use a token with write permission there."
+        reason = f" ({one_line(error.server_message).rstrip('.')})" if error.server_message else ""
+        return f"the access token may not do this with {repo_id}{reason}: use a token with write permission there."
     if status == 429:
-        return f"the Hub takes no more requests for {repo_id} for now (status 429): wait some minutes and try again."
+        return f"the Hub accepts no more requests for {repo_id} for now (status 429): wait some minutes and try again."
     if status >= 500:
         return f"the Hub failed with status {status} for {repo_id}: try again later."
     return f"the Hub refused the request for {repo_id} with status {status} ({one_line(error.server_message)})."
 
 
 def one_line(reason: object) -> str:
-    """What a library or a server says, fit for a sentence."""
+    """The words of a library or server on one line, to put into a sentence."""
     return " ".join(str(reason or "no reason given").split())

@@ -1,7 +1,7 @@
-"""One commit on a branch of the Hub that happens once or not at all, whatever the network does.
+"""One commit on a branch of the Hub, made once or not at all, whatever the network does.
 
-huggingface_hub sends a commit once and reports a lost reply as a failure. Here the branch is looked at then, and as a
-commit names its parent, it can be sent again where it is not there.
+huggingface_hub sends a commit once and reports a lost reply as a failure. This module then looks at the branch; if the
+commit is not there, it is sent again, which is safe because a commit names its parent.
 """
 
 import json
@@ -20,16 +20,16 @@ from vitreg_hub.files import checksum
 from vitreg_hub.remote.client import WAITS, is_transient, no_hub, one_line, patiently, pause
 
 Files = Mapping[str, Path | bytes | None]
-"""Files or what is in them, by their names in the repository; None for one that is not to be there."""
+"""Files or their content, by name in the repository; None for a file to delete."""
 HUBS_OWN = ".gitattributes"
-"""The Hub itself changes it in a commit, where a large file needs a line there."""
+"""The Hub itself changes it in a commit whose large files need a line there."""
 NOTHING_IGNORED = "#"
-"""In place of a repository's own .gitignore, by which the client leaves files out of a commit and says nothing."""
+"""Replaces a repository's own .gitignore, for which the client silently leaves files out of a commit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refs:
-    """The branches and tags of a repository: commits by name."""
+    """The branches and tags of a repository, each with its commit."""
 
     branches: Mapping[str, str]
     tags: Mapping[str, str]
@@ -41,8 +41,8 @@ class Tree:
 
     Attributes:
         commit: Its id.
-        private: Whether the repository is.
-        checksums: By file name, as `checksum` makes them.
+        private: Whether the repository is private.
+        checksums: The Hub's checksum of every file.
     """
 
     commit: str
@@ -50,28 +50,28 @@ class Tree:
     checksums: Mapping[str, str | None]
 
     def changed(self, files: Files) -> Files:
-        """Those files that the commit does not have, has with another content, or has and is not to have."""
+        """The files that are new, differ from the commit's, or are to be deleted from it."""
         return {name: content for name, content in files.items() if not self._has(name, content)}
 
     def follows(self, parent: "Tree", files: Files) -> bool:
-        """Whether this commit is what writing files to another one makes of it."""
-        kept = {name: told for name, told in parent.checksums.items() if name not in {*files, HUBS_OWN}}
+        """Whether this commit is its parent with these files written to it."""
+        kept = {name: old for name, old in parent.checksums.items() if name not in {*files, HUBS_OWN}}
         written = {name for name, content in files.items() if content is not None}
         return (
             self.checksums.keys() - {HUBS_OWN} == (kept.keys() | written) - {HUBS_OWN}
-            and all(self.checksums[name] == told for name, told in kept.items())
+            and all(self.checksums[name] == old for name, old in kept.items())
             and not self.changed(files)
         )
 
     def _has(self, name: str, content: Path | bytes | None) -> bool:
-        told = self.checksums.get(name)
+        there = self.checksums.get(name)
         if content is None:
-            return told is None
-        return told is not None and checksum(content, like=told) == told
+            return there is None
+        return there is not None and checksum(content, like=there) == there
 
 
 def read_refs(api: hf.HfApi, repo_id: str) -> Refs | None:
-    """Branches and tags of a repository, None if there is none that can be seen."""
+    """The branches and tags of a repository; None if there is none that the user can see."""
     try:
         refs = patiently(partial(api.list_repo_refs, repo_id))
     except hf_errors.GatedRepoError:
@@ -85,7 +85,7 @@ def read_refs(api: hf.HfApi, repo_id: str) -> Refs | None:
 
 
 def read_tree(api: hf.HfApi, repo_id: str, commit: str) -> Tree:
-    """The files of a commit, with the checksums that the Hub has of them."""
+    """The files of a commit with their checksums."""
     info = patiently(partial(api.model_info, repo_id, revision=commit, files_metadata=True))
     checksums = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
     return Tree(commit=commit, private=bool(info.private), checksums=checksums)
@@ -97,9 +97,9 @@ def commit_files(api: hf.HfApi, repo_id: str, files: Files, *, branch: str, pare
     Args:
         api: The Hub.
         repo_id: ``org/name``.
-        files: What changes; all others stay.
-        branch: Exists.
-        parent: Where the branch must be.
+        files: The files that change; all others stay.
+        branch: An existing branch.
+        parent: The commit that the branch must be at.
         message: Title of the commit.
 
     Returns:
@@ -120,8 +120,8 @@ def commit_files(api: hf.HfApi, repo_id: str, files: Files, *, branch: str, pare
                 landed = _landed(api, repo_id, files, branch=branch, parent=parent)
             except (hf_errors.HfHubHTTPError, httpx.TransportError, json.JSONDecodeError) as silence:
                 raise HubError(
-                    f"the Hub's reply to the commit to {repo_id} was lost, and it does not tell whether the commit is "
-                    "there: push again later, nothing is sent twice."
+                    f"the Hub's reply to the commit to {repo_id} was lost, and the Hub does not say whether the commit "
+                    "is there: push again later, nothing is sent twice."
                 ) from silence
             if landed:
                 return landed
@@ -136,7 +136,7 @@ def commit_files(api: hf.HfApi, repo_id: str, files: Files, *, branch: str, pare
 def open_pull_request(
     api: hf.HfApi, repo_id: str, files: Files, *, branch: str, parent: Tree, message: str
 ) -> hf.CommitInfo:
-    """Propose files for a branch. Sent once: a second time would open a second pull request.
+    """Propose files for a branch. The request is sent once only, or there could be two pull requests.
 
     Raises:
         HubError: The reply was lost.
@@ -148,13 +148,13 @@ def open_pull_request(
         if not (is_transient(error) and _is_about_the_commit(error)):
             raise
         raise HubError(
-            f"the Hub's reply to the pull request was lost: look at {api.endpoint}/{repo_id}/discussions whether it is "
-            "there before you push again."
+            f"the Hub's reply to the pull request was lost: look for it at {api.endpoint}/{repo_id}/discussions before "
+            "you push again."
         ) from error
 
 
 def set_tag(api: hf.HfApi, repo_id: str, tag: str, commit: str) -> None:
-    """Tag a commit; one that has the tag already is left alone.
+    """Tag a commit, unless it has the tag already.
 
     Raises:
         HubError: The tag is at another commit.
@@ -170,16 +170,16 @@ def set_tag(api: hf.HfApi, repo_id: str, tag: str, commit: str) -> None:
 
 
 def _operations(repo_id: str, files: Files) -> list[hf.CommitOperationAdd | hf.CommitOperationDelete]:
-    """What a commit does. The client marks in them what it has hashed and sent: a second try does not do it again."""
+    """The parts of a commit. The client marks in them what it has hashed and sent, and does not repeat it."""
+    operations = []
     with _refusals(repo_id):
-        return [
-            hf.CommitOperationDelete(path_in_repo=name)
-            if content is None
-            else hf.CommitOperationAdd(
-                path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
-            )
-            for name, content in files.items()
-        ]
+        for name, content in files.items():
+            if content is None:
+                operations.append(hf.CommitOperationDelete(path_in_repo=name))
+            else:
+                content = content if isinstance(content, bytes) else str(content)
+                operations.append(hf.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
+    return operations
 
 
 def _send(
@@ -192,11 +192,7 @@ def _send(
     message: str,
     create_pr: bool = False,
 ) -> hf.CommitInfo:
-    """Upload files and commit them.
-
-    Raises:
-        HubError: An upload broke off, or the Hub does not take a file.
-    """
+    """Upload files and commit them."""
     with _refusals(repo_id):
         api.preupload_lfs_files(
             repo_id,
@@ -218,7 +214,7 @@ def _send(
 
 @contextmanager
 def _refusals(repo_id: str) -> Iterator[None]:
-    """Turn what the client raises for uploads and files into a `HubError`."""
+    """Turn the client's errors about uploads and files into a `HubError`."""
     try:
         yield
     except (hf_errors.HfHubHTTPError, hf_errors.OfflineModeIsEnabled, json.JSONDecodeError):
@@ -228,27 +224,23 @@ def _refusals(repo_id: str) -> Iterator[None]:
         reason = one_line(error) if by_xet else type(error.__cause__).__name__
         remedy = "try again, or set HF_HUB_DISABLE_XET=1" if by_xet else "try again"
         raise HubError(f"sending to {repo_id} failed ({reason}): nothing is there, {remedy}.") from error
-    except ValueError as error:  # the metadata of a card, or the LFS server's reply
-        raise HubError(f"the Hub does not take a file for {repo_id}: {one_line(error).rstrip('.')}.") from error
+    except ValueError as error:  # about a card's metadata, or the LFS server's reply
+        raise HubError(f"the Hub does not accept a file for {repo_id}: {one_line(error).rstrip('.')}.") from error
 
 
 def _is_about_the_commit(error: BaseException) -> bool:
-    """Whether a request failed that the client sends once: it tries all others several times by itself."""
+    """Whether the failed request is one that the client sends once only; it repeats all others by itself."""
     if isinstance(error, hf_errors.HfHubHTTPError):
         path = error.response.request.url.path
     elif isinstance(error, httpx.TransportError):
         path = error.request.url.path
-    else:  # a reply that cannot be read does not tell
+    else:  # an unreadable reply does not say
         return True
     return path.endswith("/validate-yaml") or "/commit/" in path
 
 
 def _landed(api: hf.HfApi, repo_id: str, files: Files, *, branch: str, parent: Tree) -> str | None:
-    """The commit that puts files on a branch, if it is there; None if the branch has not moved.
-
-    Raises:
-        HubError: The branch has moved, by someone else.
-    """
+    """The commit that put files on a branch; None if the branch has not moved; refuses commits of others."""
     commits = [commit.commit_id for commit in api.list_repo_commits(repo_id, revision=branch)]  # newest first
     if commits[0] == parent.commit:
         return None

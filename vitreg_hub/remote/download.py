@@ -1,4 +1,4 @@
-"""Bundles and checkpoints of the Hub in huggingface_hub's cache: whole and undamaged, or one sentence that says why."""
+"""Bundles and checkpoints of the Hub in huggingface_hub's cache: complete and undamaged, or one sentence why not."""
 
 import glob
 import json
@@ -34,42 +34,34 @@ from vitreg_hub.remote.client import hub_errors, is_transient, patiently
 logger = logging.getLogger(__name__)
 
 CONVERTED_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip", "clip_vision_model")
-"""What transformers calls the models that `vitreg convert` reads."""
+"""transformers' types of the models that `vitreg convert` reads."""
 CONVERTED_ARCHS = ("vit_", "deit_", "deit3_")
-"""How timm's names of the networks begin that `vitreg convert` reads."""
+"""Beginnings of timm's names of the networks that `vitreg convert` reads."""
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt", ".pyth", ".bin")
 GIT, SHA256 = "0" * 40, "0" * 64
-"""Of the length of the Hub's two kinds of checksums."""
+"""Examples of the Hub's two kinds of checksums, for `checksum`."""
 DATA = (".parquet", ".arrow", ".csv", ".jsonl", ".tar", ".zip")
 
 
 def download(name: str) -> Path:
-    """Fetch a bundle's files into the cache and return their folder; without a Hub to ask, the cached copy.
+    """Fetch a bundle's files into the cache and return their folder; where the Hub does not answer, the cached copy.
 
-    The small config.json comes first, so that nothing large is fetched of a repository that holds no bundle. Every
-    file has the checksum that the Hub told; a damaged one is fetched again, once.
+    The small config.json comes first, so that nothing large is fetched from a repository without a bundle. Every file
+    is checked against the Hub's checksum; a damaged one is fetched again, once.
 
     Args:
         name: ``[hf-hub:]org/name[@revision]``.
 
     Raises:
-        BundleError: The repository holds something else; the message says what, and how it is converted.
-        HubError: No such repository or revision, no permission, no network, no room, or damage that stays.
+        BundleError: The repository holds something else; the message says what, and how to convert it.
+        HubError: No such repository or revision, no permission, no network, no room, or lasting damage.
     """
     repo_id, commit = parse_repo(name)[0], download_config(name).name
     return _snapshot(repo_id, commit, [*BUNDLE_FILES, *EXTRA_FILES], required=[CONFIG_FILE, WEIGHTS_FILE])
 
 
 def download_config(name: str) -> Path:
-    """Fetch a bundle's config.json alone and return its folder, which is named by the commit.
-
-    Args:
-        name: ``[hf-hub:]org/name[@revision]``.
-
-    Raises:
-        BundleError: As `download`.
-        HubError: As `download`.
-    """
+    """Fetch only a bundle's config.json, otherwise like `download`; the name of the folder is the commit."""
     repo_id, revision = parse_repo(name)
     folder = _snapshot(repo_id, revision, [CONFIG_FILE, OPENCLIP_CONFIG], required=[CONFIG_FILE])
     _require_bundle(name, folder, _names(repo_id, folder))
@@ -79,7 +71,7 @@ def download_config(name: str) -> Path:
 def download_checkpoint(
     name: str, choose: Callable[[Sequence[str]], str], weight_map: Callable[[Path], Mapping[str, str]]
 ) -> tuple[Path, list[str]]:
-    """Fetch one checkpoint of any repository, with configurations and card beside it, as `download`.
+    """Fetch one checkpoint of any repository, with its configurations and card, like `download`.
 
     Args:
         name: ``[hf-hub:]org/name[@revision]``.
@@ -90,7 +82,7 @@ def download_checkpoint(
         The folder, and the names of the chosen file and of its shards.
 
     Raises:
-        HubError: As `download`.
+        HubError: As for `download`.
     """
     repo_id, revision = parse_repo(name)
     folder = _snapshot(repo_id, revision, ["*.json", CARD_FILE])
@@ -101,40 +93,33 @@ def download_checkpoint(
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str], *, required: Sequence[str] = ()) -> Path:
-    """Have those files of a commit in the cache that fit the patterns, all of them and with the right checksums.
+    """Have all files of a commit that fit the patterns in the cache, undamaged.
 
-    Args:
-        repo_id: ``org/name``.
-        revision: Branch, tag or commit; the main branch by default.
-        patterns: Shell-style.
-        required: Files that the commit must have, for a cache without a listing of it, as other libraries leave one.
+    Other libraries leave a cache without a listing of the commit: then only the required files are checked.
     """
     with hub_errors(repo_id):
         fetch = partial(hf.snapshot_download, repo_id, allow_patterns=list(patterns))
         commit, answered = _commit(repo_id, revision)
         _require_space(repo_id, commit, patterns)
-        # By the name of a branch the client keeps its commit, too, for times without the Hub.
+        # Given the name of a branch, the client also keeps its commit, for times without the Hub.
         folder = Path(patiently(partial(fetch, revision=revision if answered else commit)))
-        if folder.name != commit:  # a moment later the Hub failed or had moved on
+        if folder.name != commit:  # meanwhile the Hub failed, or the branch moved
             folder = Path(patiently(partial(fetch, revision=commit)))
         listing = _listing(repo_id, commit)
         names = required if listing is None else [name for name in listing if _fits(name, patterns)]
-        for name in names:  # where the Hub fails, the client gives what is cached, be it a part
+        for name in names:  # where the Hub fails, the client returns what is cached, even if incomplete
             fetch_file(repo_id, name, commit, listed=listing[name] if listing else None, cached=folder / name)
     return folder
 
 
 def _commit(repo_id: str, revision: str | None) -> tuple[str, bool]:
-    """The commit at a branch or tag, and whether the Hub tells it: where it does not answer, the cache does.
-
-    The client takes the cache's word as well where the Hub refuses, and does not say so.
-    """
+    """The commit of a branch or tag, and whether it is from the Hub, or from the cache if the Hub does not answer."""
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return revision, True
     api = hf.HfApi(library_name="vitreg_hub")
     try:
-        told = patiently(partial(api.model_info, repo_id, revision=revision))
-        return told.sha, True  # pyright: ignore[reportReturnType]  # only listings leave it out
+        info = patiently(partial(api.model_info, repo_id, revision=revision))
+        return info.sha, True  # pyright: ignore[reportReturnType]  # only listings leave it out
     except (httpx.TransportError, hf_errors.HfHubHTTPError, hf_errors.OfflineModeIsEnabled) as error:
         offline = isinstance(error, hf_errors.OfflineModeIsEnabled)
         if not (offline or is_transient(error)):
@@ -143,7 +128,7 @@ def _commit(repo_id: str, revision: str | None) -> tuple[str, bool]:
             commit = api.resolve_revision(repo_id, revision=revision, local_files_only=True).resolved
         except hf_errors.RevisionResolutionError:
             raise hf_errors.LocalEntryNotFoundError(f"{repo_id} is not in the cache") from error
-        if not offline:  # who sets HF_HUB_OFFLINE knows
+        if not offline:  # whoever sets HF_HUB_OFFLINE knows it
             logger.warning("%s: the Hub does not answer, so this is the cached commit %s.", repo_id, commit)
         return commit, False
 
@@ -153,40 +138,40 @@ def fetch_file(
     name: str,
     commit: str,
     *,
-    told: str | None = None,
+    expected: str | None = None,
     listed: RepoFile | None = None,
     cached: Path | None = None,
 ) -> Path:
-    """Have one file of a commit in the cache, whole; a damaged one is fetched again, once.
+    """Have one undamaged file of a commit in the cache; a damaged one is fetched again, once.
 
     Args:
         repo_id: ``org/name``.
-        name: Of the file.
-        commit: Its id.
-        told: Its checksum; by default the one that the cache calls it by, where it can make links.
+        name: Name of the file.
+        commit: The commit.
+        expected: Its checksum; by default the one by which the cache names it, if the cache has links.
         listed: Its entry in the cached listing, for a cache without links.
-        cached: Where it is, if it is in the cache.
+        cached: Where it is if it is in the cache.
 
     Raises:
-        HubError: The Hub cannot be reached, or what comes is damaged as well; it is not left in the cache.
+        HubError: The Hub cannot be reached, or sends a damaged file as well, which is then deleted.
     """
     fetch = partial(hf.hf_hub_download, repo_id, name, revision=commit)
     file = cached if cached is not None and cached.exists() else Path(patiently(fetch))
-    if not _is_damaged(file, told, listed):
+    if not _is_damaged(file, expected, listed):
         return file
     if not file.is_symlink():  # the client would leave it as it is
         file.unlink(missing_ok=True)
     try:
         file = Path(patiently(partial(fetch, force_download=True)))
-    except ValueError as error:  # how the client says that the Hub cannot be reached
+    except ValueError as error:  # the client's way to say that the Hub cannot be reached
         raise HubError(
             f"{name} of {repo_id} is damaged in the cache, and {hf.constants.ENDPOINT} cannot be reached to fetch it "
             "again: check the network or HF_HUB_OFFLINE."
         ) from error
-    if _is_damaged(file, told, listed):
-        for path in {file.resolve(), file}:  # other programs would take it for whole
+    if _is_damaged(file, expected, listed):
+        for path in {file.resolve(), file}:  # other programs would not notice
             path.unlink(missing_ok=True)
-        raise HubError(f"{name} of {repo_id} has not the checksum that the Hub told, fetched twice: try again later.")
+        raise HubError(f"{name} of {repo_id} was fetched twice, and twice its checksum was wrong: try again later.")
     return file
 
 
@@ -195,7 +180,7 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _listing(repo_id: str, commit: str) -> dict[str, RepoFile] | None:
-    """Every file of a commit by name; None where no listing of it is in the cache."""
+    """Every file of a commit by name; None if the cache has no listing of it."""
     try:
         return {file.path: file for file in hf.get_cached_repo_tree(repo_id, revision=commit)}
     except hf_errors.CachedRepoTreeNotFoundError:
@@ -203,7 +188,7 @@ def _listing(repo_id: str, commit: str) -> dict[str, RepoFile] | None:
 
 
 def _names(repo_id: str, folder: Path) -> list[str]:
-    """Files of a commit, or those of its files that are cached."""
+    """The files of a commit, or those that are cached."""
     return list(_listing(repo_id, folder.name) or (path.name for path in folder.iterdir()))
 
 
@@ -211,43 +196,39 @@ def _require_space(repo_id: str, commit: str, patterns: Sequence[str]) -> None:
     cache = Path(hf.constants.HF_HUB_CACHE)
     folder = cache / repo_folder_name(repo_id=repo_id, repo_type="model") / "snapshots" / commit
     listing = _listing(repo_id, commit) or {}
-    lacking = [file.size for name, file in listing.items() if _fits(name, patterns) and not (folder / name).exists()]
-    require_space(cache, sum(lacking), what=repo_id)
+    missing = [file.size for name, file in listing.items() if _fits(name, patterns) and not (folder / name).exists()]
+    require_space(cache, sum(missing), what=repo_id)
 
 
-def _is_damaged(file: Path, told: str | None, listed: RepoFile | None) -> bool:
-    """Whether a cached file is not what the Hub told."""
-    if told is None and file.is_symlink():
-        told = os.path.basename(os.readlink(file))
-    if told is not None:
-        return len(told) in (40, 64) and checksum(file, like=told) != told
+def _is_damaged(file: Path, expected: str | None, listed: RepoFile | None) -> bool:
+    """Whether a cached file has another checksum than on the Hub."""
+    if expected is None and file.is_symlink():
+        expected = os.path.basename(os.readlink(file))
+    if expected is not None:
+        return len(expected) in (40, 64) and checksum(file, like=expected) != expected
     return listed is not None and listed.blob_id not in _blob_ids(file)
 
 
 def _blob_ids(file: Path) -> Iterator[str]:
-    """What Git calls a file: by the pointer that it keeps of a large one (LFS), and by its content."""
+    """Git's ids of a file: of the pointer that it keeps for a large one (LFS), and of the content."""
     sha256, size = checksum(file, like=SHA256), file.stat().st_size
     yield checksum(f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode(), like=GIT)
     yield checksum(file, like=GIT)
 
 
 def _require_bundle(name: str, folder: Path, names: Sequence[str]) -> None:
-    """Refuse a repository without a bundle, before anything large is fetched of it.
-
-    Raises:
-        BundleError: With what it is, and how to make it one.
-    """
+    """Refuse a repository without a bundle before anything large is fetched."""
     config = _config(folder)
     if isinstance(config.get("vitreg"), dict) and (WEIGHTS_FILE in names or OPENCLIP_CONFIG not in names):
         return
     what, converted = _describe(config, names)
     repo = f"{HUB_PREFIX}{name.removeprefix(HUB_PREFIX)}"
     remedy = f": make it one with `vitreg convert {repo} FOLDER`" if converted else ""
-    raise BundleError(f"{repo} is no bundle but {what}{remedy}.")
+    raise BundleError(f"{repo} is not a bundle but {what}{remedy}.")
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Content of config.json; nothing where there is none, or no JSON object."""
+    """The content of config.json; empty if there is none, or it is not a JSON object."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -260,12 +241,14 @@ def _describe(config: Mapping[str, Any], names: Sequence[str]) -> tuple[str, boo
     weights = [name for name in names if name.endswith(CHECKPOINTS) and "/" not in name]
     if OPENCLIP_CONFIG in names:
         return "an OpenCLIP model with both towers", bool(weights)
-    if isinstance(arch := config.get("architecture"), str):
+    arch, kind = config.get("architecture"), config.get("model_type")
+    if isinstance(arch, str):
         return f"a timm model ({arch})", arch.startswith(CONVERTED_ARCHS)
-    if isinstance(kind := config.get("model_type"), str):
+    if isinstance(kind, str):
         return f"a transformers model of type {kind}", kind in CONVERTED_TYPES
     if weights:
-        return f"a repository with the checkpoint{'s' * (len(weights) > 1)} {', '.join(sorted(weights)[:3])}", True
+        plural = "s" if len(weights) > 1 else ""
+        return f"a repository with the checkpoint{plural} {', '.join(sorted(weights)[:3])}", True
     if any(name.endswith(DATA) for name in names):
         return "a repository of data without a model", False
     return "a repository without a model", False

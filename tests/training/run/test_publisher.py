@@ -325,7 +325,7 @@ def test_bugs_are_not_swallowed(token, tmp_path):
 
 
 def test_what_cannot_be_published_is_refused_at_once(hub, monkeypatch):
-    with pytest.raises(HubError, match="is no repository id"):
+    with pytest.raises(HubError, match="is not a repository id"):
         Publisher("too/many/parts")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="no access token"):
@@ -561,7 +561,7 @@ def licensed(start, license, tmp_path):
             None,
             None,
             REPO,
-            "nothing tells the license of the weights of recipe tiny_supervised: give it with --license",
+            "no license is stated for the weights of recipe tiny_supervised: give it with --license",
         ),
         ("cc-by-nc-4.0", None, REPO, "is cc-by-nc-4.0, which does not allow every use.*--license cc-by-nc-4.0"),
         ("cc-by-nc-4.0", "mit", REPO, "has the license mit, but model.start .* is under cc-by-nc-4.0: give --license"),
@@ -634,7 +634,7 @@ def tagged(repo):
         ("hf_wrong", None, False, "supervised", "access token for lab/trained is missing or invalid"),
         ("hf_reader", None, False, "supervised", "access token may only read: use one with write permission"),
         ("hf_good", lambda repo: None, True, "supervised", "lab/trained is public already"),
-        ("hf_good", tagged, False, "supervised", "best is a tag of lab/trained, which takes no commits"),
+        ("hf_good", tagged, False, "supervised", "best is a tag of lab/trained, which accepts no commits"),
         ("hf_good", lambda repo: None, True, "contrastive", "lab/trained-open_clip is public already"),
     ],
 )
@@ -696,8 +696,8 @@ def distilled(teacher, tmp_path, *, start=None, license=None):
     [
         ("cc-by-nc-4.0", None, None, "task.teacher .* is cc-by-nc-4.0, which does not allow every use"),
         ("cc-by-nc-4.0", None, "mit", "has the license mit, but task.teacher .* is under cc-by-nc-4.0"),
-        ("none", None, None, "nothing tells the license of task.teacher"),
-        ("none", "mit", None, "nothing tells the license of model.start .* and task.teacher"),
+        ("none", None, None, "no license is stated for task.teacher"),
+        ("none", "mit", None, "no license is stated for model.start .* and task.teacher"),
         ("apache-2.0", "mit", None, "names several licenses, apache-2.0, mit: say with --license which one holds"),
         ("cc-by-nc-4.0", "mit", None, "is cc-by-nc-4.0, which does not allow every use"),
         ("cc-by-nc-4.0", "mit", "mit", "is cc-by-nc-4.0, not mit"),
@@ -744,7 +744,7 @@ def test_a_recipes_own_license_holds_for_its_own_images_only(recorded, tmp_path)
     assert ModelBundle.load(tmp_path / "own" / "model").provenance.license == "apache-2.0"
     images = write_folder(tmp_path / "mine", 12)
     private = replace(recipe, data=DataSettings(train=str(images)))
-    with pytest.raises(LicenseError, match="nothing tells the license of the weights of recipe supervised_digits"):
+    with pytest.raises(LicenseError, match="no license is stated for the weights of recipe supervised_digits"):
         train(private, tmp_path / "run", push=REPO, instruments=recorded)
     assert not (tmp_path / "run").exists()
     train(private, tmp_path / "run", instruments=recorded)
