@@ -670,8 +670,8 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(hub, caplog):
     Publisher(REPO).ask(seconds=0.1)
     answer.set()
     assert caplog.messages == [
-        f"cannot find out whether {REPO} takes the models, the run goes on: there was no answer within 0.1 seconds: check "
-        "the network."
+        f"cannot find out whether {REPO} takes the models, the run goes on: there was no answer within 0.1 seconds: "
+        "check the network."
     ]
 
 
