@@ -1,4 +1,4 @@
-"""The one loop of all tasks: steps, and what is written down, measured, saved and published between them."""
+"""The training loop of all tasks: its steps, and the logging, evaluating, saving and publishing between them."""
 
 import logging
 import signal
@@ -42,15 +42,15 @@ DRY_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
-    """Where a run got to.
+    """How far a run got.
 
     Attributes:
         folder: The run's folder.
-        step: Steps that are done.
+        step: Steps done.
         total_steps: Steps of the whole run.
         metrics: The last evaluation.
         model: Folder of the bundle; None if the run is not finished.
-        best: What the folder `best` holds, if there was an evaluation.
+        best: The model in the folder `best`, if there was an evaluation.
         commits: Address of the last commit on each branch that was published: the bundles of `model` and `best` if the
             run is finished, else those of the last checkpoint.
     """
@@ -66,12 +66,12 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instruments:
-    """What a run uses beside its own parts; tests replace some of it.
+    """What a run uses besides its own parts, so that tests can replace it.
 
     Attributes:
-        publisher: Makes what publishes, of a repository's id.
+        publisher: Makes a publisher for a repository's id.
         measure: Evaluates the twin of a trainer.
-        clock: Seconds.
+        clock: Returns seconds.
         draw_curves: Draws how a run went.
         draw_first_batch: Draws what the network sees.
     """
@@ -98,30 +98,30 @@ def train(
 ) -> TrainResult:
     """Train what a recipe says, or go on where an earlier process stopped.
 
-    Everything random follows from the seed, the step and the place in the global batch, so a run that was killed ends
-    with the weights of one that was not. On SIGTERM a checkpoint is written and the function returns.
+    Everything random follows from the seed, the step and the place in the global batch, so a run that was killed and
+    resumed ends with the same weights as one that was not. On SIGTERM a checkpoint is written and the function returns.
 
     Args:
         recipe: The run.
         out: Its folder: `recipe.yaml`, `metrics.jsonl`, `first_batch.png`, `checkpoints`, from the first evaluation on
             `best`, and at the end `curves.png` and `model`.
-        resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" wants a new folder; else a
-            checkpoint's folder.
-        push: ``org/name`` that bundles are published under, in the background: the last one on the branch main, the
-            best one on the branch best.
-        push_every: Whether that is done at every checkpoint, or at the end only.
-        private: Whether a new repository can be seen by its owner alone.
-        instruments: What else the run uses; replaced in tests.
+        resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" requires a new folder;
+            anything else is a checkpoint's folder.
+        push: ``org/name`` to publish bundles under, in the background: the last one on the branch main, the best one on
+            the branch best.
+        push_every: Whether to publish at every checkpoint ("save") or only at the end.
+        private: Whether only its owner can see a new repository.
+        instruments: What else the run uses.
 
     Raises:
         RecipeError: Settings contradict each other, the data, the processes, or the run in `out`.
-        LicenseError: The recipe contradicts its start or its teacher, or is to be published and nobody says under which
-            license.
+        LicenseError: The recipe's license contradicts that of its start or its teacher, or it is to be published
+            without a license.
         DataError: The images cannot be used.
-        TrainingError: The loss is no number any more; the last checkpoint stays.
-        BundleError: `out` cannot be written to; what is complete in it stays.
-        HubError: The Hub says at the start that it will not take the run's models; or the last one could not be
-            published, and `out` is complete.
+        TrainingError: The loss is not finite; the last checkpoint stays.
+        BundleError: `out` cannot be written to; whatever is complete in it stays.
+        HubError: The Hub refuses at the start to take the run's models; or the last model could not be published, and
+            `out` is complete.
     """
     out, clock = Path(out), instruments.clock
     require_start(recipe)
@@ -151,7 +151,7 @@ def train(
             measured = measured.beside(read_best(out, recipe), recipe, step=trainer.step)
 
         def seconds() -> float:
-            """Wall time of the run so far; what a killed process did after its last checkpoint is lost."""
+            """Wall time of the run so far, without what a killed process did after its last checkpoint."""
             return round(before + clock() - started, 1)
 
         writer = ModelWriter(trainer, seconds, draw_curves=instruments.draw_curves)
@@ -166,10 +166,10 @@ def train(
                 instruments=instruments,
             )
         if trainer.done:
-            trainer.refresh_twin()  # a run that was killed after its last step has not done so
+            trainer.refresh_twin()  # needed if the run was killed after its last step
             if accelerator.is_main_process:
                 writer.write(out / MODEL, measured, run=out)
-        accelerator.wait_for_everyone()  # for uploads only the main process waits
+        accelerator.wait_for_everyone()  # only the main process waits for uploads
         return TrainResult(
             folder=out,
             step=trainer.step,
@@ -191,7 +191,7 @@ def _go_on(
     publisher: Publisher | None,
     instruments: Instruments,
 ) -> Measured:
-    """Go on to the last step, or until `stop` is set in one of the processes; tells what was measured."""
+    """Train up to the last step, or until `stop` is set in one of the processes; returns what was measured."""
     recipe, watch, main = trainer.recipe, trainer.recipe.watch, trainer.accelerator.is_main_process
     logbook = Logbook(
         folder=out,
@@ -209,13 +209,13 @@ def _go_on(
         return measured.after(recipe, step=trainer.step, metrics=instruments.measure(trainer))
 
     def note() -> None:
-        """Write down an evaluation and, if no model was better so far, this one."""
+        """Log the last evaluation, and write its model if it is the best so far."""
         logbook.note(trainer.step, measured.metrics, best=measured.is_best)
         if measured.is_best and main:
             writer.write(out / BEST, measured, run=out, as_best=True)
 
     def save() -> Path | None:
-        run = out if publisher else None  # what is published tells how the run went
+        run = out if publisher else None  # a published bundle shows how the run went
         return save_run(
             out,
             trainer,
@@ -231,7 +231,7 @@ def _go_on(
     with logbook:
         if trainer.step == 0:
             measured = evaluate()
-        if measured.step == trainer.step:  # a resumed run drops the lines of its first step
+        if measured.step == trainer.step:  # the logbook of a resumed run has dropped this line
             trainer.refresh_twin()
             note()
         for step, batches in trainer.steps(logbook.throughput):
@@ -261,11 +261,11 @@ def _go_on(
 
 
 def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult:
-    """What a run came to that was finished before; its model is published if that is asked for now."""
+    """The result of a run that was finished before; its model is published if that is asked for now."""
     logger.info("the run in %s is finished", out)
     told = provenance_from_json(read_config(out / MODEL, called=str(out / MODEL))["vitreg"].get("provenance"))
     if told.run is None:
-        raise BundleError(f"{out / MODEL} does not tell its steps: delete it and start the run again.")
+        raise BundleError(f"{out / MODEL} does not say its steps: delete it and start the run again.")
     if publisher:
         restore_folders(out)
         settle(told.license, recipe.license, called=str(out / MODEL))
@@ -281,7 +281,7 @@ def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainRe
 
 
 def _commits(publisher: Publisher | None, out: Path, *, done: bool) -> Mapping[str, str]:
-    """What is on the Hub at the end: the bundles of a run that is done, else those of the last checkpoint."""
+    """Publish a finished run, or wait for the last checkpoint's uploads."""
     if publisher is None:
         return {}
     return publisher.publish_last(out) if done else publisher.close()
@@ -289,14 +289,14 @@ def _commits(publisher: Publisher | None, out: Path, *, done: bool) -> Mapping[s
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRun:
-    """What a run will take, from its first steps.
+    """What a run will cost, estimated from its first steps.
 
     Attributes:
         steps: Steps of the whole run.
-        images_per_second: Of the last step that was tried, over all processes.
-        eta_seconds: Of the whole run, without evaluations.
-        memory_gib: Of the device, or without one of this process.
-        parameters: Numbers that are trained.
+        images_per_second: Speed of the last step, over all processes.
+        eta_seconds: Time for the whole run, without evaluations.
+        memory_gib: Memory in use on the device, or by this process if there is none.
+        parameters: Number of trained parameters.
     """
 
     steps: int
@@ -307,10 +307,10 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe) -> DryRun:
-    """Try the first steps of a run, and write nothing.
+    """Try the first steps of a run without writing anything.
 
     Raises:
-        RecipeError: The run is as short as that.
+        RecipeError: The run has fewer steps than that.
         VitregError: As `train`.
     """
     require_start(recipe)
@@ -340,7 +340,7 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, for as long as the context lasts; signals reach main threads only."""
+    """An event that SIGTERM sets while the context lasts; only the main thread can receive signals."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

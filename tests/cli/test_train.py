@@ -227,7 +227,7 @@ FILE_MISTAKES = {
     "task.ibot_head takes its own settings or null, not '3'.": "task: {ibot_head: 3}",
     "task.ibot_head.prototypes takes a whole number, not 'x'.": "task: {ibot_head: {prototypes: x}}",
     "task of the kind Supervised, but that of recipe dinov2_digits is DinoV2": "task: {kind: Supervised}",
-    "is no YAML: ": "optim: [",
+    "is not YAML: ": "optim: [",
     "holds no settings: give them nested": "- 1",
     "holds no settings: give": "",
     "batch_size is 0, give at least 1.": "batch_size: 0",

@@ -17,18 +17,23 @@ from vitreg_hub.training.recipes.settings import Augment, Recipe, to_dict
 from vitreg_hub.training.tasks import TASKS
 
 KIND = "kind"
-"""Key that tells which dataclass `task` and `augment` are."""
+"""Key that says which dataclass `task` and `augment` are."""
 
 KINDS: Mapping[str, Mapping[str, type]] = {
-    part: {kind.__name__: kind for kind in kinds} for part, kinds in (("task", TASKS), ("augment", get_args(Augment)))
+    "task": {kind.__name__: kind for kind in TASKS},
+    "augment": {kind.__name__: kind for kind in get_args(Augment)},
 }
 MAY_CHANGE = (
-    *("name", "license"),
-    *(f"scale.{how}" for how in ("precision", "sharding", "checkpointing", "compile")),
+    "name",
+    "license",
+    "scale.precision",
+    "scale.sharding",
+    "scale.checkpointing",
+    "scale.compile",
     "watch.",
     "data.num_workers",
 )
-"""Settings, or what they begin with, that may differ when a run goes on: they change nothing that is learnt."""
+"""Beginnings of the names of settings that may differ when a run goes on, because they do not change what is learnt."""
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
@@ -39,21 +44,23 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 def recipe_from_yaml(text: str, *, called: str = RECIPE_FILE) -> Recipe:
-    """The recipe that `recipe_to_yaml` wrote; settings that it does not know take their defaults.
+    """Read what `recipe_to_yaml` wrote; settings that are missing take their defaults, if they have one.
 
     Args:
         text: YAML.
         called: Name of the file, for messages.
 
     Raises:
-        RecipeError: It is no recipe.
+        RecipeError: It is not a recipe.
     """
     given = _mapping(text, called)
     kinds = {}
     for part, known in KINDS.items():
         kind = given[part].get(KIND) if isinstance(given.get(part), dict) else None
         if kind not in known:
-            raise RecipeError(f"{called} is no whole recipe: its {part}.{KIND} must be one of {', '.join(known)}.")
+            raise RecipeError(
+                f"{called} is not a complete recipe: its {part}.{KIND} must be one of {', '.join(known)}."
+            )
         kinds[part] = known[kind]
     given = _without_kinds(given)
     _require_known(_dotted(given), _types(kinds), called=called)
@@ -73,11 +80,11 @@ def updated(recipe: Recipe, text: str, *, called: str) -> Recipe:
     """
     given, kinds = _mapping(text, called), _kinds(recipe)
     for part, kind in kinds.items():
-        told = given[part].get(KIND, kind.__name__) if isinstance(given.get(part), dict) else kind.__name__
-        if told != kind.__name__:
+        settings = given.get(part)
+        if isinstance(settings, dict) and settings.get(KIND, kind.__name__) != kind.__name__:
             raise RecipeError(
-                f"{called} has a {part} of the kind {told}, but that of recipe {recipe.name} is {kind.__name__}: "
-                f"take a recipe of the same kind."
+                f"{called} has a {part} of the kind {settings[KIND]}, but that of recipe {recipe.name} is "
+                f"{kind.__name__}: take a recipe of the same kind."
             )
     given = _without_kinds(given)
     _require_known(_dotted(given), _types(kinds), called=called)
@@ -85,13 +92,13 @@ def updated(recipe: Recipe, text: str, *, called: str) -> Recipe:
 
 
 def changed(recipe: Recipe, texts: Mapping[str, str], *, called: str, besides: Iterable[str] = ()) -> Recipe:
-    """A recipe with some settings as a command line gives them.
+    """A recipe with some settings given as text on a command line.
 
     Args:
         recipe: Gives all other settings.
         texts: Values by dotted names.
-        called: Who has the settings, for messages.
-        besides: Other names that could have been meant.
+        called: What has the settings, for messages.
+        besides: Other names that the user could have meant.
 
     Raises:
         RecipeError: A setting is unknown, of the wrong type, or contradicts another.
@@ -115,17 +122,17 @@ def setting_types(recipe: Recipe) -> dict[str, Any]:
 
 
 def public_settings(recipe: Recipe) -> dict[str, Any]:
-    """All settings as `with_kinds` gives them, their texts as others may see them."""
+    """All settings as `with_kinds` gives them, without private paths in their texts."""
     return _public(with_kinds(recipe))
 
 
 def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
-    """Write `recipe.yaml` into a folder, in the place of an old one.
+    """Write `recipe.yaml` into a folder, replacing an old one.
 
     Args:
         recipe: The run.
-        folder: The run's, or that of a bundle which may be published.
-        public: Whether it tells `public_settings`, with which no run can be compared.
+        folder: The run's folder, or that of a bundle which may be published.
+        public: Whether to write `public_settings`, which are not enough to go on with a run.
 
     Raises:
         BundleError: It cannot be written.
@@ -135,11 +142,11 @@ def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
 
 
 def require_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """Refuse to go on with a run under settings that would have made another one.
+    """Refuse to go on with a run under settings that would change what it learns.
 
     Args:
-        recipe: What is asked for.
-        folder: Of the run, with its `recipe.yaml`.
+        recipe: The settings now.
+        folder: The run's folder, with its `recipe.yaml`.
 
     Raises:
         RecipeError: A setting that matters differs, or the file cannot be read.
@@ -149,7 +156,8 @@ def require_same_recipe(recipe: Recipe, folder: Path) -> None:
     old, new = (_flat(with_kinds(r)) for r in (before, recipe))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)]
     if different:
-        name = min(different, key=lambda name: not name.endswith(f".{KIND}"))  # another kind explains the rest
+        kinds = [name for name in different if name.endswith(f".{KIND}")]  # another kind explains the rest
+        name = (kinds or different)[0]
         others = f" and {len(different) - 1} more settings differ" if different[1:] else ""
         raise RecipeError(
             f"the run in {folder} has {name} {old.get(name)}, not {new.get(name)}{others}: give the settings of "
@@ -158,7 +166,7 @@ def require_same_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def read_text(file: Path) -> str:
-    """Text of a file.
+    """Read the text of a file.
 
     Raises:
         RecipeError: It cannot be read.
@@ -166,17 +174,18 @@ def read_text(file: Path) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no text'}.") from error
+        raise RecipeError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not text'}.") from error
 
 
 def _require_known(names: Iterable[str], types: Mapping[str, Any], *, called: str, besides: Iterable[str] = ()) -> None:
-    """Refuse names of settings that do not exist; the message names the nearest, also of those `besides`."""
+    """Refuse names of settings that do not exist; the message suggests the nearest name, also one of `besides`."""
     candidates = [*types, *besides]
     ends = {name.rpartition(".")[2]: name for name in reversed(candidates)}
     for name in names:
         if name not in types:
             near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
-            near = near or [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1)]
+            if not near:
+                near = [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1)]
             hint = f"did you mean {near[0]}?" if near else "`vitreg train RECIPE --help` shows all."
             raise RecipeError(f"{called} has no setting {name}: {hint}")
 
@@ -187,31 +196,31 @@ def _types(kinds: Mapping[str, type]) -> dict[str, Any]:
 
 def _types_in(group: type, kinds: Mapping[str, type], prefix: str = "") -> Iterator[tuple[str, Any]]:
     hints = get_type_hints(group) | kinds
-    for name, hint in ((field.name, hints[field.name]) for field in fields(group)):
-        yield f"{prefix}{name}", hint
-        for inner in filter(is_dataclass, (hint, *get_args(hint))):
-            yield from _types_in(inner, {}, f"{prefix}{name}.")
+    for field in fields(group):
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        yield name, hint
+        for inner in (hint, *get_args(hint)):
+            if is_dataclass(inner):
+                yield from _types_in(inner, {}, f"{name}.")
 
 
 def _typed_recipe(values: Mapping[str, Any], kinds: Mapping[str, type], *, called: str) -> Recipe:
-    """The recipe of nested values, whose kinds are known.
+    """Make a recipe of nested values.
 
     Raises:
         RecipeError: One is missing, of the wrong type, or contradicts another.
     """
     types = _types(kinds)
     for name, value in _flat(values).items():
-        if isinstance(value, bool) and bool not in (
-            types[name],
-            *get_args(types[name]),
-        ):  # pydantic takes it for 0 or 1
+        accepted = (types[name], *get_args(types[name]))
+        if isinstance(value, bool) and bool not in accepted:  # pydantic would take it for 0 or 1
             raise _type_error(name, value, types, called=called)
     parts = {part: _typed(kind, values[part], types, called=called, at=part) for part, kind in kinds.items()}
     return _typed(Recipe, {**values, **parts}, types, called=called)
 
 
 def _typed(kind: Any, values: Any, types: Mapping[str, Any], *, called: str, at: str = "") -> Any:
-    """A dataclass of nested values, which stands `at` a place in a recipe."""
+    """Make a dataclass of nested values; `at` is its place in the recipe."""
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -219,11 +228,11 @@ def _typed(kind: Any, values: Any, types: Mapping[str, Any], *, called: str, at:
     for problem in problems:
         if isinstance(contradiction := problem.get("ctx", {}).get("error"), RecipeError):
             raise contradiction
-    if lacking := [_join(at, *p["loc"]) for p in problems if p["type"] == "missing"]:
-        raise RecipeError(f"{called} is no whole recipe: it lacks {', '.join(lacking)}.")
+    if missing := [_join(at, *p["loc"]) for p in problems if p["type"] == "missing"]:
+        raise RecipeError(f"{called} is not a complete recipe: add {', '.join(missing)}.")
     name, value = at, values
     for part in problems[0]["loc"]:
-        if _join(name, part) not in types:  # a place in a list
+        if _join(name, part) not in types:  # an index of a list
             break
         name, value = _join(name, part), value[part]
     raise _type_error(name, value, types, called=called)
@@ -239,7 +248,7 @@ def _type_error(name: str, value: Any, types: Mapping[str, Any], *, called: str)
 
 
 def _value(text: str, hint: Any) -> Any:
-    """A value of a command line; texts are taken as they are written."""
+    """A value from a command line; where text is wanted, it is taken as written."""
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if text == "null" and NoneType in kinds:
         return None
@@ -252,7 +261,7 @@ def _value(text: str, hint: Any) -> Any:
 
 
 def _merged(values: Any, given: Any) -> Any:
-    """Nested values, with those that are given in the place of others."""
+    """Nested values, with the given ones replacing others."""
     if not isinstance(given, dict):
         return given
     old = values if isinstance(values, dict) else {}
@@ -290,19 +299,18 @@ def _public(value: Any) -> Any:
 
 
 def _without_kinds(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        part: {key: value for key, value in values.items() if key != KIND}
-        if part in KINDS and isinstance(values, dict)
-        else values
-        for part, values in given.items()
-    }
+    plain = dict(given)
+    for part in KINDS:
+        if isinstance(given.get(part), dict):
+            plain[part] = {key: value for key, value in given[part].items() if key != KIND}
+    return plain
 
 
 def _mapping(text: str, called: str) -> dict[str, Any]:
     try:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{called} is no YAML: {' '.join(str(error).split())}.") from error
+        raise RecipeError(f"{called} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise RecipeError(
             f"{called} holds no settings: give them nested, as `vitreg train RECIPE --print_config` does."
@@ -311,7 +319,7 @@ def _mapping(text: str, called: str) -> dict[str, Any]:
 
 
 def _dotted(given: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of nested values, those of groups included."""
+    """Yield the dotted names of nested values and of their groups."""
     for key, value in given.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
@@ -321,5 +329,8 @@ def _dotted(given: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat

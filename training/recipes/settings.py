@@ -1,4 +1,4 @@
-"""One training run, completely: nested frozen settings, each with its unit. Knows nothing of torch."""
+"""All settings of a training run, nested and frozen. Does not import torch."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ class ModelSettings:
     """The network that is trained.
 
     Attributes:
-        arch: Row of `vitreg list`.
+        arch: An architecture of `vitreg list`.
         start: Weights to start from: a bundle's folder, ``hf-hub:org/name``, or an architecture with a tag. None: from
             scratch. A start that differs from `arch` in the number of registers gets new ones, or loses its own.
         start_required: Whether the recipe is the second stage of a run and must not begin from scratch.
         img_size: Side of the images in pixels; None: the architecture's, or the start's.
         patch_size: Side of a patch in pixels; None: the architecture's, or the start's.
-        drop_path: Probability to skip a branch, the same in every block; drawn by each process for its own images.
+        drop_path: Probability of skipping a branch, the same in every block; each process draws for its own images.
         layer_scale: LayerScale of a network from scratch; None: the architecture's. DINOv2's 1e-5 is for hundreds of
-            thousands of steps: a few hundred go by before its blocks do anything.
+            thousands of steps; it takes a few hundred before the blocks have any effect.
         trainable: Which weights change; all others stay as they are, bit for bit.
     """
 
@@ -49,10 +49,10 @@ class DataSettings:
         image_column: Column of images; None: the only one, or "image", "jpg" or "png".
         label_column: Column of labels; None: the only one of class labels, or "label" or "cls".
         text_column: Column of captions; None: "text", "txt" or "caption".
-        num_classes: Number of classes, where labels are plain numbers and the data do not tell.
-        streaming: Read from the start to the end instead of by index; shards and Hub sets always are.
+        num_classes: Number of classes, where labels are plain numbers and the data do not say.
+        streaming: Read from start to end instead of by index; shards and Hub sets always are.
         shuffle_block: Rows of a stream that are held and shuffled at a time, per worker.
-        stream_images: Images of one epoch of a stream, if it cannot tell.
+        stream_images: Images of one epoch of a stream, if it does not say.
         num_workers: Processes that decode and augment, per process; 0: none.
         max_corrupt: Share of unreadable images at which the run stops.
     """
@@ -72,7 +72,7 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CropAugment:
-    """Random resized crop, as in OpenCLIP, and what may follow it.
+    """Random resized crop, as in OpenCLIP, with optional further steps.
 
     Attributes:
         scale: Range of the crop's area, as a share of the image.
@@ -93,7 +93,7 @@ class CropAugment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThreeAugment:
-    """DeiT-III's 3-Augment: a crop, a mirror image, one of grey, solarised and blurred, and colour jitter.
+    """DeiT-III's 3-Augment: a crop, a mirror image, one of grey, solarisation and blur, and colour jitter.
 
     Source: deit/augment.py, `new_data_aug_generator`.
 
@@ -115,7 +115,7 @@ class ThreeAugment:
 class MultiCrop:
     """DINOv2's two global and several local crops.
 
-    Upstream hands its blur probabilities to torchvision inverted, and the released models were trained so: the
+    Upstream passes its blur probabilities to torchvision inverted, and trained the released models that way. The
     probabilities here are those that take effect. Source: dinov2/data/augmentations.py and transforms.py:17-21;
     facebookresearch/dinov2#411.
 
@@ -129,7 +129,7 @@ class MultiCrop:
         color_jitter: Probability of jitter (brightness .4, contrast .4, saturation .2, hue .1).
         gray: Probability of grey.
         blur: Probability of blur in the first global, the second global and the local crops.
-        solarize: Probability in the second global crop.
+        solarize: Probability of solarisation in the second global crop.
     """
 
     local_size: int = 96
@@ -146,26 +146,26 @@ class MultiCrop:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimSettings:
-    """The optimiser and what changes over the run. Rates and decay follow a cosine, after a linear warm-up.
+    """The optimiser and its schedules. Rates and decay follow a cosine; the rate has a linear warm-up before it.
 
     Attributes:
         opt: timm's name of the optimiser.
         lr: Peak learning rate.
-        lr_batch: Number of images that `lr` is meant for, if it is to be scaled by the square root of the global batch
-            over it; None: taken as it is.
+        lr_batch: Number of images that `lr` is meant for: it is scaled by the square root of the global batch over this
+            number. None: it is not scaled.
         min_lr: Where the cosine ends.
         warmup_epochs: Epochs of warm-up.
         warmup_lr: Where the warm-up starts.
         weight_decay: Decoupled, at the start.
         weight_decay_end: At the end; None: the same.
-        decay_rule: Which parameters decay. "timm": none of one dimension, no positions, class token or registers.
-            "dinov2": all but biases, norms and LayerScale. "openclip": as "timm", and no logit scale.
-        betas: Of Adam and its kin; None: the optimiser's own, or none.
-        eps: Of Adam and its kin; None: the optimiser's own.
+        decay_rule: Which parameters decay. "timm": all but vectors, positions, class token and registers. "dinov2": all
+            but biases, norms and LayerScale. "openclip": as "timm", but not the logit scale.
+        betas: For Adam and similar optimisers; None: the optimiser's own, or none.
+        eps: For Adam and similar optimisers; None: the optimiser's own.
         layer_decay: Factor of the rate from each layer to the one below.
         patch_embed_lr: Factor of the rate of the patch embedding.
         clip: Largest norm of the gradients; None: they are not clipped.
-        clip_per_module: Whether backbone and each head are clipped on their own.
+        clip_per_module: Whether the backbone and each head are clipped separately.
     """
 
     opt: str = "adamw"
@@ -187,14 +187,14 @@ class OptimSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleSettings:
-    """How the work is spread. Nothing but `accumulate` changes what is learnt, beyond rounding.
+    """How the work is distributed. Only `accumulate` changes what is learnt, apart from rounding.
 
     Attributes:
-        precision: Number type of the forward pass; weights and optimiser keep float32.
-        accumulate: Parts that a process takes one after the other in each step. Losses that need the global batch
-            (contrastive, Sinkhorn, KoLeo) see one part of every process at a time, and are others then.
-        sharding: "ddp" copies the weights to every process, "fsdp2" spreads weights, gradients and optimiser over them.
-        checkpointing: Whether activations are computed again in the backward pass instead of kept.
+        precision: Number type of the forward pass; weights and optimiser stay in float32.
+        accumulate: Parts into which a process divides each step, one after the other. Losses over the global batch
+            (contrastive, Sinkhorn, KoLeo) see one part of every process at a time and so change.
+        sharding: "ddp" copies the weights to every process, "fsdp2" shards weights, gradients and optimiser.
+        checkpointing: Whether activations are recomputed in the backward pass instead of kept.
         compile: Whether the blocks are compiled by torch.compile.
     """
 
@@ -207,20 +207,20 @@ class ScaleSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchSettings:
-    """What is written down while the run goes on.
+    """What is logged, evaluated and saved during the run.
 
     Attributes:
         log_every: Steps between lines of metrics.
-        eval_every: Steps between evaluations (task's scores, k-NN accuracy, artifacts); 0: only at the end. One is
-            made before the first step as well.
+        eval_every: Steps between evaluations (the task's scores, k-NN accuracy, artifacts); 0: only at the end. There
+            is always one before the first step.
         save_every: Steps between checkpoints; 0: only at the end.
-        keep: Checkpoints that are kept.
+        keep: Number of checkpoints to keep.
         trackers: accelerate's trackers by name: tensorboard, wandb, trackio, ...; JSONL is always written.
-        eval_images: Held-out images that are looked at, and training images that k-NN compares them with.
-        knn_neighbors: Of the k-NN classifier. Source: dinov2/eval/knn.py.
-        knn_temperature: Of its votes. Source: the same.
+        eval_images: Number of held-out images to evaluate, and of training images that k-NN compares them with.
+        knn_neighbors: Neighbours of the k-NN classifier. Source: dinov2/eval/knn.py.
+        knn_temperature: Temperature of its votes. Source: the same.
         artifact_images: Images for the artifact telemetry; 0: none.
-        cutoff: Norm above which a patch token is an outlier; None: found in the norms.
+        cutoff: Norm above which a patch token is an outlier; None: found from the norms.
     """
 
     log_every: int = 10
@@ -240,23 +240,23 @@ Augment = CropAugment | ThreeAugment | MultiCrop
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """One run, completely.
+    """All settings of one run.
 
     Attributes:
-        name: What it is called.
+        name: Name of the recipe.
         model: The network.
         task: The objective.
         data: The images.
-        augment: What is done to them.
+        augment: The augmentation.
         optim: The optimiser.
-        scale: How the work is spread.
-        watch: What is written down.
+        scale: How the work is distributed.
+        watch: What is logged, evaluated and saved.
         batch_size: Images of one step, over all processes and accumulated parts.
         epochs: Passes over the training images.
-        epoch_steps: Steps that count as an epoch; None: as many as the data give.
+        epoch_steps: Steps that count as an epoch; None: one pass over the data.
         seed: Of everything that is random.
-        license: SPDX identifier of the weights, as the user says it; None: that of start and teacher, or without any
-            the one that this package gives to its own recipes on their own images.
+        license: SPDX identifier of the weights' license, given by the user. None: the license of start and teacher, or
+            without either the one that this package gives to its own recipes on their own images.
     """
 
     name: str
@@ -284,7 +284,7 @@ class Recipe:
 
 
 def require_start(recipe: Recipe) -> None:
-    """Refuse to run the second stage of a recipe without the first: it can be looked at, but not begun.
+    """Refuse to begin the second stage of a run without the first.
 
     Raises:
         RecipeError: The recipe needs a start and has none.
@@ -297,7 +297,7 @@ def require_start(recipe: Recipe) -> None:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The settings as JSON-safe nested dictionaries; `task` and `augment` tell nothing of their kinds."""
+    """The settings as JSON-safe nested dictionaries, without the kinds of `task` and `augment`."""
     return _plain(dataclasses.asdict(recipe))
 
 
@@ -308,7 +308,7 @@ def _plain(value: Any) -> Any:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
-    """Yield what cannot be, as seen from the settings alone; the number of processes is known to the loop only."""
+    """Yield contradictions between settings; those with the number of processes are found later."""
     task, augment = recipe.task, recipe.augment
     for name, value in (
         ("batch_size", recipe.batch_size),

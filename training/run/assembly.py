@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: processes, data, network, task, optimiser."""
+"""From a recipe to the parts of a run: processes, data, network and task."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -27,20 +27,20 @@ from vitreg_hub.training.tasks.base import RunFacts, Task, build_task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """What a run is made of, before it is spread over devices.
+    """What a run is made of, before it is distributed over devices.
 
     Attributes:
-        data: What is trained on.
-        held_out: What scores are measured on, if anything.
-        eval_images: What the model is evaluated on: held-out images, else those of training, for artifacts alone.
-        knn_images: Training images without augmentation, among which the neighbours of held-out ones are sought.
+        data: The training data.
+        held_out: The data that scores are measured on, if any.
+        eval_images: Images to evaluate: held-out ones, or else training images, but only for artifacts.
+        knn_images: Training images without augmentation, among which k-NN finds the neighbours of held-out ones.
         loader: Batches of `data`.
-        transform: What an image goes through in evaluation.
-        mean: Of the normalisation in training and evaluation, by channel.
-        std: Of the same, by channel.
+        transform: The transform of images in evaluation.
+        mean: Mean of the normalisation in training and evaluation, by channel.
+        std: Standard deviation of the same, by channel.
         span: How long the run is.
         task: The objective with its modules.
-        twin: Copy of what the task publishes, in evaluation mode, whole and on the CPU.
+        twin: Copy of the model that the task publishes, in evaluation mode, unsharded and on the CPU.
         sources: The models that the run starts from and learns from.
     """
 
@@ -62,7 +62,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that the launcher started.
 
     Raises:
-        RecipeError: The device cannot do what the recipe asks for.
+        RecipeError: The device or the sharding does not allow what the recipe asks for.
     """
     has_device = torch.accelerator.is_available()
     if recipe.scale.precision == "fp16" and not has_device:
@@ -71,9 +71,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise RecipeError(
             f"optim.opt {recipe.optim.opt} needs whole matrices, which fsdp2 cuts: take adamw, or scale.sharding ddp."
         )
-    forget_accelerator()  # of an earlier run of this process, whose precision may have been another
+    forget_accelerator()  # left by an earlier run of this process, perhaps with another precision
     return Accelerator(
-        cpu=not has_device,  # else several processes without a GPU would not know of each other
+        cpu=not has_device,  # otherwise processes without a GPU would not find each other
         mixed_precision=recipe.scale.precision,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
@@ -84,13 +84,13 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
 
     Args:
         recipe: The run.
-        rank: Number of this process.
+        rank: Number of this process, from 0.
         world_size: Number of processes.
 
     Raises:
         RecipeError: Settings contradict each other, the data, or the number of processes.
-        DataError: There are no such images, or they lack what the task needs.
-        BundleError: The start or the teacher is no bundle.
+        DataError: There are no such images, or they have no labels or captions where the task needs them.
+        BundleError: The start or the teacher is not a bundle.
     """
     data = open_training_data(recipe.data)
     num_classes = _num_classes(data) if recipe.task.classifies else 0
@@ -153,16 +153,16 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
 def _num_classes(data: TrainingData) -> int:
     """
     Raises:
-        RecipeError: It is not known.
+        RecipeError: It is unknown.
     """
     if data.num_classes is None:
         raise RecipeError(
-            f"{data.name} does not tell how many classes it has: give data.num_classes, or a column of class labels "
+            f"{data.name} does not say how many classes it has: give data.num_classes, or a column of class labels "
             "(data.label_column)."
         )
     return data.num_classes
 
 
 def vit_of(published: nn.Module) -> VisionTransformer:
-    """The ViT in what a task publishes."""
+    """The ViT in a task's published module."""
     return getattr(published, "backbone", published)

@@ -1,4 +1,4 @@
-"""The ViT of a run: drawn at random or taken from a bundle, with its registers, and the part of it that is trained."""
+"""The ViT of a run: initialised at random or from a bundle, with its registers and its trainable part."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -17,18 +17,18 @@ from vitreg_hub.training.distributed.randomness import seed_of
 from vitreg_hub.training.recipes.settings import ModelSettings, Trainable
 
 BACKBONE_STREAM = 0
-"""Distinguishes the random numbers of new weights from all others of a seed."""
+"""Separates the random numbers of new weights from all others of the same seed."""
 
 
 def build_backbone(
     settings: ModelSettings, *, num_classes: int, seed: int
 ) -> tuple[VisionTransformer, ModelBundle | None]:
-    """Build the network that is trained, on the CPU and in training mode.
+    """Build the network, on the CPU and in training mode.
 
     Args:
-        settings: What it is.
-        num_classes: Width of its classification head, 0 for none; a start's head of another width is drawn anew.
-        seed: Of weights that are drawn.
+        settings: The network.
+        num_classes: Width of its classification head, 0 for none; a start's head of another width is replaced.
+        seed: Seed of new weights.
 
     Returns:
         The network, and the bundle that it starts from, if any.
@@ -36,12 +36,14 @@ def build_backbone(
     Raises:
         UnknownArchError: There is no such architecture.
         RecipeError: The start is of another architecture, or nothing would be trained.
-        BundleError: The start is no bundle.
+        BundleError: The start is not a bundle.
     """
     get_arch(settings.arch)  # refuses unknown names
-    size: dict[str, Any] = {
-        name: value for name in ("img_size", "patch_size") if (value := getattr(settings, name)) is not None
-    }
+    options: dict[str, Any] = {"num_classes": num_classes, "dynamic_img_size": True}
+    if settings.img_size is not None:
+        options["img_size"] = settings.img_size
+    if settings.patch_size is not None:
+        options["patch_size"] = settings.patch_size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, BACKBONE_STREAM))
         if settings.start is None:
@@ -50,9 +52,9 @@ def build_backbone(
                     f"model.trainable is {settings.trainable}, but there is no model.start: all else would stay random."
                 )
             bundle = None
-            layer_scale: dict[str, Any] = {} if settings.layer_scale is None else {"init_values": settings.layer_scale}
-            options = size | layer_scale
-            made = timm.create_model(settings.arch, num_classes=num_classes, dynamic_img_size=True, **options)
+            if settings.layer_scale is not None:
+                options["init_values"] = settings.layer_scale
+            made = timm.create_model(settings.arch, **options)
         else:
             bundle = with_registers_of(settings.arch, ModelBundle.load(settings.start), called=settings.start)
             if settings.trainable != "all" and num_classes not in (0, bundle.num_classes):
@@ -60,7 +62,7 @@ def build_backbone(
                     f"model.trainable is {settings.trainable}, but model.start {settings.start} has "
                     f"{bundle.num_classes} classes and the data have {num_classes}: a new head needs all to be trained."
                 )
-            made = bundle.build(num_classes=num_classes, dynamic_img_size=True, **size)
+            made = bundle.build(**options)
     model = cast(VisionTransformer, made)
     if settings.drop_path:
         set_drop_path(model, settings.drop_path)
@@ -69,12 +71,12 @@ def build_backbone(
 
 
 def with_registers_of(arch: str, bundle: ModelBundle, *, called: str) -> ModelBundle:
-    """A bundle with as many registers as a row has: new ones are drawn, surplus ones are dropped.
+    """Give a bundle the number of registers of an architecture: new ones are drawn, surplus ones dropped.
 
     Registers have no positions, so nothing else changes.
 
     Raises:
-        RecipeError: The bundle differs from the row in more than registers.
+        RecipeError: The bundle differs from the architecture in more than registers.
     """
     wanted, spec = get_arch(arch), bundle.spec
     if (spec.family, spec.size) != (wanted.family, wanted.size):
@@ -96,7 +98,7 @@ def with_registers_of(arch: str, bundle: ModelBundle, *, called: str) -> ModelBu
 
 
 def set_drop_path(model: VisionTransformer, probability: float) -> None:
-    """Skip every branch of every block with one probability; timm raises it from block to block.
+    """Skip every branch of every block with the same probability; timm would raise it from block to block.
 
     Source: deit/models_v2.py (`dpr = [drop_path_rate for i in range(depth)]`), dinov2 (`drop_path_uniform`).
     """
@@ -105,7 +107,7 @@ def set_drop_path(model: VisionTransformer, probability: float) -> None:
 
 
 def set_trainable(model: VisionTransformer, which: Trainable) -> None:
-    """Let gradients reach all weights, the registers alone, or registers and norms.
+    """Train all weights, only the registers, or registers and norms.
 
     Raises:
         RecipeError: There are no registers to train.

@@ -1,4 +1,4 @@
-"""The best model of a run: which one that is, and what its folder tells of it."""
+"""The best model of a run: which one it is, and what its folder says about it."""
 
 import math
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from vitreg_hub.training.run.folders import BEST
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Best:
-    """The best model of a run so far, the first one where several are equal.
+    """The best model of a run so far; of equal ones the first.
 
     Attributes:
-        name: Of the score.
+        name: Name of the score.
         score: Its value.
-        step: Steps that were done.
+        step: Steps done.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Best:
 def better(
     best: Best | None, recipe: Recipe, *, step: int, metrics: Mapping[str, float], or_equal: bool = False
 ) -> Best | None:
-    """The best model after one more evaluation. What no step of training has changed is none.
+    """The best model after one more evaluation. The untrained model of step 0 never counts.
 
     Args:
         best: The best one before.
         recipe: The run.
-        step: Steps that are done.
+        step: Steps done.
         metrics: What the evaluation found, scores as ``eval/name``.
-        or_equal: Whether as good is enough.
+        or_equal: Whether an equal score replaces the best one.
     """
     name = recipe.task.objective.score.name
     score = metrics.get(f"eval/{name}", math.nan)
@@ -49,7 +49,7 @@ def better(
 
 
 def read_best(run: Path, recipe: Recipe) -> Best | None:
-    """What the best model of a run tells of itself, without a look at its weights; None if there is none.
+    """Read what the best model of a run says about itself, without its weights; None if there is none.
 
     Raises:
         BundleError: Its folder is damaged.
@@ -60,5 +60,5 @@ def read_best(run: Path, recipe: Recipe) -> Best | None:
     name = recipe.task.objective.score.name
     told = provenance_from_json(read_config(folder, called=str(folder))["vitreg"].get("provenance"))
     if name not in told.metrics or not told.run or told.run.step is None:
-        raise BundleError(f"{folder} does not tell its {name} and its step: delete it and start the run again.")
+        raise BundleError(f"{folder} does not say its {name} and its step: delete it and start the run again.")
     return Best(name=name, score=told.metrics[name], step=told.run.step)

@@ -1,17 +1,17 @@
-"""Checkpoints of a run: complete or absent, readable piece by piece, and enough to go on as if nothing had happened."""
+"""Checkpoints of a run: complete or absent, and enough to go on as if nothing had happened."""
 
 import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreg_hub.errors import BundleError, TrainingError
 from vitreg_hub.files import CONFIG_FILE, RECIPE_FILE, write_folder
@@ -34,57 +34,12 @@ from vitreg_hub.training.run.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunState:
-    """Everything that a run changes.
-
-    Attributes:
-        step: Steps that are done.
-        weights: Whole tensors by file: "backbone", "heads", "optimizer", and one for each frozen module.
-        loaders: What each process's loader says of its place in the data.
-        extra: Other numbers, JSON-safe.
-    """
-
-    step: int
-    weights: Mapping[str, Mapping[str, Tensor]]
-    loaders: tuple[dict[str, Any], ...]
-    extra: Mapping[str, Any]
-
-
-def split_weights(network: nn.Module, frozen: Mapping[str, nn.Module], *, keep: bool) -> dict[str, dict[str, Tensor]]:
-    """Whole weights of a task by file; all processes must ask for them.
-
-    Args:
-        network: What is trained.
-        frozen: Modules beside it.
-        keep: Whether this process is the one that gets them.
-
-    Returns:
-        "backbone" under the ViT's own names, "heads" with everything else of the network, and one entry for each frozen
-        module under the network's names.
-    """
-    whole = kept(full_tensors(network), keep=keep)
-    files = {
-        "backbone": {name.removeprefix("backbone."): t for name, t in whole.items() if name.startswith("backbone.")},
-        "heads": {name: t for name, t in whole.items() if not name.startswith("backbone.")},
-    }
-    return files | {name: kept(full_tensors(module), keep=keep) for name, module in frozen.items()}
-
-
-def load_weights(
-    network: nn.Module, frozen: Mapping[str, nn.Module], files: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Write what `split_weights` gave into a task's modules."""
-    backbone = {f"backbone.{name}": tensor for name, tensor in files["backbone"].items()}
-    load_full_state(network, backbone | dict(files.get("heads", {})))
-    for name, module in frozen.items():
-        load_full_state(module, files.get(name, {}))
+BACKBONE = "backbone."
+"""What the names of the ViT's weights begin with in a task's network."""
 
 
 def find_checkpoint(out: Path, recipe: Recipe, resume: str) -> Path | None:
-    """The checkpoint that a run goes on from, after a look at whose it is.
+    """Find the checkpoint that a run goes on from, and check that it belongs to this run.
 
     Args:
         out: The run's folder, which may not exist yet.
@@ -93,7 +48,7 @@ def find_checkpoint(out: Path, recipe: Recipe, resume: str) -> Path | None:
 
     Raises:
         RecipeError: The folder holds a run of another recipe.
-        BundleError: The folder holds something else, or is to be new and is not.
+        BundleError: The folder holds something else, or must be new and is not.
         TrainingError: There is no such checkpoint.
     """
     named = None if resume in ("auto", "never") else Path(resume)
@@ -105,7 +60,7 @@ def find_checkpoint(out: Path, recipe: Recipe, resume: str) -> Path | None:
             require_same_recipe(recipe, run)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return named
-    is_run = (out / RECIPE_FILE).is_file() and not (out / CONFIG_FILE).exists()  # a bundle has a public recipe beside
+    is_run = (out / RECIPE_FILE).is_file() and not (out / CONFIG_FILE).exists()  # a bundle has a recipe too
     if resume == "never" or not is_run:
         why = "is not to be resumed" if resume == "never" else "holds no run"
         raise BundleError(f"{out} exists and {why}: choose another folder.")
@@ -121,38 +76,46 @@ def find_checkpoint(out: Path, recipe: Recipe, resume: str) -> Path | None:
 def save_run(
     out: Path, trainer: Trainer, measured: Measured, *, seconds: float, write_model: Callable[[Path], None]
 ) -> Path | None:
-    """Write a checkpoint of a run, together with all processes; returns its folder on the main one.
+    """Write a checkpoint and delete the oldest ones, in all processes together.
 
     Args:
         out: The run's folder.
         trainer: Its weights and its place in the data.
-        measured: What was measured on the way.
-        seconds: That the run took so far.
-        write_model: As `save_checkpoint` takes it.
+        measured: What was measured so far.
+        seconds: How long the run took so far.
+        write_model: Writes the bundle of the model that would be published into the folder it is given.
+
+    Returns:
+        The checkpoint's folder on the main process, None on the others.
 
     Raises:
-        TrainingError: A weight is no number; all earlier checkpoints stay.
+        TrainingError: A weight is not finite; all earlier checkpoints stay.
         BundleError: It cannot be written; all earlier ones stay.
     """
-    task, accelerator, optimizer = trainer.parts.task, trainer.accelerator, trainer.optimizer.optimizer
-    main = accelerator.is_main_process
-    weights = split_weights(task.network, task.frozen, keep=main)
-    weights["optimizer"] = kept(full_optimizer_tensors(optimizer, trainer.names), keep=main)
-    loaders = tuple(gather_object([trainer.parts.loader.state()]))
-    extra = {
-        "metrics": dict(measured.metrics),
-        "evaluated": measured.step,
-        "best": asdict(measured.best) if measured.best else None,
-        "seconds": seconds,
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-        "groups": group_counts(optimizer),
-        "length": trainer.length,
+    accelerator = trainer.accelerator
+    weights = _whole_weights(trainer)
+    state = {
+        "step": trainer.step,
+        "loaders": gather_object([trainer.parts.loader.state()]),
+        "extra": {
+            "metrics": dict(measured.metrics),
+            "evaluated": measured.step,
+            "best": asdict(measured.best) if measured.best else None,
+            "seconds": seconds,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
+            "groups": group_counts(trainer.optimizer.optimizer),
+            "length": trainer.length,
+        },
     }
     trainer.refresh_twin()
     folder = None
-    if main:
-        state = RunState(step=trainer.step, weights=weights, loaders=loaders, extra=extra)
-        folder = save_checkpoint(out, state, write_model=write_model, keep=trainer.recipe.watch.keep)
+    if accelerator.is_main_process:
+        _require_finite(weights, trainer.step)
+        folder = out / CHECKPOINTS / f"step_{trainer.step:07d}"
+        if not folder.exists():  # it does when a run resumes at its last step
+            write_folder(folder, lambda staging: _fill(staging, weights, state, write_model))
+        for old in checkpoints(out)[: -trainer.recipe.watch.keep]:
+            _remove(old)
     accelerator.wait_for_everyone()
     return folder
 
@@ -161,94 +124,43 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> tuple[Measured, float]:
     """Go back to where a checkpoint was written.
 
     Returns:
-        What was measured until there, and the seconds that it took.
+        What had been measured by then, and the seconds it had taken.
 
     Raises:
         TrainingError: It is damaged, or of other data, another network or another number of processes.
     """
-    state = load_checkpoint(checkpoint)
-    task, accelerator, optimizer, extra = (
-        trainer.parts.task,
-        trainer.accelerator,
-        trainer.optimizer.optimizer,
-        state.extra,
-    )
+    task, accelerator, optimizer = trainer.parts.task, trainer.accelerator, trainer.optimizer.optimizer
+    try:
+        state = json.loads((checkpoint / STATE / STATE_FILE).read_text(encoding="utf-8"))
+        step, loaders, extra = state["step"], state["loaders"], state["extra"]
+        weights = {path.stem: load_file(path) for path in sorted((checkpoint / STATE).glob("*.safetensors"))}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TrainingError(
+            f"{checkpoint} is no checkpoint that a run can go on from ({error}): delete it to go on from the one "
+            "before."
+        ) from error
     if extra["length"] != trainer.length:
         before, now = (f"{x['images']} images and {x['steps']} steps" for x in (extra["length"], trainer.length))
         raise TrainingError(f"{checkpoint} is of a run with {before}, but this one has {now}: give it the same data.")
     try:
-        load_weights(task.network, task.frozen, state.weights)
-        load_optimizer_state(optimizer, trainer.names, state.weights.get("optimizer", {}))
+        backbone = {f"{BACKBONE}{name}": tensor for name, tensor in weights["backbone"].items()}
+        load_full_state(task.network, backbone | weights.get("heads", {}))
+        for name, module in task.frozen.items():
+            load_full_state(module, weights.get(name, {}))
+        load_optimizer_state(optimizer, trainer.names, weights.get("optimizer", {}))
         load_group_counts(optimizer, extra["groups"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise TrainingError(f"{checkpoint} is of another network ({error}): give its own run's folder.") from error
-    trainer.parts.loader.load_state(state.loaders)
+    trainer.parts.loader.load_state(loaders)
     if accelerator.scaler and extra["scaler"]:
         accelerator.scaler.load_state_dict(extra["scaler"])
-    trainer.go_on_from(state.step)
+    trainer.go_on_from(step)
     best = Best(**extra["best"]) if extra.get("best") else None
-    measured = Measured(step=extra["evaluated"], metrics=dict(extra["metrics"]), best=best)
-    return measured, extra.get("seconds", 0.0)
-
-
-def save_checkpoint(run: Path, state: RunState, *, write_model: Callable[[Path], None], keep: int) -> Path:
-    """Write a checkpoint, then delete the oldest ones; on the main process only.
-
-    Args:
-        run: The run's folder.
-        state: What is saved.
-        write_model: Writes the bundle of the model that would be published into the folder it is given.
-        keep: How many checkpoints may stay.
-
-    Raises:
-        TrainingError: A weight is no number; all earlier checkpoints stay.
-        BundleError: It cannot be written; all earlier ones stay.
-    """
-    for file, tensors in state.weights.items():
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise TrainingError(
-                    f"{name} of {file} holds what is no number after {state.step} steps, so no checkpoint is written: "
-                    "lower optim.lr or set optim.clip, and go on from the last one."
-                )
-
-    def fill(staging: Path) -> None:
-        write_model(staging)
-        folder = staging / STATE
-        folder.mkdir()
-        for name, tensors in state.weights.items():
-            if tensors:
-                whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                save_file(whole, state_file(staging, name), metadata={"format": "pt"})
-        text = {"step": state.step, "loaders": state.loaders, "extra": dict(state.extra)}
-        (folder / STATE_FILE).write_text(json.dumps(text), encoding="utf-8")
-
-    target = run / CHECKPOINTS / f"step_{state.step:07d}"
-    if not target.exists():  # it does if the last step of a run that went on from it is the one it holds
-        write_folder(target, fill)
-    for old in checkpoints(run)[:-keep]:
-        _remove(old)
-    return target
-
-
-def load_checkpoint(folder: Path) -> RunState:
-    """Read a checkpoint.
-
-    Raises:
-        TrainingError: It is none, or damaged.
-    """
-    try:
-        text = json.loads((folder / STATE / STATE_FILE).read_text(encoding="utf-8"))
-        weights = {path.stem: load_file(path) for path in sorted((folder / STATE).glob("*.safetensors"))}
-        return RunState(step=text["step"], weights=weights, loaders=tuple(text["loaders"]), extra=text["extra"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise TrainingError(
-            f"{folder} is no checkpoint that a run can go on from ({error}): delete it to go on from the one before."
-        ) from error
+    return Measured(step=extra["evaluated"], metrics=extra["metrics"], best=best), extra.get("seconds", 0.0)
 
 
 def clear_leftovers(run: Path) -> None:
-    """Delete what a killed process was about to write or to delete."""
+    """Delete what a killed process was writing or deleting."""
     restore_folders(run)
     for path in (run / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(path)
@@ -258,3 +170,42 @@ def clear_leftovers(run: Path) -> None:
 def _remove(folder: Path) -> None:
     """A checkpoint that is half deleted must not look complete."""
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
+
+
+def _whole_weights(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """Whole tensors by file, empty except on the main process; all processes must ask for them."""
+    task, keep = trainer.parts.task, trainer.accelerator.is_main_process
+    whole = kept(full_tensors(task.network), keep=keep)
+    files = {
+        "backbone": {name.removeprefix(BACKBONE): x for name, x in whole.items() if name.startswith(BACKBONE)},
+        "heads": {name: x for name, x in whole.items() if not name.startswith(BACKBONE)},
+    }
+    for name, module in task.frozen.items():
+        files[name] = kept(full_tensors(module), keep=keep)
+    files["optimizer"] = kept(full_optimizer_tensors(trainer.optimizer.optimizer, trainer.names), keep=keep)
+    return files
+
+
+def _require_finite(weights: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    for file, tensors in weights.items():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise TrainingError(
+                    f"{name} of {file} is not finite after {step} steps, so no checkpoint is written: lower optim.lr "
+                    "or set optim.clip, and go on from the last one."
+                )
+
+
+def _fill(
+    staging: Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    write_model: Callable[[Path], None],
+) -> None:
+    write_model(staging)
+    (staging / STATE).mkdir()
+    for name, tensors in weights.items():
+        if tensors:
+            whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(whole, state_file(staging, name), metadata={"format": "pt"})
+    (staging / STATE / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")

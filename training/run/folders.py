@@ -1,4 +1,4 @@
-"""What is in the folder of a run: bundles, which new ones take the place of, and checkpoints."""
+"""What the folder of a run contains: bundles, which newer ones replace, and checkpoints."""
 
 import re
 import shutil
@@ -7,14 +7,14 @@ from pathlib import Path
 from vitreg_hub.files import OLD, SWAP
 
 MODEL, BEST = "model", "best"
-"""The last weights and the best ones; the latter also is their branch on the Hub."""
+"""Folders of the last and of the best weights; the latter is also the name of their branch on the Hub."""
 CHECKPOINTS, STATE = "checkpoints", "state"
-"""Where checkpoints are, and what each of them holds beside its bundle."""
+"""The folder of checkpoints, and the folder in each of them beside its bundle."""
 STEP = re.compile(r"step_(\d+)")
 
 
 def state_file(checkpoint: Path, name: str) -> Path:
-    """Where a checkpoint keeps the weights of a part of the state."""
+    """File in which a checkpoint keeps the weights of one part of the state."""
     return checkpoint / STATE / f"{name}.safetensors"
 
 
@@ -25,7 +25,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def restore_folders(run: Path) -> None:
-    """Undo what a process was killed in while it replaced a folder, and delete the copies that it had made of some."""
+    """Restore folders that a killed process was replacing, and delete the copies it had made."""
     for swap in run.glob(f".*{SWAP}"):
         target = run / swap.name.removeprefix(".").removesuffix(SWAP)
         if (swap / OLD).exists() and not target.exists():

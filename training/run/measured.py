@@ -1,4 +1,4 @@
-"""What the evaluations of a run have found, and how one is made."""
+"""What the evaluations of a run have found, and how to make one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,10 +15,10 @@ class Measured:
     """What the evaluations of a run have found so far.
 
     Attributes:
-        step: Steps that were done at the last one; -1 before the first.
+        step: Steps done at the last one; -1 before the first.
         metrics: What that one found.
-        best: The best model so far, if any evaluation told a score.
-        later_best: What an earlier process found after the checkpoint that this one goes on from.
+        best: The best model so far, if any evaluation gave a score.
+        later_best: The best model of a killed process, found after the checkpoint that this one resumes from.
     """
 
     step: int = -1
@@ -32,27 +32,27 @@ class Measured:
         return self.best is not None and self.best.step == self.step
 
     def of(self, step: int) -> Mapping[str, float]:
-        """What was measured of the weights of a step; nothing if they were not evaluated."""
+        """The metrics of the weights of a step; empty if they were not evaluated."""
         return self.metrics if self.step == step else {}
 
     def after(self, recipe: Recipe, *, step: int, metrics: Mapping[str, float]) -> "Measured":
         """The same with one more evaluation."""
-        over = self.later_best is not None and step >= self.later_best.step
-        best = better(self.best, recipe, step=step, metrics=metrics, or_equal=over)
+        caught_up = self.later_best is not None and step >= self.later_best.step
+        best = better(self.best, recipe, step=step, metrics=metrics, or_equal=caught_up)
         later = self.later_best if best is self.best else None
         return Measured(step=step, metrics=metrics, best=best, later_best=later)
 
     def beside(self, kept: Best | None, recipe: Recipe, *, step: int) -> "Measured":
-        """The same, compared from now on with what this run really has.
+        """The same, compared from now on with the best model that the run's folder really holds.
 
-        Without a folder of the best model, what came before the last evaluation counts no more. If that folder holds
-        what a process found after the checkpoint, the checkpoint's best one is lost: a process that computes the same
-        finds the same again, and after that step any other one takes what is as good as the lost one.
+        Without such a folder, only the last evaluation counts. If the folder holds a model that a process found after
+        the checkpoint, the checkpoint's best model is lost. The same computation will find the later one again; from
+        that step on, a model as good as the lost one may replace it.
 
         Args:
             kept: What the folder of the best model holds.
             recipe: The run.
-            step: Steps that are done.
+            step: Steps done.
         """
         if kept is None:
             return replace(self, best=better(None, recipe, step=step, metrics=self.of(step)))

@@ -1,4 +1,4 @@
-"""The folder of a run's model: its bundle, and what goes with it."""
+"""The folder of a run's model: the bundle and the files beside it."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,11 +24,11 @@ from vitreg_hub.training.watch.evaluate import EVALUATED_IMAGES
 
 
 class ModelWriter:
-    """Writes the twin of a run as bundles, with what goes beside them; on the main process only.
+    """Writes the twin of a run as bundles, with the files beside them; on the main process only.
 
     Args:
         trainer: Its twin holds the weights of its step.
-        seconds: Tells the wall time of the run so far.
+        seconds: Returns the wall time of the run so far.
         draw_curves: Draws how the run went.
     """
 
@@ -39,7 +39,7 @@ class ModelWriter:
         self._surroundings = surroundings(trainer.recipe, trainer.accelerator)
 
     def bundle(self, measured: Measured, *, as_best: bool = False) -> ModelBundle:
-        """The twin as a bundle, with what was measured of these weights, if it was; `as_best` tells that they are."""
+        """The twin as a bundle, with the metrics of these weights, if they were evaluated."""
         trainer, found = self._trainer, measured.of(self._trainer.step)
         return make_bundle(
             trainer.recipe,
@@ -52,13 +52,13 @@ class ModelWriter:
         )
 
     def write(self, folder: Path, measured: Measured, *, run: Path, as_best: bool = False) -> None:
-        """Write the bundle in the place of an older one, and what belongs beside it.
+        """Write the bundle and the files beside it, replacing an older one.
 
         Args:
             folder: Of the bundle.
-            measured: What was measured, of this model or earlier ones.
-            run: The run's, whose recipe, metrics and curves go with the bundle.
-            as_best: Whether it is as the best one that this model is written.
+            measured: What was measured so far.
+            run: The run's folder, whose recipe, metrics and curves are added to the bundle.
+            as_best: Whether the bundle says that this is the run's best model.
 
         Raises:
             BundleError: It cannot be written; the older one stays.
@@ -68,14 +68,14 @@ class ModelWriter:
         replace_folder(folder, lambda new: write_folder(new, lambda staging: self.fill(staging, bundle, run=run)))
 
     def fill(self, folder: Path, bundle: ModelBundle, *, run: Path | None) -> None:
-        """Write a bundle, its card and, of a run, how it went."""
+        """Write a bundle, its card and, given a run's folder, how the run went."""
         recipe, files = self._trainer.recipe, []
         if run is not None:
             title = f"{recipe.name}: {bundle.arch} after {self._trainer.step:,} steps"
             self._draw_curves(run / METRICS_FILE, run / CURVES_FIGURE, title=title)
             files = [name for name in EXTRA_FILES if (run / name).is_file()]
             for name in files:
-                if name == RECIPE_FILE:  # the run's own tells what others need not know
+                if name == RECIPE_FILE:  # the run's own file may contain private paths
                     write_recipe(recipe, folder, public=True)
                 else:
                     shutil.copyfile(run / name, folder / name)
@@ -83,7 +83,7 @@ class ModelWriter:
 
 
 def surroundings(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
-    """By what a run is made, as fields of `Provenance`."""
+    """Software, command and hardware of a run, as fields of `Provenance`."""
     return {
         "versions": versions("accelerate", "datasets", *recipe.task.libraries),
         "command": command(),
@@ -102,16 +102,16 @@ def make_bundle(
     made: Mapping[str, Any],
     best: Best | None = None,
 ) -> ModelBundle:
-    """Bundle the twin, with how it came about, as others may know it.
+    """Bundle the twin, with its provenance in a form that may be published.
 
     Args:
         recipe: The run.
         parts: Its twin holds the weights of `step`.
-        step: Steps that are done.
+        step: Steps done.
         metrics: What was measured of these weights.
-        evaluated: On how many images, if it was.
-        made: By what, when and how long, as fields of `Provenance`.
-        best: By what these weights are the run's best ones, if it is as such that they are bundled.
+        evaluated: Number of images they were evaluated on, if they were.
+        made: With what, when and how long, as fields of `Provenance`.
+        best: The score by which these weights are the run's best ones, if they are bundled as such.
     """
     data = public_text(parts.data.name)
     words = {source.setting: source.words for source in parts.sources}

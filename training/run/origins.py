@@ -1,4 +1,4 @@
-"""The models that a run starts from and learns from, and the license that its own model gets by them."""
+"""The models that a run starts from and learns from, and the license that its own model gets from them."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ START = "model.start"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A model of which something goes on in the one that is trained.
+    """A model that a run starts from or learns from.
 
     Attributes:
-        setting: Which setting of the recipe names it.
-        name: As it was given.
-        licenses: That its files tell, each once; none if nobody knows.
-        origin: What it tells of itself, if anything.
-        sha256: Of its weights; None where they are not in one file, or not at hand.
+        setting: The setting of the recipe that names it.
+        name: Its name as it was given.
+        licenses: The licenses that its files name, without repetition; empty if unknown.
+        origin: What it says about its own origin, if anything.
+        sha256: Hash of its weights; None where they are not in one local file.
     """
 
     setting: str
@@ -49,37 +49,37 @@ class Source:
 
     @property
     def words(self) -> str:
-        """For others to read: its name and where it came from."""
+        """Its name and origin, in a form that may be published."""
         return public_text(self.name) + (f" ({self.origin})" if self.origin else "")
 
     def record(self) -> SourceOfRun:
-        """What provenance tells of it beside its name, which on another machine may mean another model."""
+        """Its entry in the provenance: on another machine the name alone may mean another model."""
         license = " and ".join(self.licenses) or None
         return SourceOfRun(name=public_text(self.name), license=license, sha256=self.sha256)
 
 
 def sources_of(recipe: Recipe) -> tuple[Source, ...]:
-    """The start and the teacher of a run, if it has them. Both were opened before, so nothing large is fetched."""
+    """The start and the teacher of a run, if any. Both were opened before, so nothing large is downloaded."""
     start = {} if recipe.model.start is None else {START: recipe.model.start}
     return tuple(_source(setting, name) for setting, name in {**start, **recipe.task.teachers()}.items())
 
 
 def license_of(recipe: Recipe, sources: Sequence[Source], *, published: bool) -> str | None:
-    """The license of what a run makes: its sources', or of a run without any the user's or the recipe's own.
+    """The license of a run's model: that of its sources, or without any the user's or the recipe's own.
 
-    Where several sources tell several licenses, those that do not allow every use count before the others.
+    Where sources have different licenses, non-commercial ones take precedence.
 
     Args:
-        recipe: The run; its license is what the user says.
+        recipe: The run; its license is the one that the user gives.
         sources: Its start and its teacher.
-        published: Whether somebody must say which one it is.
+        published: Whether the model is to be published, so that its license must be known.
 
     Returns:
-        The Hub's identifier; None if nobody knows.
+        The Hub's identifier; None if it is unknown.
 
     Raises:
-        LicenseError: The user says another one than a source, or nothing where the sources differ; or, where one must
-            be said, nobody says one, or the sources' does not allow every use and the user does not say so too.
+        LicenseError: The user gives another license than a source has, or none where the sources differ; or the model
+            is to be published and its license is unknown, or is non-commercial and the user does not confirm it.
     """
     given = recipe.license
     for source in sources:
@@ -90,9 +90,12 @@ def license_of(recipe: Recipe, sources: Sequence[Source], *, published: bool) ->
                 f"--license {told[0]}, or another model there."
             )
     named = sorted({license for source in sources for license in source.licenses})
-    # what one source tells does not hold for another that tells nothing
-    told = [name for name in named if is_noncommercial(name)] or (named if all(s.licenses for s in sources) else [])
-    if not sources and given is None and (own := default_license(recipe)):
+    # the license of one source says nothing about another that has none
+    told = [name for name in named if is_noncommercial(name)]
+    if not told and all(source.licenses for source in sources):
+        told = named
+    own = default_license(recipe)
+    if not sources and given is None and own:
         told = [own]
     if given is None and not published and len(told) < 2:
         return told[0] if told else None
@@ -119,7 +122,7 @@ def _source(setting: str, name: str) -> Source:
 
 
 def _in_folder(setting: str, name: str, folder: Path | None) -> Source:
-    """What the files of a bundle, or of a model of timm or transformers, tell."""
+    """A source described by the files of a bundle or of a model of timm or transformers."""
     if folder is None:
         return Source(setting=setting, name=name)
     config, weights = _config(folder), folder / WEIGHTS_FILE
@@ -133,12 +136,12 @@ def _in_folder(setting: str, name: str, folder: Path | None) -> Source:
 
 
 def _cached(repo_id: str, revision: str | None) -> Path | None:
-    """Folder of a repository's commit in the cache, with its card, if that can be had."""
+    """Folder of a repository's commit in the cache, with its card if it can be downloaded."""
     config = hf.try_to_load_from_cache(repo_id, CONFIG_FILE, revision=revision)
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    with suppress(HubError), hub_errors(repo_id):  # without a card the configuration alone tells
+    with suppress(HubError), hub_errors(repo_id):  # without a card, the configuration has to do
         patiently(partial(hf.hf_hub_download, repo_id, CARD_FILE, revision=folder.name))
     return folder
 

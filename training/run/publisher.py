@@ -1,4 +1,4 @@
-"""Bundles to the Hub while a run goes on, which a Hub that fails does not stop."""
+"""Publishing bundles while a run goes on. A failing Hub does not stop the run."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 WAITS = (1, 2, 4, 8, 16, 32)
 """Seconds between one try and the next."""
 ASKING = 60
-"""Seconds that the Hub has at a run's start to say whether it takes the models: many times what all tries need."""
+"""Seconds that the Hub has at the start of a run to say whether it takes the models, many times what it needs."""
 
 MAIN = "main"
 """Branch of the last weights."""
@@ -46,17 +46,17 @@ class _Upload:
 class Publisher:
     """Publishes bundles one after the other, in the background. Only the main process makes one.
 
-    What waits while another is being sent is dropped when something newer comes for its branch, and so is what the Hub
-    has failed with and waits for its next try. What the Hub refuses, or what fails for another reason, is tried once.
+    An upload that waits for its turn or for its next try is dropped when a newer one is submitted for the same branch.
+    An upload is tried again when the Hub fails, but not when the Hub refuses it or when it fails for another reason.
     The run is never stopped; `errors` says what went wrong.
 
     Args:
         repo_id: ``org/name``.
         private: Whether a new repository can be seen by its owner alone.
-        license: What the user says of the weights' license.
+        license: The weights' license as the user gives it.
         waits: Seconds before the second try of an upload, the third, and so on; after the last one it is given up.
         push: Sends a folder.
-        pause: Waits so many seconds, or until something newer makes the upload pointless, and tells whether it does.
+        pause: Waits for an event, at most so many seconds, and returns whether it happened.
 
     Raises:
         HubError: No token, or no repository id.
@@ -80,37 +80,39 @@ class Publisher:
         self._newest: dict[str, _Upload] = {}
         self._bugs: list[BaseException] = []
         self.commits: dict[str, str] = {}
-        """Address of the last commit on each branch that got one, also if something newer failed since."""
+        """Address of the last commit on each branch, even if a newer upload has failed since."""
         self.errors: dict[str, str] = {}
-        """Why the newest bundle of a branch is not there; nothing of branches where it is."""
+        """Why the newest bundle of a branch could not be published; only branches where that is so."""
 
     def ask(self, *, towers: bool = False, seconds: float = ASKING) -> None:
-        """Find out now what would keep the models from being published at the end, as far as the Hub tells.
+        """Find out now whether anything would keep the models from being published at the end.
 
-        A Hub that cannot tell stops nothing: it may be there again when it is needed.
+        A Hub that does not answer is no reason to stop: it may be back by then.
 
         Args:
-            towers: Whether text towers go along, into a repository of their own.
-            seconds: How long the Hub has for all answers.
+            towers: Whether text towers are published too, in a repository of their own.
+            seconds: How long to wait for the Hub.
 
         Raises:
             HubRefusedError: The token is invalid or may only read, or a repository cannot become what was asked for.
         """
-        repos = [self.repo_id, f"{self.repo_id}{TOWER_SUFFIX}"] if towers else [self.repo_id]
+        repos = [self.repo_id]
+        if towers:
+            repos.append(f"{self.repo_id}{TOWER_SUFFIX}")
         try:
             _within(seconds, partial(_ask, repos, private=self._options["private"]))
         except HubRefusedError:
             raise
         except HubError as error:
-            logger.warning("whether %s takes the models is not known, the run goes on: %s", self.repo_id, error)
+            logger.warning("cannot find out whether %s takes the models, the run goes on: %s", self.repo_id, error)
 
     def submit(self, folder: str | Path, *, branch: str = MAIN) -> Future[None] | None:
-        """Publish a bundle as soon as may be, with the text tower beside it, if there is one.
+        """Publish a bundle as soon as possible, together with the text tower beside it, if there is one.
 
-        Its folder may be deleted at once, but its files must not be changed.
+        The folder may be deleted right away, but its files must not be changed.
 
         Returns:
-            What is done when the upload is, whatever came of it; None if the folder could not be copied.
+            A future that is done when the upload has ended, well or not; None if the folder could not be copied.
         """
         older = self._newest.pop(branch, None)
         if older is not None:
@@ -132,7 +134,7 @@ class Publisher:
         """Wait for the last uploads.
 
         Returns:
-            Address of the last commit on each branch whose newest bundle it holds.
+            Address of the last commit on each branch where the newest bundle was published.
         """
         self._thread.shutdown()
         for bug in self._bugs:
@@ -140,10 +142,10 @@ class Publisher:
         return {branch: commit for branch, commit in self.commits.items() if branch not in self.errors}
 
     def publish_last(self, run: Path) -> dict[str, str]:
-        """Publish the last and the best model of a run that is done, and wait for it.
+        """Publish the last and the best model of a finished run, and wait until that is done.
 
         Returns:
-            Address of the last commit on each branch where nothing newer failed.
+            As `close`.
 
         Raises:
             HubError: The last model could not be published.
@@ -159,10 +161,11 @@ class Publisher:
         if BEST in errors:
             logger.error("%s is not on the Hub (%s): %s", folders[BEST], errors[BEST].rstrip("."), by_hand[BEST])
         if MAIN in errors:
-            older = {MAIN: "an older checkpoint", BEST: "the best model" if BEST in commits else "an older best model"}
-            there = [f"{older[branch]} on {branch} ({commit})" for branch, commit in self.commits.items()]
-            what = f"{folders[MAIN]} could not be published" if there else "nothing could be published"
-            only = f", only {' and '.join(there)}" if there else ""
+            words = {MAIN: "an older checkpoint", BEST: "the best model" if BEST in commits else "an older best model"}
+            there = [f"{words[branch]} on {branch} ({commit})" for branch, commit in self.commits.items()]
+            what, only = "nothing could be published", ""
+            if there:
+                what, only = f"{folders[MAIN]} could not be published", f", only {' and '.join(there)}"
             raise HubError(
                 f"{what} ({errors[MAIN].rstrip('.')}){only}: {run} is complete, send it with `{by_hand[MAIN]}`."
             )
@@ -175,7 +178,7 @@ class Publisher:
         self.close()
 
     def _upload(self, copy: Path, name: str, branch: str, outdated: Event) -> None:
-        """What runs in the thread."""
+        """Runs in the thread."""
         try:
             for tries, wait in enumerate((*self._waits, None), start=1):
                 outcome = self._push(copy / name, self.repo_id, branch=branch, **self._options)
@@ -210,7 +213,7 @@ def _ask(repos: Sequence[str], *, private: bool) -> None:
     """
     Raises:
         HubRefusedError: As `Publisher.ask`.
-        HubError: It cannot be found out.
+        HubError: The Hub does not answer.
     """
     api = hf.HfApi(library_name="vitreg_hub")
     with hub_errors(repos[0]):
@@ -224,17 +227,17 @@ def _ask(repos: Sequence[str], *, private: bool) -> None:
 
 
 def _within(seconds: float, request: Callable[[], None]) -> None:
-    """Make a request in a thread that nobody waits for longer than that, for the Hub's client has no such limit.
+    """Make a request, for which the Hub's client itself sets no time limit.
 
     Raises:
-        HubError: There is no answer.
+        HubError: There is no answer in time.
     """
     answer: Future[None] = Future()
 
     def ask() -> None:
         try:
             answer.set_result(request())
-        except BaseException as error:  # goes to whoever waits
+        except BaseException as error:  # is raised by `result` below
             answer.set_exception(error)
 
     Thread(target=ask, name="asking the Hub", daemon=True).start()
@@ -245,11 +248,12 @@ def _within(seconds: float, request: Callable[[], None]) -> None:
 
 
 def _copy(folder: Path) -> Path:
-    """A folder beside a bundle's, with copies of that and of its text tower's; a checkpoint's state stays behind."""
+    """Copy a bundle and its text tower into a new folder beside them, without a checkpoint's state."""
     copy = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     tower = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
+    sources = [folder, tower] if tower.is_dir() else [folder]
     try:
-        for source in [folder, tower] if tower.is_dir() else [folder]:
+        for source in sources:
             (copy / source.name).mkdir()
             for file in source.iterdir():
                 if file.is_file():
@@ -261,7 +265,7 @@ def _copy(folder: Path) -> Path:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or where the file system has none, a copy."""
+    """Give a file a second name, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

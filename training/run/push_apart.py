@@ -1,4 +1,4 @@
-"""`hub.push` in a process of its own: what is asked goes in as JSON, what came of it comes out as JSON."""
+"""`hub.push` in a process of its own: the request goes in as JSON, the outcome comes out as JSON."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from vitreg_hub.files import TOWER_SUFFIX
 from vitreg_hub.hub.publish import Pushed, push
 
 PATIENCE, SLOWEST = 1800, 250_000
-"""Seconds for a push, and bytes a second that come on top of it. The first is many times what opening the doors and the
-client's own tries take, the second a line of 2 Mbit/s: what takes longer stalls, which the client would never notice.
+"""Seconds allowed for a push, plus one for so many bytes (2 Mbit/s). The first is many times what verifying and the
+client's own retries take; whatever takes longer has stalled, which the client would never notice.
 """
 
 
@@ -26,7 +26,7 @@ class NotPushed:
     """Why a bundle is not on the Hub.
 
     Attributes:
-        kind: What "failed" may succeed another time; what was "refused" would be refused again.
+        kind: "failed" may succeed another time, "refused" would be refused again.
         why: One sentence.
     """
 
@@ -39,27 +39,26 @@ OUTCOME = TypeAdapter(Outcome)
 
 
 def outcome_of_push(folder: str | Path, repo_id: str, **options: Any) -> Outcome:
-    """What comes of `hub.push`, which takes the same arguments."""
+    """Call `hub.push` with these arguments and return its errors instead of raising them."""
     try:
         return push(folder, repo_id, **options)
     except VitregError as error:
-        passes = isinstance(error, HubError) and not isinstance(error, HubRefusedError)
-        return NotPushed(kind="failed" if passes else "refused", why=str(error))
+        temporary = isinstance(error, HubError) and not isinstance(error, HubRefusedError)
+        return NotPushed(kind="failed" if temporary else "refused", why=str(error))
 
 
 def push_apart(folder: Path, repo_id: str, *, seconds: float | None = None, **options: Any) -> Outcome:
     """Push in a process of its own, on the CPU; one that hangs is killed.
 
-    A bundle is verified before it is sent. In the process of the run, that would draw from its random numbers and
-    change torch's default type under its hands. The process is one of Python's that imports this module alone: those of
-    `multiprocessing` import the user's script once more, which without a guard would train once more.
+    A bundle is verified before it is sent. In the run's own process, that would use up its random numbers and change
+    torch's default type. The new process imports this module only; one of `multiprocessing` would import the user's
+    script again, which without a guard would start another training.
 
     Args:
         folder: Of the bundle.
         repo_id: ``org/name``.
-        seconds: After which it is given up, as the run is not to wait for another try; by default as the files are
-            large.
-        **options: As for `hub.push`, as far as JSON can tell them.
+        seconds: When to give up, without another try; by default it depends on the size of the files.
+        **options: As for `hub.push`, JSON-safe.
     """
     seconds = patience(folder) if seconds is None else seconds
     asked = json.dumps({"folder": str(folder), "repo_id": repo_id, **options})
@@ -79,14 +78,14 @@ def push_apart(folder: Path, repo_id: str, *, seconds: float | None = None, **op
 
 
 def patience(folder: Path) -> float:
-    """Seconds after which the push of a bundle, and of the text tower beside it, is given up."""
+    """Seconds after which to give up the push of a bundle and of the text tower beside it."""
     tower = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
     files = [file for part in (folder, tower) if part.is_dir() for file in part.iterdir()]
     return PATIENCE + sum(file.stat().st_size for file in files) / SLOWEST
 
 
 def main() -> None:
-    """Do what is asked on the standard input, and answer on the standard output, where nothing else is let write."""
+    """Read a request from standard input and answer on standard output, to which nothing else may write."""
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with answer:

@@ -1,4 +1,4 @@
-"""A run in one process: its parts on their device, and one step after the other: forward, backward, update, metrics."""
+"""A run in one process: its parts on their device, and its steps: forward, backward, update, metrics."""
 
 import logging
 import math
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """The parts of a run on their device, and the steps that are done. All processes call everything in the same order.
+    """The parts of a run on their device, and its steps. All processes must make the same calls in the same order.
 
     Attributes:
-        step: Steps that are done.
-        names: Of the parameters that are trained.
+        step: Steps done.
+        names: Names of the network's parameters.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -61,22 +61,23 @@ class Trainer:
 
     @property
     def length(self) -> dict[str, int | None]:
-        """What the schedules and the order of the images follow from."""
+        """What determines the schedules and the order of the images."""
         return {"images": self.parts.data.num_images, "steps": self.parts.span.total_steps}
 
     def go_on_from(self, step: int) -> None:
-        """Take what was loaded for what this trainer had after so many steps."""
+        """Continue after so many steps, whose state has been loaded."""
         self.step, self._copied = step, -1
 
     def steps(self, throughput: Throughput) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield each step that is left with the batches of its parts."""
+        """Yield each remaining step with the batches of its parts."""
         first, total = self.step, self.parts.span.total_steps
         batches = iter(self.parts.loader.batches(first, total))
         for step in range(first, total):
             with throughput.waiting():
                 parts = list(islice(batches, self.recipe.scale.accumulate))
-            for name in (name for part in parts for name in part.corrupt):
-                logger.warning("cannot be read and was replaced: %s", name)
+            for part in parts:
+                for name in part.corrupt:
+                    logger.warning("cannot be read and was replaced: %s", name)
             yield step, parts
 
     def do_step(
@@ -95,17 +96,17 @@ class Trainer:
             The global batch's metrics, and whether any process was asked to stop.
 
         Raises:
-            TrainingError: The loss is no number.
+            TrainingError: The loss is not finite.
         """
         recipe, task, accelerator = self.recipe, self.parts.task, self.accelerator
         self.rates.apply(self.optimizer, step)
         terms: list[dict[str, Tensor]] = []
         for part, batch in enumerate(batches):
-            # what the network draws depends on nothing that came before
+            # what the network draws must not depend on anything before
             torch.manual_seed(seed_of(recipe.seed, step, part, accelerator.process_index))
             last = part == len(batches) - 1
             with throughput.counting(), gradients_synced(self.network, accelerator, wanted=last):
-                with accelerator.autocast():  # of teachers too, which are not wrapped
+                with accelerator.autocast():  # for teachers, which are not wrapped
                     output = task.training_step(self.network, on_device(batch, accelerator.device))
                 accelerator.backward(output.loss / len(batches))
             terms.append({"loss": output.loss.detach(), **output.metrics})
@@ -115,7 +116,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
             task.after_step(step)
-        # the device is waited for once, when everything has been handed to it
+        # this waits for the device, once and only after all work was queued
         means = {name: torch.stack([term[name].float() for term in terms]).mean() for name in terms[0]}
         counts = {"unreadable_images": self.parts.loader.num_corrupt, "stops": stop.is_set()}
         mine = torch.stack([*means.values(), *(means["loss"].new_tensor(float(count)) for count in counts.values())])
@@ -132,8 +133,7 @@ class Trainer:
         return metrics, sums["stops"] > 0
 
     def _refuse(self, step: int, batches: list[Batch], loss: float, *, finite: bool, out: Path | None) -> None:
-        mine = [] if finite else [name for batch in batches for name in batch.names]
-        images = gather_object(mine)
+        images = gather_object([] if finite else [name for batch in batches for name in batch.names])
         saved = checkpoints(out) if out else []
         kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet (watch.save_every)"
         raise TrainingError(
@@ -142,14 +142,14 @@ class Trainer:
         )
 
     def refresh_twin(self) -> None:
-        """Copy what would be published now, whole, once in a step; all processes must ask for it."""
+        """Copy the model as it would be published now, once per step; all processes must call it."""
         if self._copied != self.step:
             copy_whole(self.parts.task.published, self.parts.twin)
             self._copied = self.step
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its images and labels where the network is."""
+    """A batch with its images and labels on a device."""
     return replace(
         batch,
         crops=tuple(crop.to(device, non_blocking=True) for crop in batch.crops),

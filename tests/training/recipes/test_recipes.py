@@ -255,8 +255,8 @@ def without(plain, part, key):
 NO_RECIPES = {
     "its task.kind must be one of Supervised, DinoV2, Contrastive, Distill": lambda p: without(p, "task", "kind"),
     "its augment.kind must be one of": lambda p: p | {"augment": {"kind": "Supervised"}},
-    "it lacks model.arch": lambda p: without(p, "model", "arch"),
-    "it lacks batch_size": lambda p: {key: value for key, value in p.items() if key != "batch_size"},
+    "add model.arch": lambda p: without(p, "model", "arch"),
+    "add batch_size": lambda p: {key: value for key, value in p.items() if key != "batch_size"},
     "has no setting optim.momentum: `vitreg": lambda p: p | {"optim": p["optim"] | {"momentum": 1}},
     "batch_size is 0, give at least 1": lambda p: p | {"batch_size": 0},
 }

@@ -353,7 +353,7 @@ def test_best_is_read_without_its_weights_and_a_damaged_one_is_named(script, tmp
     config = json.loads((run / "best" / "config.json").read_text())
     del config["vitreg"]["provenance"]["made"]["step"]
     (run / "best" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BundleError, match=r"best does not tell its accuracy and its step: delete it"):
+    with pytest.raises(BundleError, match=r"best does not say its accuracy and its step: delete it"):
         read_best(run, RECIPE)
 
 

@@ -661,7 +661,7 @@ def test_a_hub_that_cannot_be_asked_stops_no_run(recorded, act, hub, waited, tmp
     result = train(replace(RUN, epochs=1), tmp_path / "run", push=REPO, instruments=recorded)
     assert result.commits.keys() == {"main", "best"}
     (warning,) = [text for text in caplog.messages if "whether" in text]
-    assert warning.startswith(f"whether {REPO} takes the models is not known, the run goes on: ")
+    assert warning.startswith(f"cannot find out whether {REPO} takes the models, the run goes on: ")
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub, caplog):
@@ -670,8 +670,8 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(hub, caplog):
     Publisher(REPO).ask(seconds=0.1)
     answer.set()
     assert caplog.messages == [
-        f"whether {REPO} takes the models is not known, the run goes on: there was no answer within 0.1 seconds: check "
-        "the network."
+        f"cannot find out whether {REPO} takes the models, the run goes on: there was no answer within 0.1 seconds: "
+        "check the network."
     ]
 
 

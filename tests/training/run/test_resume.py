@@ -283,7 +283,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
             self.network.backbone.reg_token.data[0, 0, 0] = float("inf")
 
     monkeypatch.setattr(SupervisedTask, "after_step", poisoned)
-    with pytest.raises(TrainingError, match="reg_token of backbone holds what is no number after 3 steps"):
+    with pytest.raises(TrainingError, match="reg_token of backbone is not finite after 3 steps"):
         train(saving("supervised"), tmp_path / "run")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000001", "step_0000002"]
 
