@@ -44,7 +44,7 @@ class QuickstartResult:
 def quickstart(
     out: str | Path = "quickstart", *, push_to: str | None = None, recipe: Recipe | None = None
 ) -> QuickstartResult:
-    """Train a ViT with registers on scikit-learn's digits and do the main job with it; resume an earlier call if there was one.
+    """Train a ViT with registers on scikit-learn's digits and do everything with it, or resume an earlier call.
 
     Args:
         out: The run's folder, with what `train` writes (the bundle is `model`) and `tokens.png`.

@@ -50,16 +50,13 @@ class CosineSchedule:
         if step < self.freeze:
             return 0.0
         step -= self.freeze
-        if step < self.warmup:
-            return self._warming(step)
+        last = self.warmup - 1
+        if step < last:
+            return self.warmup_start + step * ((self.base - self.warmup_start) / last)
+        if step == last:
+            return self.base if step else self.warmup_start
         done = (step - self.warmup) / (self.total - self.freeze - self.warmup)
         return self.final + 0.5 * (self.base - self.final) * (1 + math.cos(math.pi * done))
-
-    def _warming(self, step: int) -> float:
-        if step == 0:
-            return self.warmup_start
-        last = self.warmup - 1
-        return self.base if step == last else self.warmup_start + step * ((self.base - self.warmup_start) / last)
 
 
 def linear_then_constant(value: float, *, warmup: int, start: float) -> CosineSchedule:

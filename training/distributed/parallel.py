@@ -119,7 +119,7 @@ def full_optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) ->
 
 
 def group_counts(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What an optimiser counts by group, such as timm's LAMB its steps: numbers, or for tensors a number and its type."""
+    """What an optimiser counts by group, such as steps: numbers, or for a tensor its number and type."""
     return [
         {
             key: [value.item(), str(value.dtype).removeprefix("torch.")] if isinstance(value, Tensor) else value

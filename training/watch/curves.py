@@ -120,8 +120,13 @@ def panels_of(history: History) -> tuple[Panel, ...]:
     loss = _chosen(training, {"loss": "loss"})
     if len(terms) <= MOST_TERMS:
         loss |= terms
-    scores = {_words(name): curve for name, curve in evaluation.items() if name.startswith("eval/")}
-    shares = _by_block(evaluation, "outlier_fraction")
+    scores: dict[str, Curve] = {}
+    shares: dict[int, Curve] = {}
+    for name, curve in evaluation.items():
+        if name.startswith("eval/"):
+            scores[name.removeprefix("eval/").replace("_", " ")] = curve
+        elif match := re.fullmatch(r"artifacts/block_(\d+)/outlier_fraction", name):
+            shares[int(match[1])] = curve
     last = max(shares, default=0)
     block = f"artifacts/block_{last}/"
     most: dict[int, float] = {}
@@ -157,18 +162,6 @@ def panels_of(history: History) -> tuple[Panel, ...]:
 
 def _chosen(curves: Mapping[str, Curve], labels: Mapping[str, str]) -> dict[str, Curve]:
     return {label: curves[name] for name, label in labels.items() if name in curves}
-
-
-def _words(score: str) -> str:
-    return score.removeprefix("eval/").replace("_", " ")
-
-
-def _by_block(curves: Mapping[str, Curve], measure: str) -> dict[int, Curve]:
-    found = {}
-    for name, curve in curves.items():
-        if match := re.fullmatch(rf"artifacts/block_(\d+)/{measure}", name):
-            found[int(match[1])] = curve
-    return found
 
 
 def _figure(shown: Sequence[Panel], title: str) -> Figure:
