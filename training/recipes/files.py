@@ -200,7 +200,7 @@ def _types_in(group: type, kinds: Mapping[str, type], prefix: str = "") -> Itera
         name, hint = f"{prefix}{field.name}", hints[field.name]
         yield name, hint
         for inner in (hint, *get_args(hint)):
-            if is_dataclass(inner):
+            if isinstance(inner, type) and is_dataclass(inner):
                 yield from _types_in(inner, {}, f"{name}.")
 
 
