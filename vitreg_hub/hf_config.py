@@ -44,7 +44,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
 
     vitreg: dict[str, Any] = dataclasses.field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = dataclasses.field(default_factory=dict)
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # pyright: ignore[reportIncompatibleVariableOverride]  # never None
+    model_args: Any = dataclasses.field(default_factory=dict)  # transformers' type allows None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     _out_features: list[str] | None = None

@@ -254,9 +254,8 @@ def register() -> None:
     auto.AutoModel.register(VitRegConfig, VitRegModel, exist_ok=True)
     auto.AutoModelForImageClassification.register(VitRegConfig, VitRegForImageClassification, exist_ok=True)
     auto.AutoBackbone.register(VitRegConfig, VitRegBackbone, exist_ok=True)
-    processors: dict[str, type] = dict.fromkeys(
-        ("torchvision", "pil"), TimmWrapperImageProcessor
-    )  # timm's own transforms either way
+    # timm's own transforms either way
+    processors: dict[str, type] = dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor)
     auto.AutoImageProcessor.register(VitRegConfig, image_processor_classes=processors, exist_ok=True)
 
 
