@@ -49,7 +49,7 @@ def is_noncommercial(license: str) -> bool:
     return NONCOMMERCIAL.fullmatch(_spelled(license)) is not None
 
 
-def metadata(license: str | None) -> dict[str, str]:
+def metadata(license: str | None) -> dict[str, Any]:
     """A license as a card's metadata states it: the Hub refuses cards with values other than its own.
 
     Returns:
