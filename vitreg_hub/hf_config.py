@@ -67,7 +67,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     def __post_init__(self, arch: str = "vit_base_reg4", **kwargs: Any) -> None:
         spec = get_arch(self.vitreg["arch"] if self.vitreg else arch)
         cfg = dataclasses.asdict(cast(PretrainedCfg, get_pretrained_cfg(spec.name)))
-        args = spec.model_args() | self.model_args
+        args = spec.model_args() | (self.model_args or {})
         args["img_size"] = to_2tuple(args["img_size"])
         defaults = BundleConfig(
             arch=spec.name,
