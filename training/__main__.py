@@ -7,7 +7,7 @@ from vitreg_hub.console import console
 
 
 def main() -> None:
-    """Run the command and let go of the other processes."""
+    """Run the command and leave the process group."""
     run(sys.argv[1:])
     from accelerate import PartialState
 

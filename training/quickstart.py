@@ -1,4 +1,4 @@
-"""The main job on embedded data: train, bundle, verify, look, and, if asked, publish and load back."""
+"""The main job on embedded data: train, bundle, verify, draw, and optionally publish and load back."""
 
 import tempfile
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ FIGURE, NUM_IMAGES = "tokens.png", 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuickstartResult:
-    """What the quickstart made.
+    """What the quickstart has made.
 
     Attributes:
         model: Folder of the bundle.
         figure: PNG of inputs, patch norms and attention.
         accuracy: Top-1 on the held-out digits, in [0, 1].
-        doors: Largest difference between the ways to open the model, per way.
-        commit: Address of the commit, if it was published.
+        doors: Largest difference in the model's outputs for each way to open it.
+        commit: Address of the commit, if the model was published.
     """
 
     model: Path
@@ -46,19 +46,19 @@ class QuickstartResult:
 def quickstart(
     out: str | Path = "quickstart", *, push_to: str | None = None, recipe: Recipe | None = None
 ) -> QuickstartResult:
-    """Train a register ViT on scikit-learn's digits and take it all the way; go on where an earlier call stopped.
+    """Train a ViT with registers on scikit-learn's digits and do everything with it, or resume an earlier call.
 
     Args:
-        out: The run's folder: what `train` writes, of which `model` is the bundle, and `tokens.png`.
-        push_to: ``org/name`` to publish it under; it is then loaded back and compared.
-        recipe: Another supervised run on digits than `supervised_digits`.
+        out: The run's folder, with what `train` writes (the bundle is `model`) and `tokens.png`.
+        push_to: ``org/name`` to publish the model under; it is then loaded back and compared.
+        recipe: A supervised run on digits to use instead of `supervised_digits`.
 
     Raises:
         RecipeError: `out` holds a run of another recipe.
-        BundleError: `out` holds something else or cannot be written to, or what came back from the Hub is not what was
+        BundleError: `out` holds something else or cannot be written to, or the Hub returned another model than was
             sent.
         TrainingError: The run was asked to stop.
-        HubError: Publishing failed; `out` is complete all the same.
+        HubError: Publishing failed; `out` is complete nevertheless.
     """
     if push_to:
         require_token(push_to)

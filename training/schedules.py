@@ -1,4 +1,4 @@
-"""What changes over a run: learning rate, weight decay, momentum of the teacher, temperature. One number per step."""
+"""Schedules over a run, with one number per step: learning rate, weight decay, the teacher's momentum, temperature."""
 
 import math
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from vitreg_hub.errors import RecipeError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CosineSchedule:
-    """Zeros, a linear warm-up, then half a cosine: one after the other.
+    """Zeros, then a linear warm-up, then half a cosine.
 
-    The warm-up takes in both ends: its last step has `base`, and so has the first one after it. The cosine stays short
-    of `final`, which all steps from `total` on have.
+    The warm-up includes both ends: its last step has `base`, and so has the first one after it. The cosine does not
+    quite reach `final`, which all steps from `total` on have.
 
     Attributes:
         base: Value after the warm-up.
         final: Value of the steps from `total` on.
-        total: Steps of all three parts.
+        total: Steps of all three parts together.
         warmup: Steps of the warm-up.
         warmup_start: Value of its first step.
-        freeze: Steps of 0 before everything else, which is put off by them.
+        freeze: Steps of 0 before everything else.
 
     Source: dinov2/utils/utils.py CosineScheduler, dinov2/train/train.py build_schedulers (Apache-2.0).
     """
@@ -44,26 +44,23 @@ class CosineSchedule:
             )
 
     def __call__(self, step: int) -> float:
-        """Value of the step, the first one being 0."""
+        """Value at a step, counted from 0."""
         if step >= self.total:
             return self.final
         if step < self.freeze:
             return 0.0
         step -= self.freeze
-        if step < self.warmup:
-            return self._warming(step)
+        last = self.warmup - 1
+        if step < last:
+            return self.warmup_start + step * ((self.base - self.warmup_start) / last)
+        if step == last:
+            return self.base if step else self.warmup_start
         done = (step - self.warmup) / (self.total - self.freeze - self.warmup)
         return self.final + 0.5 * (self.base - self.final) * (1 + math.cos(math.pi * done))
 
-    def _warming(self, step: int) -> float:
-        if step == 0:
-            return self.warmup_start
-        last = self.warmup - 1
-        return self.base if step == last else self.warmup_start + step * ((self.base - self.warmup_start) / last)
-
 
 def linear_then_constant(value: float, *, warmup: int, start: float) -> CosineSchedule:
-    """From `start` to `value` in `warmup` steps, both ends taken in, and `value` ever after: the teacher's temperature.
+    """From `start` to `value` in `warmup` steps, including both ends, then constant: the teacher's temperature.
 
     Source: dinov2/train/train.py build_schedulers (Apache-2.0).
     """
@@ -72,7 +69,7 @@ def linear_then_constant(value: float, *, warmup: int, start: float) -> CosineSc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """How long a run is.
+    """The length of a run.
 
     Attributes:
         epoch_steps: Steps of one epoch.
@@ -83,5 +80,5 @@ class Span:
     total_steps: int
 
     def steps(self, epochs: float) -> int:
-        """Steps of so many epochs."""
+        """Steps in so many epochs."""
         return round(epochs * self.epoch_steps)

@@ -1,4 +1,4 @@
-"""What is done to an image before it is trained on: from a picture to normalised views."""
+"""Augmentations: from an image to normalised views."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from vitreg_hub.training.recipes.settings import Augment, CropAugment, MultiCrop
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Views:
-    """Makes one view after the other of the same picture.
+    """Makes one view after the other of the same image.
 
     Draws from the global generators of Python, numpy and torch, in this order for the same picture and seeds.
 
@@ -28,27 +28,27 @@ class Views:
     transforms: tuple[Callable[[Image.Image], Tensor], ...]
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
-        """Views [3, H, W] of an RGB picture."""
+        """Views [3, H, W] of an RGB image."""
         return tuple(transform(image) for transform in self.transforms)
 
 
 def build_augment(
     settings: Augment, *, img_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str
 ) -> Views:
-    """The transform of a recipe.
+    """Make the transform of a recipe.
 
     Args:
-        settings: What is done.
-        img_size: Side of the views in pixels; of multi-crop, of the two global ones.
+        settings: The augmentation.
+        img_size: Side of the views in pixels; with multi-crop, of the two global ones.
         mean: Of each channel, for normalisation.
         std: Of each channel, for normalisation.
         interpolation: timm's name: bicubic, bilinear, ...
 
     Returns:
-        One view; of multi-crop two global ones and then the local ones. It can be sent to other processes.
+        Makes one view, or with multi-crop two global ones and then the local ones. It can be pickled.
 
     Raises:
-        RecipeError: A configuration of RandAugment that timm does not read.
+        RecipeError: timm cannot read the configuration of RandAugment.
     """
     target = {"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
     match settings:
@@ -58,14 +58,12 @@ def build_augment(
             return Views(transforms=(_three_augment(settings, img_size, target),))
         case MultiCrop():
             first, second, local = settings.blur
-            return Views(
-                transforms=(
-                    _crop(settings, img_size, settings.global_scale, first, 0.0, **target),
-                    _crop(settings, img_size, settings.global_scale, second, settings.solarize, **target),
-                    *[_crop(settings, settings.local_size, settings.local_scale, local, 0.0, **target)]
-                    * settings.num_local,
-                )
+            global_crops = (
+                _crop(settings, img_size, settings.global_scale, first, 0.0, **target),
+                _crop(settings, img_size, settings.global_scale, second, settings.solarize, **target),
             )
+            local_crop = _crop(settings, settings.local_size, settings.local_scale, local, 0.0, **target)
+            return Views(transforms=global_crops + (local_crop,) * settings.num_local)
 
 
 def _crop_augment(settings: CropAugment, img_size: int, target: dict[str, Any]) -> transforms.Compose:
@@ -74,7 +72,7 @@ def _crop_augment(settings: CropAugment, img_size: int, target: dict[str, Any]) 
             rand_augment_transform(settings.rand_augment)
         except (AssertionError, ValueError) as error:
             raise RecipeError(
-                f"augment.rand_augment is {settings.rand_augment!r}, which timm does not read: give something like "
+                f"augment.rand_augment is {settings.rand_augment!r}, which timm cannot read: give something like "
                 "rand-m9-mstd0.5-inc1, or null for none."
             ) from error
     return create_transform(  # pyright: ignore[reportReturnType]  # not asked for in parts
@@ -92,7 +90,7 @@ def _crop_augment(settings: CropAugment, img_size: int, target: dict[str, Any]) 
 
 
 def _three_augment(settings: ThreeAugment, img_size: int, target: dict[str, Any]) -> transforms.Compose:
-    """timm's policy "3a" is DeiT-III's choice of three; "src" changes what comes before it only."""
+    """timm's policy "3a" is DeiT-III's choice of three; "src" changes only the crop before it."""
     crop, colors, to_tensor = create_transform(  # pyright: ignore[reportGeneralTypeIssues]  # asked for in parts
         input_size=img_size,
         is_training=True,
@@ -124,7 +122,7 @@ def _crop(
     std: tuple[float, ...],
     interpolation: str,
 ) -> transforms.Compose:
-    """One crop of DINOv2, by the classes that upstream takes: torchvision's newer ones differ in the last bit.
+    """One crop of DINOv2, with the classes that upstream uses: torchvision's newer ones differ in the last bit.
 
     Source: dinov2/data/augmentations.py.
     """

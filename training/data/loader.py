@@ -1,4 +1,4 @@
-"""Global batches for one process of several. What is in a batch depends on the seed and the step alone."""
+"""One process's share of global batches. The content of a batch depends on the seed and the step alone."""
 
 import signal
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
@@ -19,37 +19,36 @@ from vitreg_hub.training.tasks.base import Batch
 from vitreg_hub.training.tasks.settings import Need
 
 TRIES = 16
-"""Images that are tried in the place of an unreadable one."""
+"""Images to try in place of an unreadable one."""
 
 MIN_CORRUPT = 3
-"""Unreadable images that can be bad luck."""
+"""Least number of unreadable images that can be too many before the whole set is known."""
 
 
 class TrainLoader:
     """Reads the batches of one process.
 
-    Rows with numbers: an epoch is a permutation from (seed, epoch) whose last incomplete batch is left out, and the
-    image at position p of step s is seeded by (seed, s, p). Nothing depends on workers, processes or on where a run
-    began. Streams: see `Stream`; the batches depend on the number of processes and workers, and a run goes on from
-    `state` only.
+    Rows read by number: an epoch is a permutation from (seed, epoch) without its last incomplete batch, and the image
+    at position p of step s is seeded by (seed, s, p). Nothing depends on workers, processes or where a run began.
+    Streams: see `Stream`; the batches depend on the number of processes and workers, and only `state` can resume them.
 
     Args:
-        data: What is read.
-        transform: Makes views of an RGB picture; what it draws comes from the global generators.
+        data: The data.
+        transform: Makes views of an RGB image; draws from the global generators.
         batch_size: Images of a step, over all processes and accumulated parts.
-        rank: Which of the processes this is.
+        rank: Number of this process, from 0.
         world_size: Number of processes.
-        accumulate: Parts of a step that a process takes one after the other.
-        seed: Of all that is random.
-        repeats: Times that each image comes in a row. An epoch keeps its number of steps, so fewer images are in it.
-            Source: deit/samplers.py, `RASampler`.
+        accumulate: Parts into which a process divides a step, one after the other.
+        seed: Seed of everything random.
+        repeats: How many times in succession each image is used. An epoch keeps its number of steps, so it contains
+            fewer images. Source: deit/samplers.py, `RASampler`.
         num_workers: Further processes that read, 0 for none.
-        max_corrupt: Share of unreadable images at which to stop.
+        max_corrupt: Share of unreadable images above which to stop.
         needs: What every row must have; where it is not needed, a label may be -1 and a caption empty.
 
     Raises:
         RecipeError: Numbers contradict each other.
-        DataError: There are too few images, or what is needed is missing.
+        DataError: There are too few images, or no labels or captions where they are needed.
     """
 
     def __init__(
@@ -101,28 +100,28 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which as many images are read as there are.
+        """Steps of one pass over the images, without repeats.
 
         Raises:
-            DataError: It is a stream that does not know.
+            DataError: It is a stream that does not say its length.
         """
         if self.data.num_images is None:
             raise DataError(
-                f"{self.data.name} is a stream that does not tell how many images it has: give data.stream_images, or "
+                f"{self.data.name} is a stream that does not say how many images it has: give data.stream_images, or "
                 "epoch_steps."
             )
         return self.data.num_images // self.batch_size
 
     @property
     def num_corrupt(self) -> int:
-        """Images of this process that were found unreadable so far."""
+        """Unreadable images that this process has found so far."""
         return len(self._corrupt.names)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Yield this process's `accumulate` batches of every step. Workers live as long as the iteration.
 
         Args:
-            start_step: First step, from 0; of a stream the one at which it is.
+            start_step: First step, from 0; for a stream its current step.
             stop_step: The step after the last one.
 
         Raises:
@@ -155,7 +154,7 @@ class TrainLoader:
                     )
 
     def state(self) -> dict[str, Any]:
-        """This process's place in the data, JSON-safe, as of the batches that were handed out; ask between steps."""
+        """This process's place in the data after the batches it has yielded, JSON-safe; to be called between steps."""
         return {
             "step": self._next_step,
             "pieces": self._num_pieces,
@@ -168,10 +167,10 @@ class TrainLoader:
         """Go on where a run was.
 
         Args:
-            states: What `state` told in each of the run's processes, in their order.
+            states: The `state` of each of the run's processes, in their order.
 
         Raises:
-            DataError: It is a stream, and the run had another number of processes or workers, or none.
+            DataError: It is a stream, and the run had another number of processes or workers, or no stream.
         """
         state = states[self.rank % len(states)]
         there, here = state["positions"] is not None, self.data.is_stream
@@ -188,8 +187,8 @@ class TrainLoader:
     def _share(self, part: int) -> np.ndarray:
         """Positions in the global batch [b] of one part of this process, sorted.
 
-        Positions i and B - 1 - i are always together and at opposite places, so mixup and cutmix, which pair images
-        so, give the same in parts as on the whole batch. Source: timm/data/mixup.py, `Mixup`.
+        Positions i and B - 1 - i are always in the same part and at opposite places. Mixup and cutmix pair images that
+        way, so they give the same in parts as on the whole batch. Source: timm/data/mixup.py, `Mixup`.
         """
         position = np.arange(self.batch_size)
         pairs = np.where(position % 2, self.batch_size - 1 - position // 2, position // 2)  # 0, B - 1, 1, B - 2, ...
@@ -198,7 +197,7 @@ class TrainLoader:
         return np.sort(pairs[chunk * size : (chunk + 1) * size])
 
     def _next_piece(self, pieces: Iterator[Piece | DataError]) -> tuple[Piece, list[str]]:
-        """The next piece with images, and the unreadable ones that were not known before."""
+        """The next piece with images, and the newly found unreadable ones."""
         corrupt = []
         while True:
             piece = next(pieces)
@@ -216,7 +215,7 @@ class TrainLoader:
             collate_fn=handed_over,
             worker_init_fn=outlive_sigterm,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else it would move the global one
+            generator=torch.Generator(),  # otherwise it would use the global one
         )
 
     def _draws(self, num_rows: int, start_step: int, stop_step: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -233,7 +232,7 @@ class TrainLoader:
                 yield [(step, int(position), int(row)) for position, row in zip(positions, rows, strict=True)]
 
     def _streamed(self, rows: datasets.IterableDataset) -> Generator[Piece | DataError]:
-        """Take from the readers in turn. Each has a torch loader of its own, so that a run can go on at any turn."""
+        """Take from the readers in turn. Each has its own torch loader, so that a run can resume at any of them."""
         readers = [
             iter(
                 DataLoader(
@@ -268,12 +267,12 @@ class TrainLoader:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Leave SIGTERM, which is often sent to all processes of a job, to the one that then writes a checkpoint."""
+    """Ignore SIGTERM, often sent to all processes of a job, of which the main one then writes a checkpoint."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Rows(Dataset):
-    """What runs in the workers where rows can be looked up."""
+    """Runs in the workers where rows are read by number."""
 
     def __init__(self, reader: SampleReader, rows: datasets.Dataset, seed: int) -> None:
         self.reader, self.rows, self.seed = reader, rows, seed
@@ -285,7 +284,7 @@ class _Rows(Dataset):
             return error
 
     def _piece(self, draws: Sequence[tuple[int, int, int]]) -> Piece | DataError:
-        """Samples of all rows, another row in the place of each that cannot be read."""
+        """Samples of all rows, with another row in place of each that cannot be read."""
         samples, corrupt = [], []
         for step, position, number in draws:
             for attempt in range(TRIES + 1):
@@ -302,11 +301,11 @@ class _Rows(Dataset):
 
 
 class _CorruptCount:
-    """Counts unreadable images, and says when they are too many.
+    """Counts unreadable images and raises an error when they are too many.
 
-    They are, if more than the allowed share of the whole set is known to be unreadable; or, before that is sure, if
-    `MIN_CORRUPT` images are and their share of those read lies three standard deviations above the allowed one, so
-    that a set with fewer is not refused by bad luck at its start.
+    They are too many if they exceed the allowed share of the whole set. Before that is certain, they are too many if
+    there are at least `MIN_CORRUPT` and their share of the images read so far lies three standard deviations above the
+    allowed one, so that a good set is not refused because of bad luck at its start.
     """
 
     def __init__(self, data: TrainingData, max_corrupt: float) -> None:
@@ -320,7 +319,7 @@ class _CorruptCount:
         self.names |= dict.fromkeys(new)
         self.num_read += piece.num_read
         self.num_unreadable += len(piece.corrupt)
-        hopeless = not (piece.crops or self.data.is_stream)  # none of many tries in one place
+        hopeless = not (piece.crops or self.data.is_stream)  # every try for one position has failed
         if hopeless or (piece.corrupt and self._too_many()):
             first = ", ".join(list(self.names)[:3])
             share = self.num_unreadable / self.num_read
@@ -345,5 +344,5 @@ class _CorruptCount:
 
 
 def _tell(stream: bool, processes: int, readers: int) -> str:
-    kind = "a stream" if stream else "data that are read by number"
+    kind = "a stream" if stream else "data read by number"
     return f"{kind} with {processes} processes of {readers} readers (data.num_workers)"

@@ -1,7 +1,6 @@
-"""Training data by name, and what is held out, through `datasets`."""
+"""Opening training data and held-out data by name, through `datasets`."""
 
 import difflib
-import itertools
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -45,27 +44,24 @@ LABEL_COLUMNS = ("label", "cls")
 TEXT_COLUMNS = ("text", "txt", "caption")
 
 HUB_SPLITS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
-"""Which split on the Hub is read if none is named: the first of these that there is."""
+"""The split to read on the Hub if none is named: the first of these that exists."""
 
 MAX_SHARDS = 64
-"""Into how many shards rows that are at hand are cut to be read as a stream."""
+"""Largest number of shards into which local rows are divided to be read as a stream."""
 
-# What `datasets` raises, also in the middle of a stream, for files that are broken, of another kind or out of reach.
-# IndexError: its builder takes the first sample of an archive without any.
-UNREADABLE = (
-    *(OSError, ValueError, RuntimeError, EOFError, IndexError),
-    *(tarfile.TarError, DatasetsError),
-)
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, IndexError, tarfile.TarError, DatasetsError)
+"""What `datasets` raises, even in the middle of a stream, for files that are broken, of another kind or out of reach;
+IndexError for an empty archive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingData:
-    """Rows to train on, and where in a row things are; `open_training_data` makes it.
+    """Rows to train on, and their columns; made by `open_training_data`.
 
     Attributes:
-        name: What the data are called.
-        rows: A `datasets.Dataset`, or an `IterableDataset` that is read from the start to the end.
-        num_images: How many there are; None for a stream that cannot tell.
+        name: Name of the data.
+        rows: A `datasets.Dataset`, or an `IterableDataset` that is read from start to end.
+        num_images: Number of images; None for a stream that does not say.
         columns: All columns, for messages.
         image_column: Column of images, not decoded.
         label_column: Column of class numbers, if there is one.
@@ -88,7 +84,7 @@ class TrainingData:
 
     @property
     def is_stream(self) -> bool:
-        """Whether the rows cannot be looked up by number."""
+        """Whether the rows can only be read in order, not by number."""
         return isinstance(self.rows, datasets.IterableDataset)
 
     @property
@@ -102,7 +98,7 @@ class TrainingData:
         return self.text_column is not None
 
     def called(self, row: Mapping[str, Any], number: int) -> str:
-        """What a row's image is called: its file, or its number."""
+        """Name of a row's image: its file, or its number."""
         value = row[self.image_column]
         path = file_of(value)
         if "__key__" in row:
@@ -113,9 +109,9 @@ class TrainingData:
 
 
 def open_training_data(settings: DataSettings) -> TrainingData:
-    """Open what is trained on. Nothing is downloaded: shards, URLs and sets on the Hub are streamed.
+    """Open the training data. Nothing is downloaded: shards, URLs and sets on the Hub are streamed.
 
-    Parquet files on the disk are read by index, for which `datasets` converts them in its cache, unless
+    Local parquet files are read by index, for which `datasets` converts them in its cache, unless
     `settings.streaming`.
 
     Raises:
@@ -125,68 +121,65 @@ def open_training_data(settings: DataSettings) -> TrainingData:
 
 
 def open_held_out(
-    settings: DataSettings, training: TrainingData | None = None, *, max_images: int | None = None, seed: int = 0
+    settings: DataSettings, training: TrainingData | None = None, *, max_images: int | None = None
 ) -> ImageSource | None:
-    """Open what is held out: `settings.test`, or the test part of an embedded set; None if there is neither.
+    """Open the held-out data: `settings.test`, or the test part of an embedded set; None if there is neither.
 
-    Its labels are numbered as the training's, by their names. Where one side has no names, numbers are taken as they
-    are.
+    Labels get the training data's numbers by their names. Where one side has no names, numbers stay as they are.
 
     Args:
-        settings: Columns are taken from it where the held-out data have them, and found otherwise.
-        training: What is trained on, if it is open already.
-        max_images: Read no more, as `open_images` does.
-        seed: Decides which.
+        settings: Its columns are used where the held-out data have them; otherwise columns are found by name and type.
+        training: The training data, if they are open already.
+        max_images: Read at most so many.
 
     Raises:
-        DataError: There are no such data, or they have classes that the training data have not.
+        DataError: There are no such data, or they have classes that the training data do not have.
     """
     name = settings.test or (settings.train if settings.train in TRAINING_SETS else None)
     if name is None:
         return None
     training = training or open_training_data(settings)
     held_out = _open(name, "test", settings)
-    if held_out.name == training.name and name not in TRAINING_SETS:  # of which another part is read
+    if held_out.name == training.name and name not in TRAINING_SETS:  # whose parts differ
         raise DataError(f"{name} is what is trained on: give other images as data.test, or null for none.")
-    return as_image_source(_numbered_as(training, held_out), max_images=max_images, seed=seed)
+    return as_image_source(_numbered_as(training, held_out), max_images=max_images)
 
 
-def as_image_source(data: TrainingData, *, max_images: int | None = None, seed: int = 0) -> ImageSource:
-    """The same images in the form that is evaluated on.
+def as_image_source(data: TrainingData, *, max_images: int | None = None) -> ImageSource:
+    """The same images in the form that evaluations take.
 
     Args:
         data: Training or held-out data.
-        max_images: Read no more: a random subset, or the first ones of a stream.
-        seed: Decides which subset.
+        max_images: Read at most so many: a random subset, or the first ones of a stream.
 
     Raises:
-        DataError: max_images makes no sense.
+        DataError: max_images is less than 1.
     """
     rows = data.rows
     if rows.features:
-        usual = {data.image_column: "image"} | ({data.label_column: "label"} if data.label_column else {})
+        usual = {data.image_column: "image"}
+        if data.label_column:
+            usual[data.label_column] = "label"
         renamed = {old: new for old, new in usual.items() if old != new}
         rows = rows.select_columns(list(usual)).rename_columns(renamed)
-    return open_images(rows, name=data.name, max_images=max_images, seed=seed)
+    return open_images(rows, name=data.name, max_images=max_images)
 
 
 def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
     """Open rows and find their columns.
 
-    Args:
-        name: What the user calls them.
-        split: What they are for. Columns that are given must be there to train on; and only to train on them, rows
-            that are at hand become a stream, of which no random subset could be taken.
-        settings: How they are read.
+    Only for training must the columns of the settings exist, and can local rows become a stream: evaluations take
+    random subsets.
     """
     training = split == "train"
     called, rows = _rows(name, split, settings.streaming)
     rows = rows.with_format(None)
-    num_images = (
-        len(rows)
-        if isinstance(rows, datasets.Dataset)
-        else _told_by_stream(rows) or (settings.stream_images if training else None)
-    )
+    if isinstance(rows, datasets.Dataset):
+        num_images = len(rows)
+    else:
+        num_images = _stream_length(rows)
+        if num_images is None and training:
+            num_images = settings.stream_images
     if num_images == 0:
         raise DataError(f"{called} holds no images.")
     if training and settings.streaming and isinstance(rows, datasets.Dataset):
@@ -212,7 +205,7 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
         kept = [image, label, text, "__key__", "__url__"]
         rows = rows.select_columns([name for name in kept if name in features])
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    names = tuple(getattr(features[label], "names", None) or ()) or None if label else None
+    names = tuple(getattr(features[label], "names", None) or ()) if label else ()
     return TrainingData(
         name=called,
         rows=rows,
@@ -221,19 +214,21 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
         image_column=image,
         label_column=label,
         text_column=text,
-        label_names=names,
-        num_classes=len(names) if names else settings.num_classes or _count_classes(rows, label),
+        label_names=names or None,
+        num_classes=len(names) or settings.num_classes or _count_classes(rows, label),
         shuffle_block=settings.shuffle_block,
     )
 
 
-def _told_by_stream(rows: datasets.IterableDataset) -> int | None:
+def _stream_length(rows: datasets.IterableDataset) -> int | None:
     splits = rows.info.splits or {}
-    return splits[rows.split].num_examples or None if rows.split is not None and rows.split in splits else None
+    if rows.split is None or rows.split not in splits:
+        return None
+    return splits[rows.split].num_examples or None
 
 
 def _count_classes(rows: Rows, label: str | None) -> int | None:
-    """One more than the largest number, if the rows are at hand."""
+    """One more than the largest label, if the rows are local."""
     if label is None or not isinstance(rows, datasets.Dataset):
         return None
     largest = pyarrow.compute.call_function("max", [rows.data.column(label)]).as_py()
@@ -241,7 +236,7 @@ def _count_classes(rows: Rows, label: str | None) -> int | None:
 
 
 def _is_image(feature: Any) -> bool:
-    """Whether pictures can be read from a column; files that pandas wrote tell only what they are stored as."""
+    """Whether a column holds images; files written by pandas only say how they are stored."""
     stored = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     return stored or isinstance(feature, datasets.Image) or feature == datasets.Value("binary")
 
@@ -256,7 +251,7 @@ def _is_text(feature: Any) -> bool:
 
 
 def _rows(name: str, split: Split, streaming: bool) -> tuple[str, Rows]:
-    """What the data are called, and their rows."""
+    """The name of the data, and their rows."""
     if name in TRAINING_SETS:
         return name, TRAINING_SETS[name](split)
     if files := _files(name):
@@ -286,10 +281,11 @@ def reason(error: BaseException) -> str:
 
 
 def _files(name: str) -> list[str]:
-    """Shards or parquet files that a path, pattern or folder stands for; none if it is something else."""
+    """Shards or parquet files of a path, pattern or folder; empty if it is something else."""
     if Path(name).is_dir():
-        found = (sorted(map(str, Path(name).glob(f"*{ending}"))) for ending in READERS)
-        files = next(filter(None, found), [])
+        files = []
+        for ending in READERS:
+            files = files or sorted(str(file) for file in Path(name).glob(f"*{ending}"))
         splits = sorted({re.split(r"[-_.\d]", Path(file).name)[0] for file in files} & SPLIT_FOLDERS)
         if len(splits) > 1:
             pattern = Path(name) / f"{splits[-1]}*{_ending(files[0])}"
@@ -297,7 +293,7 @@ def _files(name: str) -> list[str]:
         return files
     if _ending(name) not in READERS:
         return []
-    return list(itertools.chain.from_iterable(_matches(path, name) for path in dict.fromkeys(_braces(name))))
+    return [file for path in dict.fromkeys(_braces(name)) for file in _matches(path, name)]
 
 
 def _ending(name: str) -> str:
@@ -318,7 +314,7 @@ def _matches(path: str, name: str) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """All names that a pattern with ``{first..last}`` or ``{one,other}`` stands for, as in a shell."""
+    """Yield all names of a pattern with ``{first..last}`` or ``{one,other}``, as in a shell."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not match:
         yield pattern
@@ -332,7 +328,7 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def _numbered_as(training: TrainingData, held_out: TrainingData) -> TrainingData:
-    """Held-out data with the training's numbers of classes."""
+    """Give the held-out data the class numbers of the training data."""
     wanted, own, label = training.label_names, held_out.label_names, held_out.label_column
     if not (wanted and own and label):
         if training.num_classes and held_out.num_classes and held_out.num_classes > training.num_classes:
@@ -345,8 +341,8 @@ def _numbered_as(training: TrainingData, held_out: TrainingData) -> TrainingData
         return held_out
     if unknown := [name for name in own if name not in wanted]:
         raise DataError(
-            f"{held_out.name} has the class {unknown[0]!r}, which {training.name} has not: hold out images of the same "
-            f"{len(wanted)} classes."
+            f"{held_out.name} has the class {unknown[0]!r}, which {training.name} does not have: hold out images of "
+            f"the same {len(wanted)} classes."
         )
     feature = datasets.ClassLabel(names=list(wanted))
     renumber = partial(_renumbered, label, [wanted.index(name) for name in own])

@@ -1,4 +1,4 @@
-"""From rows to what a batch is made of."""
+"""From rows to the pieces that batches are made of."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class Sample:
     """One image, ready to be trained on.
 
     Attributes:
-        name: What it is called.
-        views: Of the image, each [3, H, W].
-        label: Its class, -1 where it is unknown.
-        text: A caption, empty where there is none.
+        name: Its name.
+        views: Views of the image, each [3, H, W].
+        label: Its class, -1 if unknown.
+        text: Its caption, empty if there is none.
     """
 
     name: str
@@ -36,22 +36,22 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unreadable:
-    """One image that cannot be read, by name."""
+    """The name of an image that cannot be read."""
 
     name: str
 
 
 class Piece(NamedTuple):
-    """What workers hand over; a tuple, for those torch can pin.
+    """What workers hand over; a tuple, because torch can pin its tensors.
 
     Attributes:
-        names: What the images are called.
-        crops: Views, each [b, 3, H, W]; none if not enough images could be read.
+        names: Names of the images.
+        crops: Views, each [b, 3, H, W]; empty if not enough images could be read.
         labels: Classes [b], if there are any.
         texts: Captions, if there are any.
         corrupt: Names of images that could not be read.
         num_read: How many images were read or tried.
-        position: Where a stream goes on after this.
+        position: Where the stream goes on after this piece.
     """
 
     names: Sequence[str]
@@ -68,8 +68,8 @@ class SampleReader:
     """Makes samples of rows.
 
     Attributes:
-        data: What the rows are.
-        transform: Makes views of an RGB picture; what it draws comes from the global generators.
+        data: The data that the rows belong to.
+        transform: Makes views of an RGB image; draws from the global generators.
         needs: What every row must have.
     """
 
@@ -81,9 +81,9 @@ class SampleReader:
         """Read a row.
 
         Args:
-            row: Of the data.
-            number: Of the row, for messages.
-            key: Decides all that is random.
+            row: One row.
+            number: Its number, for messages.
+            key: Key of its random numbers.
 
         Raises:
             DataError: A label or caption that is needed is missing, or a label is out of range.
@@ -100,7 +100,7 @@ class SampleReader:
     def _label(self, row: dict[str, Any], name: str) -> int:
         data = self.data
         label = row[data.label_column] if data.label_column else None
-        if label is None or label == -1:  # which sets on the Hub write for none
+        if label is None or label == -1:  # how some sets on the Hub write "no label"
             if "labels" in self.needs:
                 raise DataError(f"{name} of {data.name} has no label, which this task needs: leave such images out.")
             return -1
@@ -135,6 +135,6 @@ class SampleReader:
 
 
 def handed_over(piece: Any) -> Any:
-    """In place of torch's collation: pieces are ready. Errors are returned, for raised in a worker they would arrive
-    with a traceback in their text."""
+    """Replaces torch's collation, because pieces are ready. Errors are returned too: raised in a worker, they would
+    arrive with a traceback in their text."""
     return piece

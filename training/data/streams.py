@@ -1,4 +1,4 @@
-"""Endless streams of shuffled samples that go on, after an interruption, exactly where they were."""
+"""Endless streams of shuffled samples that can be resumed exactly where they were."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,22 +16,22 @@ from vitreg_hub.training.data.samples import Piece, Sample, SampleReader
 from vitreg_hub.training.distributed.randomness import seed_of
 
 WHOLE_SHARDS = 2
-"""Shards per reader from which on each reads its own ones only, even if some then have one more than others."""
+"""Shards per reader from which on readers share out whole shards, even if some then get one more than others."""
 
 REPORT_EVERY = 16
-"""Unreadable images after which they are reported before the batch is full: it may never be."""
+"""Unreadable images after which to report them even though the batch is not full: it may never be."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Position:
-    """Where a reader is: all it takes to go on.
+    """Where a reader is: everything it needs to go on.
 
     Attributes:
-        epoch: Passes that are done.
-        block: Blocks of this epoch that are done.
-        offset: Samples of this block that are done.
-        drawn: Samples that were ever tried, the unreadable ones with them.
-        rows: Where `datasets` was at the start of the block; None at the start of an epoch.
+        epoch: Finished passes.
+        block: Finished blocks of this epoch.
+        offset: Finished samples of this block.
+        drawn: Samples tried since the beginning, including unreadable ones.
+        rows: Position of `datasets` at the start of the block; None at the start of an epoch.
     """
 
     epoch: int = 0
@@ -42,23 +42,23 @@ class Position:
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """One reader's share of a stream, as pieces of batches, without end. Each piece carries the position after it.
+    """One reader's share of a stream, as an endless series of pieces. Each piece carries the position after it.
 
-    Readers are the workers of all processes. Each reads whole shards if there are enough for all or as many for each,
-    else all rows, of which it keeps every n-th. So every row is read by one reader, once in each of its epochs. Shards
-    come in another order in each epoch; rows are shuffled in blocks.
+    Readers are the workers of all processes. Each reads its own shards if there are many, or equally many for all;
+    otherwise each reads all rows and keeps every n-th. So every row is read by one reader, once per epoch. Shards are
+    shuffled anew in each epoch; rows are shuffled in blocks.
 
     Args:
         reader: Makes samples of rows.
-        rows: All of them.
+        rows: All rows.
         batch_size: Images per piece.
-        seed: Decides the order, and what the transform draws.
-        repeats: Times that each row comes in a row.
-        rank: Which of the processes this is.
+        seed: Seed of the order and of the transform.
+        repeats: How many times in succession each row is used.
+        rank: Number of this process, from 0.
         world_size: Number of processes.
-        worker: Which of this process's readers this is.
+        worker: Number of this reader among those of its process, from 0.
         num_workers: Number of readers per process.
-        position: Where to go on, as a piece told; None is the start.
+        position: Where to go on, taken from a piece; None: at the start.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Stream(torch.utils.data.IterableDataset):
         self.position = position
 
     def __iter__(self) -> Iterator[Piece | DataError]:
-        """Yield pieces; an error is yielded too: raised in a worker, it would arrive with a traceback in its text."""
+        """Yield pieces, and errors too: raised in a worker, they would arrive with a traceback in their text."""
         try:
             yield from self._pieces(Position(**(self.position or {})))
         except DataError as error:
@@ -105,7 +105,7 @@ class Stream(torch.utils.data.IterableDataset):
                 corrupt, num_read = [], 0
 
     def _rows(self, position: Position) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield rows and their numbers for ever; `position` moves along, and is behind the row that was yielded."""
+        """Yield rows and their numbers for ever, moving `position` to just after each row."""
         size, name = self.reader.data.shuffle_block, self.reader.data.name
         while True:
             data = self._epoch(position)
@@ -113,8 +113,8 @@ class Stream(torch.utils.data.IterableDataset):
             block = _read(rows, size, name)
             if not block and position.rows is None:
                 raise DataError(
-                    f"{name} gives nothing to reader {self.number + 1} of {self.num_readers} (processes times "
-                    "data.num_workers): there are too few images or shards, take fewer of those."
+                    f"{name} has nothing for reader {self.number + 1} of {self.num_readers} (processes times "
+                    "data.num_workers): there are too few images or shards, use fewer readers."
                 )
             while block:
                 after, ahead = data.state_dict(), []
@@ -126,7 +126,7 @@ class Stream(torch.utils.data.IterableDataset):
                     row = block[place]
                     if (i + 1) % self.repeats == 0:
                         block[place] = None
-                        ahead += _read(rows, 1, name)  # one goes, one comes: no wait for a whole block
+                        ahead += _read(rows, 1, name)  # reading ahead row by row avoids waiting for a whole block
                     position.offset, position.drawn = i + 1, position.drawn + 1
                     yield row, position.block * size + int(place)
                 block = ahead + _read(rows, size - len(ahead), name)
@@ -134,11 +134,11 @@ class Stream(torch.utils.data.IterableDataset):
             position.epoch, position.block, position.rows = position.epoch + 1, 0, None
 
     def _epoch(self, position: Position) -> datasets.IterableDataset:
-        """This reader's rows of an epoch, from the block on at which it is."""
+        """This reader's rows of an epoch, from its current block on."""
         data = self.rows
         whole = data.num_shards % self.num_readers == 0 or data.num_shards >= WHOLE_SHARDS * self.num_readers
         data = split_dataset_by_node(data, self.number, self.num_readers, "shards" if whole else "examples")
-        # It is all that `datasets` seeds the order of the shards with. Of 31 bits, for it computes with it.
+        # `datasets` seeds the order of shards with this alone, and computes with it, so it has 31 bits
         data.set_epoch(seed_of(self.seed, position.epoch) % 2**31)
         if position.rows is not None:
             data.load_state_dict(position.rows)
@@ -149,4 +149,4 @@ def _read(rows: Iterator[dict[str, Any]], count: int, name: str) -> list[Any]:
     try:
         return list(islice(rows, count))
     except UNREADABLE as error:
-        raise DataError(f"{name} cannot be read on: {reason(error)}.") from error
+        raise DataError(f"{name} cannot be read any further: {reason(error)}.") from error

@@ -1,1 +1,1 @@
-"""A run in several processes."""
+"""Running in several processes."""

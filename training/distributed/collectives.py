@@ -1,4 +1,4 @@
-"""Sums, maxima and concatenations over the processes of a run; with one process they give back what they get."""
+"""Sums, maxima and concatenations over the processes of a run; with one process they return their input."""
 
 import torch
 from torch import Tensor, distributed
@@ -26,10 +26,10 @@ def all_reduce_max(x: Tensor) -> Tensor:
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """Rows of all processes in the order of their ranks; gradients go back to the process a row came from.
+    """Rows of all processes in the order of their ranks; gradients return to the process that a row came from.
 
-    The gradient of a row is the sum of what all processes' losses give it. Where these are averaged, as by DDP and
-    FSDP, a loss that is a mean over processes gets the gradient that one process with all rows would get.
+    The gradient of a row is the sum over the losses of all processes. Where gradients are averaged, as by DDP and FSDP,
+    a loss that is a mean over processes gets the same gradient as in one process with all rows.
 
     Args:
         x: Rows of this process [b, D]; b is the same in all of them.
@@ -52,7 +52,7 @@ def _all_reduced(x: Tensor, op: distributed.ReduceOp.RedOpType) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """By the collectives that are public: those with gradients are deprecated or private in torch 2.15."""
+    """With public collectives, because those with gradients are deprecated or private in torch 2.15."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:

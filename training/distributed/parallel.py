@@ -1,6 +1,6 @@
-"""One network in several processes: DDP through accelerate, FSDP2 through torch, and states that know of neither.
+"""One network in several processes: DDP through accelerate, FSDP2 through torch, and states that depend on neither.
 
-accelerate's own FSDP2 takes one module and no CPU; a task has a second, frozen one that is spread in the same way.
+accelerate's own FSDP2 supports only one module and no CPU, but tasks also have frozen modules to shard.
 """
 
 import re
@@ -19,11 +19,10 @@ from torch.optim import Optimizer
 from vitreg_hub.compat import move_towards
 
 BLOCK = re.compile(r"(.*\.)?(blocks|resblocks)\.\d+")
-"""Names of the modules that are spread, gathered and compiled one by one, in timm and in open_clip."""
-
+"""Names of the modules that are sharded, gathered and compiled one by one, in timm and in open_clip."""
 
 COUNTS = ("step",)
-"""What changes in an optimiser's groups besides the rates, which follow from the step."""
+"""Keys of an optimiser's groups whose values change, besides the rates, which follow from the step."""
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -32,18 +31,18 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(module: nn.Module, accelerator: Accelerator) -> None:
-    """Spread a module's parameters over all processes, block by block, in place."""
+    """Shard a module's parameters over all processes, block by block, in place."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in blocks_of(module):
         fully_shard(block, mesh=mesh)
-    # without gradients no backward pass would ever take the root's parameters apart again
+    # for a module without gradients, no backward pass would ever shard the root's parameters again
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def wrap(module: nn.Module, accelerator: Accelerator, *, fsdp2: bool, trained: bool = True) -> nn.Module:
-    """Put a module on the device and prepare it for the processes there are; its forward pass runs under autocast."""
+    """Put a module on the device and prepare it for several processes; its forward pass runs under autocast."""
     module.to(accelerator.device)
-    if next(module.parameters(), None) is None:  # buffers alone, whose owners keep them equal
+    if next(module.parameters(), None) is None:  # only buffers, whose owners keep them equal
         return module
     if fsdp2:
         shard(module, accelerator)
@@ -52,7 +51,7 @@ def wrap(module: nn.Module, accelerator: Accelerator, *, fsdp2: bool, trained: b
 
 @contextmanager
 def gradients_synced(network: nn.Module, accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
-    """Exchange gradients between processes in the backward pass, or leave it to a later part of the step."""
+    """Exchange gradients between processes in the backward pass, or leave that to a later part of the step."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(wanted)
         yield
@@ -62,7 +61,7 @@ def gradients_synced(network: nn.Module, accelerator: Accelerator, *, wanted: bo
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor as if there were one process; all processes must ask for it."""
+    """The whole of a tensor that may be sharded; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -72,38 +71,38 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a module's weights as if there were one process, one at a time; all processes must ask for all."""
+    """Yield a module's whole weights one at a time; all processes must read all of them."""
     for name, tensor in module.state_dict().items():
         yield name, full(tensor.detach())
 
 
 def kept(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, or nothing, so that one process alone holds them and no GPU holds more than one."""
+    """Collect whole tensors on the CPU of one process (`keep`), so that no GPU holds more than one at a time."""
     return {name: tensor.cpu() for name, tensor in tensors if keep}
 
 
 @torch.no_grad()
 def write_full(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor into one that may be spread."""
+    """Write a whole tensor into one that may be sharded."""
     value = value.to(target.device, target.dtype)
     if isinstance(target, DTensor):
-        # every process holds the value already, so none has to send it
+        # every process has the value already, so none needs to send it
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(value)
 
 
 def copy_whole(source: nn.Module, target: nn.Module) -> None:
-    """Write a module's weights into another one of the same names that is not spread; all processes must call it."""
+    """Write a module's weights into an unsharded one with the same names; all processes must call it."""
     own = target.state_dict()
     for name, tensor in full_tensors(source):
         write_full(own[name], tensor)
 
 
 def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Write whole weights into a module whose own may be spread; names must be the same.
+    """Write whole weights into a module that may be sharded.
 
     Raises:
-        KeyError: They are not.
+        KeyError: The names differ.
     """
     own = module.state_dict()
     if own.keys() != state.keys():
@@ -113,19 +112,14 @@ def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def full_optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield an optimiser's state as if there were one process, as ``name/key``.
-
-    Args:
-        optimizer: After any number of steps.
-        names: Of the parameters.
-    """
+    """Yield the whole tensors of an optimiser's state as ``name/key``, with the parameters' names."""
     for parameter, entry in optimizer.state.items():
         for key, value in entry.items():
             yield f"{names[parameter]}/{key}", full(value) if isinstance(value, Tensor) else torch.tensor(value)
 
 
 def group_counts(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What an optimiser counts by group, as timm's LAMB its steps: numbers, or a number and its type for a tensor."""
+    """What an optimiser counts by group, such as steps: numbers, or for a tensor its number and type."""
     return [
         {
             key: [value.item(), str(value.dtype).removeprefix("torch.")] if isinstance(value, Tensor) else value
@@ -140,7 +134,7 @@ def load_group_counts(optimizer: Optimizer, counts: Sequence[Mapping[str, Any]])
     """Set what `group_counts` gave.
 
     Raises:
-        ValueError: There is another number of groups.
+        ValueError: The number of groups differs.
     """
     for group, numbers in zip(optimizer.param_groups, counts, strict=True):
         for key, value in numbers.items():
@@ -170,9 +164,9 @@ def load_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], stat
 
 @torch.no_grad()
 def average_into(target: nn.Module, source: nn.Module, momentum: float) -> None:
-    """``target = momentum * target + (1 - momentum) * source`` for all parameters; equal ones stay as they are.
+    """``target = momentum * target + (1 - momentum) * source`` for all parameters; equal ones stay unchanged.
 
-    The parameters of `source` must contain those of `target`, spread alike.
+    The parameters of `source` must include those of `target`, sharded alike.
     """
     sources = dict(source.named_parameters())
     pairs = [(local(parameter), local(sources[name])) for name, parameter in target.named_parameters()]

@@ -1,4 +1,4 @@
-"""Randomness without state: what is drawn depends on a key, such as (seed, step, position), and on nothing before."""
+"""Randomness without state: what is drawn depends only on a key, such as (seed, step, position)."""
 
 import random
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ import torch
 
 
 def seed_of(*key: int) -> int:
-    """A seed of 64 bits for a key, as good as independent of any other key's.
+    """A seed of 64 bits for a key, practically independent of the seeds of other keys.
 
     Args:
         key: Numbers from 0. Keys of different lengths differ: (1, 2) is not (1, 2, 0).
     """
-    # As entropy alone, numpy would fill short keys up with zeros.
+    # used as plain entropy, short keys would be padded with zeros
     return int(np.random.SeedSequence(len(key), spawn_key=key).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed the global generators of Python, numpy and torch (CPU) by `key`, and put back what they were afterwards."""
+    """Seed the global generators of Python, numpy and torch (CPU) by `key`, and restore them afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = seed_of(*key)
     random.seed(seed)

@@ -1,7 +1,8 @@
-"""timm's optimisers with the parameter groups of a recipe, and what every group's rates are at a step."""
+"""timm's optimisers with the parameter groups of a recipe, and the rates of every group at each step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -49,14 +50,15 @@ class Rates:
         """Set the rates of every group for a step."""
         lr, weight_decay = self.lr(step), self.weight_decay(step)
         for group in optimizer.param_groups:
-            kinds = [group["role"], *(["last_layer"] if group["last_layer"] else [])]
-            held = any(step < self.hold.get(kind, 0) for kind in kinds)
+            held = step < self.hold.get(group["role"], 0)
+            if group["last_layer"]:
+                held = held or step < self.hold.get("last_layer", 0)
             group["lr"] = 0.0 if held else lr * group["lr_scale"]
             group["weight_decay"] = weight_decay * group["wd_scale"]
 
 
 def peak_lr(settings: OptimSettings, batch_size: int) -> float:
-    """Peak rate of a global batch. Source of the rule: dinov2/utils/config.py, `apply_scaling_rules_to_cfg`."""
+    """Peak rate for a global batch. Source of the rule: dinov2/utils/config.py, `apply_scaling_rules_to_cfg`."""
     return settings.lr if settings.lr_batch is None else settings.lr * (batch_size / settings.lr_batch) ** 0.5
 
 
@@ -64,7 +66,7 @@ def build_optimizer(network: nn.Module, settings: OptimSettings, *, depth: int) 
     """Build the optimiser over all parameters with gradients; their rates are set by `Rates.apply`.
 
     Raises:
-        RecipeError: timm has no such optimiser, or it does not take such settings.
+        RecipeError: timm has no such optimiser, or the optimiser does not accept such settings.
     """
     groups = param_groups(
         network.named_parameters(),
@@ -75,7 +77,11 @@ def build_optimizer(network: nn.Module, settings: OptimSettings, *, depth: int) 
     )
     if not groups:
         raise RecipeError("nothing is trained: no parameter of the network takes gradients.")
-    extra = {name: value for name in ("betas", "eps") if (value := getattr(settings, name)) is not None}
+    extra: dict[str, Any] = {}
+    if settings.betas is not None:
+        extra["betas"] = settings.betas
+    if settings.eps is not None:
+        extra["eps"] = settings.eps
     try:
         return create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0, **extra)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -86,7 +92,7 @@ def build_optimizer(network: nn.Module, settings: OptimSettings, *, depth: int) 
 
 
 def clip_gradients(network: nn.Module, settings: OptimSettings) -> Tensor | None:
-    """Clip the gradients' norm, of all or of each child of the network on its own. Returns the largest norm before.
+    """Clip the gradients' norm, of all or of each child of the network separately. Returns the largest norm before.
 
     Source of the latter: dinov2/train/train.py (`for v in model.student.values(): v.clip_grad_norm_`).
     """

@@ -1,4 +1,4 @@
-"""Groups of parameters for the optimiser: which decay, and whose rate is scaled."""
+"""Groups of parameters for the optimiser: which ones decay, and how their rates are scaled."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -24,17 +24,16 @@ def param_groups(
     layer_decay: float = 1.0,
     patch_embed_lr: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Sort the parameters that are trained.
+    """Sort the trained parameters into groups.
 
     Args:
-        named_parameters: Of a ViT with timm's names, or of a module whose child `backbone` is one and whose other
-            children are heads.
+        named_parameters: Those of a ViT with timm's names, or of a module whose child `backbone` is one and whose
+            other children are heads.
         depth: Number of the ViT's blocks.
         rule: What has no weight decay. "dinov2": biases, norms and layer scale; tokens and positions decay. "timm":
-            whatever has one dimension, positions, class token and registers. "openclip": the same and CLIP's own
-            embeddings and scales.
-        layer_decay: Factor of the rate from each block to the one below; what stands before the blocks is one further
-            below. Not for heads.
+            vectors, positions, class token and registers. "openclip": the same, and CLIP's own embeddings and scales.
+        layer_decay: Factor of the rate from each block to the one below; everything before the blocks counts as one
+            block more. Not for heads.
         patch_embed_lr: Further factor of the patch embedding's rate.
 
     Returns:
@@ -46,7 +45,7 @@ def param_groups(
     open_clip_train/main.py and open_clip/transformer.py (MIT).
     """
     named = [(name, name.split("."), parameter) for name, parameter in named_parameters]
-    has_heads = any("backbone" in parts for _, parts, _ in named)  # also where it is frozen
+    has_heads = any("backbone" in parts for _, parts, _ in named)  # even if the backbone is frozen
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parts, parameter in named:
         if not parameter.requires_grad:

@@ -4,24 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from vitreg_hub.training.recipes.published import (
-    arch_name,
-    deit3_base,
-    deit3_base_finetune_224,
-    deit3_base_finetune_384,
-    deit3_huge,
-    deit3_huge_finetune_224,
-    deit3_large,
-    deit3_large_finetune_224,
-    deit3_large_finetune_384,
-    deit3_small,
-    deit3_small_finetune_384,
-    dinov2_vitg14,
-    dinov2_vitl14,
-    dinov2_vitl16_short,
-    distill,
-    openclip_base,
-)
+from vitreg_hub.training.recipes import published
+from vitreg_hub.training.recipes.published import arch_name
 from vitreg_hub.training.recipes.settings import (
     CropAugment,
     DataSettings,
@@ -144,14 +128,7 @@ def distill_digits(registers: int = 4) -> Recipe:
 RECIPES: Mapping[str, Callable[..., Recipe]] = MappingProxyType(
     {
         recipe.__name__: recipe
-        for recipe in (
-            *(supervised_digits, dinov2_digits, contrastive_scenes, distill_digits),
-            *(deit3_small, deit3_base, deit3_large, deit3_huge),
-            *(deit3_base_finetune_224, deit3_large_finetune_224, deit3_huge_finetune_224),
-            *(deit3_small_finetune_384, deit3_base_finetune_384, deit3_large_finetune_384),
-            *(dinov2_vitl16_short, dinov2_vitl14, dinov2_vitg14),
-            *(openclip_base, distill),
-        )
+        for recipe in (supervised_digits, dinov2_digits, contrastive_scenes, distill_digits, *published.RECIPES)
     }
 )
 """Recipes by name. Each takes `registers`, one of `REGISTER_COUNTS`."""

@@ -5,6 +5,7 @@ files that the docstring names. Where upstream trains in fp16 with gradient scal
 of fp32 and needs none. Data on the Hub is streamed and not kept.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from vitreg_hub.arch import REGISTER_COUNTS, row
@@ -310,3 +311,12 @@ def distill(registers: int = 4) -> Recipe:
         batch_size=64,
         epochs=100,
     )
+
+
+RECIPES: tuple[Callable[..., Recipe], ...] = (
+    *(deit3_small, deit3_base, deit3_large, deit3_huge),
+    *(deit3_base_finetune_224, deit3_large_finetune_224, deit3_huge_finetune_224),
+    *(deit3_small_finetune_384, deit3_base_finetune_384, deit3_large_finetune_384),
+    *(dinov2_vitl16_short, dinov2_vitl14, dinov2_vitg14),
+    *(openclip_base, distill),
+)

@@ -1,6 +1,7 @@
 """All settings of a training run, nested and frozen. Does not import torch."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -298,13 +299,7 @@ def require_start(recipe: Recipe) -> None:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The settings as JSON-safe nested dictionaries, without the kinds of `task` and `augment`."""
-    return _plain(dataclasses.asdict(recipe))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:

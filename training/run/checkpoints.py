@@ -115,7 +115,8 @@ def save_run(
         if not folder.exists():  # it does when a run resumes at its last step
             write_folder(folder, lambda staging: _fill(staging, weights, state, write_model))
         for old in checkpoints(out)[: -trainer.recipe.watch.keep]:
-            _remove(old)
+            # renamed first, so that it never looks complete when it is half deleted
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
     accelerator.wait_for_everyone()
     return folder
 
@@ -165,11 +166,6 @@ def clear_leftovers(run: Path) -> None:
     for path in (run / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(path)
         logger.info("deleted %s, which an earlier process had left unfinished", path)
-
-
-def _remove(folder: Path) -> None:
-    """A checkpoint that is half deleted must not look complete."""
-    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
 
 
 def _whole_weights(trainer: Trainer) -> dict[str, dict[str, Tensor]]:

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub as hf
 import timm
@@ -125,7 +124,8 @@ def _in_folder(setting: str, name: str, folder: Path | None) -> Source:
     """A source described by the files of a bundle or of a model of timm or transformers."""
     if folder is None:
         return Source(setting=setting, name=name)
-    config, weights = _config(folder), folder / WEIGHTS_FILE
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    weights = folder / WEIGHTS_FILE
     return Source(
         setting=setting,
         name=name,
@@ -144,10 +144,6 @@ def _cached(repo_id: str, revision: str | None) -> Path | None:
     with suppress(HubError), hub_errors(repo_id):  # without a card, the configuration has to do
         patiently(partial(hf.hf_hub_download, repo_id, CARD_FILE, revision=folder.name))
     return folder
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Objectives, one folder each: `settings.py` says all that can be said without torch, `task.py` computes."""
+"""Objectives, one folder each: `settings.py` does not import torch, `task.py` computes."""
 
 from vitreg_hub.training.tasks.contrastive.settings import Contrastive
 from vitreg_hub.training.tasks.dinov2.settings import DinoV2
@@ -7,4 +7,4 @@ from vitreg_hub.training.tasks.settings import TaskSettings
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
 TASKS: tuple[type[TaskSettings], ...] = (Supervised, DinoV2, Contrastive, Distill)
-"""All of them; a new one is entered here and stands in a folder of its own."""
+"""All objectives. A new one gets a folder of its own and is added here."""

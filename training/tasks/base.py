@@ -1,4 +1,4 @@
-"""What the loop knows of an objective: a task turns batches into losses."""
+"""The interface of objectives to the training loop: a task turns batches into losses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +29,8 @@ class Batch:
     Attributes:
         step: Number of the step, from 0.
         positions: Places of the images in the global batch [b].
-        names: What the images are called, for messages.
-        crops: Views of the images, each [b, 3, H, W]; one, or of multi-crop two global ones and the local ones.
+        names: Names of the images, for messages.
+        crops: Views of the images, each [b, 3, H, W]: one, or with multi-crop two global ones and the local ones.
         labels: Classes [b], if there are any.
         texts: Captions, if there are any.
         corrupt: Names of the images that could not be read and were replaced.
@@ -50,7 +50,7 @@ class StepOutput:
     """Losses of one part of a step.
 
     Attributes:
-        loss: What is minimised, a mean over this process's images; the mean over processes is the global batch's.
+        loss: What is minimised, a mean over this process's images; its mean over processes is the global batch's.
         metrics: Terms of the loss and other numbers, without gradients, by name.
     """
 
@@ -60,13 +60,13 @@ class StepOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:
-    """What a task may know of its run.
+    """What a task may know about its run.
 
     Attributes:
-        span: How long it is.
+        span: Length of the run.
         batch_size: Images of a step, in all processes.
-        seed: Of everything that is random.
-        label_names: Names of the held-out images' classes, where they are known.
+        seed: Seed of everything random.
+        label_names: Names of the held-out images' classes, if known.
     """
 
     span: Span
@@ -79,10 +79,10 @@ class Task(ABC, Generic[Network]):
     """An objective with its modules.
 
     Attributes:
-        network: What is trained. Its `forward` takes whatever `training_step` gives it and makes everything that
-            gradients flow through; a child called `backbone` is the ViT, all others count as heads.
+        network: What is trained. `training_step` calls its `forward`, which computes everything that gradients flow
+            through. The child called `backbone` is the ViT, all others count as heads.
         frozen: Modules that are not trained by gradients but belong to the state (teacher, averaged weights), by name.
-            Each has the same children as `network`, where it has any.
+            If one has children, they are those of `network`.
         hold: Steps at the start in which parameters keep their values, by kind: "backbone", or "last_layer" of heads.
     """
 
@@ -93,15 +93,15 @@ class Task(ABC, Generic[Network]):
     @classmethod
     @abstractmethod
     def build(cls, settings: Any, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Make the objective around a ViT; new weights are drawn from torch's default generator.
+        """Make the objective for a ViT; new weights are drawn from torch's default generator.
 
         Args:
-            settings: The dataclass that names this class.
+            settings: Settings of the objective.
             backbone: The ViT, with a head if its settings say that it classifies.
-            run: What it is made for.
+            run: Facts about the run.
 
         Raises:
-            VitregError: Settings do not fit the ViT, or something that they name is missing.
+            VitregError: The settings do not fit the ViT, or something that they name is missing.
         """
 
     @abstractmethod
@@ -109,35 +109,35 @@ class Task(ABC, Generic[Network]):
         """Losses of one batch. `network` is `self.network`, wrapped for several processes."""
 
     def after_step(self, step: int) -> None:
-        """What follows the optimiser's step `step` (from 0): averaged weights, clamps; nothing by default."""
+        """Called after step `step` (from 0) of the optimiser, to average or clamp weights; does nothing by default."""
 
     @property
     @abstractmethod
     def published(self) -> nn.Module:
-        """What is evaluated and exported, part of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
+        """What is evaluated and exported of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
 
     def write_beside(self, model: Any, bundle: ModelBundle, folder: Path) -> None:
-        """Write what belongs to the model but has no place in its bundle, beside that; nothing by default.
+        """Write beside the bundle what belongs to the model but has no place in it; nothing by default.
 
         Args:
-            model: A copy of `published`, whole.
-            bundle: Of its ViT.
-            folder: Where the bundle will be, in the place of an older one.
+            model: An unsharded copy of `published`.
+            bundle: The bundle of its ViT.
+            folder: Where the bundle will be, replacing an older one.
         """
 
     def scorer(self, model: Any) -> Scorer:
-        """Scores of held-out images by a copy of `published`, on one device and in evaluation mode.
+        """Make the scorer of held-out images for a copy of `published`, on one device and in evaluation mode.
 
-        None by default but k-NN accuracy, which every model gets.
+        By default there are no scores but k-NN accuracy, which every model gets.
         """
         return lambda images, labels: {}
 
 
 def build_task(settings: TaskSettings, backbone: VisionTransformer, run: RunFacts) -> Task:
-    """Make the objective of some settings; only its own module is imported."""
+    """Make the objective of its settings; no other objective is imported."""
     return resolve_name(settings.task_class).build(settings, backbone, run)
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the largest of the logits [B, classes] is that of the label, 1 or 0 [B]; NaN without a label."""
+    """Whether the largest of the logits [B, classes] is the label's: 1 or 0 [B], or NaN without a label."""
     return (logits.argmax(1) == labels).float().masked_fill(labels < 0, torch.nan)

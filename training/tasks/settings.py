@@ -1,4 +1,4 @@
-"""What all of training asks of an objective before torch is imported: its settings' class answers."""
+"""Base class of the objectives' settings: what is known about an objective before torch is imported."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ class TaskSettings:
     """Settings of an objective.
 
     Attributes:
-        objective: What the cards of its models tell.
+        objective: Description of the objective for model cards.
         task_class: ``module:class`` of the `Task` that computes it.
         needs: What every image must have.
         classifies: Whether the ViT gets a head with an output for each class of the data.
         multi_crop: Whether it compares several crops of an image.
-        libraries: Distributions that it needs beside those of every run; bundles tell their versions.
+        libraries: Additional distributions that it needs; bundles record their versions.
     """
 
     objective: ClassVar[Objective]
@@ -30,9 +30,9 @@ class TaskSettings:
     libraries: ClassVar[tuple[str, ...]] = ()
 
     def problems(self, *, batch_size: int) -> Iterator[str]:
-        """Yield what cannot be, as seen from the settings and the images of a step; nothing by default."""
+        """Yield contradictions in the settings or with the batch size; none by default."""
         yield from ()
 
     def teachers(self) -> Mapping[str, str]:
-        """The models that it learns from, by the setting that names each; none by default."""
+        """Names of the models that it learns from, by setting; none by default."""
         return {}

@@ -1,1 +1,1 @@
-"""What a run tells of itself."""
+"""Logging and evaluation of a run."""

@@ -1,4 +1,4 @@
-"""A picture of how a run went: losses, scores and artifacts over its steps, as far as they were written down."""
+"""A figure of how a run went: losses, scores and artifacts over its steps, as far as they were logged."""
 
 import json
 import math
@@ -31,14 +31,14 @@ NO_TERMS = {
     *("loss", "lr", "weight_decay", "grad_norm", "unreadable_images", "logit_scale"),
     *("images_per_second", "data_wait", "eta_seconds", "memory_gib", "mfu"),
 }
-"""What a step of training writes down that is no term of its loss."""
+"""Logged numbers of a training step that are not terms of its loss."""
 MOST_TERMS = 6
 MOST_DOTS = 40
-"""Points of a curve that are marked one by one; more of them make a line."""
+"""Most points of a curve that are marked one by one."""
 GREY = "#888888"
 
 Curve = Mapping[int, float]
-"""Finite values by the number of steps that were done."""
+"""Finite values by the number of steps done."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +46,9 @@ class Panel:
     """Curves that share an axis.
 
     Attributes:
-        title: Above them.
-        curves: By label.
-        colours: Of the curves, in their order; more of them get shades of one.
+        title: Title of the panel.
+        curves: Curves by label.
+        colours: Colours of the curves, in their order; if there are more curves, a colour map is used instead.
         log: Whether the axis is logarithmic.
         share: Whether values are shares in [0, 1].
         mark: Step of the best model, if these are scores.
@@ -64,12 +64,12 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """What `metrics.jsonl` tells.
+    """The content of `metrics.jsonl`.
 
     Attributes:
         training: Curves of training steps, by name.
         evaluation: Curves of evaluations, by name.
-        best: Steps of the best model so far.
+        best: Steps done when the best model so far was evaluated.
     """
 
     training: Mapping[str, Curve] = field(default_factory=dict)
@@ -78,12 +78,12 @@ class History:
 
 
 def draw_curves(metrics: Path, file: Path, *, title: str) -> Path | None:
-    """Draw a run, in the place of an older picture; returns the PNG, or None where there is nothing to draw.
+    """Draw a run, replacing an older figure; returns the PNG, or None if there is nothing to draw.
 
     Args:
         metrics: The run's `metrics.jsonl`.
         file: PNG to write.
-        title: Of the figure.
+        title: Title of the figure.
 
     Raises:
         BundleError: It cannot be written.
@@ -95,14 +95,14 @@ def draw_curves(metrics: Path, file: Path, *, title: str) -> Path | None:
 
 
 def read_history(metrics: Path) -> History:
-    """Read `metrics.jsonl`; numbers that are not finite, and lines that are cut short, are left out."""
+    """Read `metrics.jsonl` without numbers that are not finite and without incomplete lines."""
     training: dict[str, dict[int, float]] = {}
     evaluation: dict[str, dict[int, float]] = {}
     best = None
     for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
         try:
             line = json.loads(text)
-        except ValueError:  # a process was killed in it
+        except ValueError:  # the process was killed while it wrote the line
             continue
         step, trains = line.pop("step"), "loss" in line
         best = step if line.pop("best", False) else best
@@ -114,25 +114,35 @@ def read_history(metrics: Path) -> History:
 
 
 def panels_of(history: History) -> tuple[Panel, ...]:
-    """What is drawn side by side; panels may be empty."""
+    """The panels of the figure; some may be empty."""
     training, evaluation = history.training, history.evaluation
     terms = {name.removeprefix("loss_"): curve for name, curve in training.items() if name not in NO_TERMS}
-    loss = _chosen(training, {"loss": "loss"}) | (terms if len(terms) <= MOST_TERMS else {})
-    scores = {_words(name): curve for name, curve in evaluation.items() if name.startswith("eval/")}
-    shares = _by_block(evaluation, "outlier_fraction")
+    loss = _chosen(training, {"loss": "loss"})
+    if len(terms) <= MOST_TERMS:
+        loss |= terms
+    scores: dict[str, Curve] = {}
+    shares: dict[int, Curve] = {}
+    for name, curve in evaluation.items():
+        if name.startswith("eval/"):
+            scores[name.removeprefix("eval/").replace("_", " ")] = curve
+        elif match := re.fullmatch(r"artifacts/block_(\d+)/outlier_fraction", name):
+            shares[int(match[1])] = curve
     last = max(shares, default=0)
     block = f"artifacts/block_{last}/"
-    most = {
-        step: max(curve[step] for curve in shares.values() if step in curve)
-        for step in sorted({step for curve in shares.values() for step in curve})
-    }
-    outliers = ({"most of any block": most} if last else {}) | ({f"block {last}": shares[last]} if shares else {})
+    most: dict[int, float] = {}
+    for curve in shares.values():
+        for step, share in curve.items():
+            most[step] = max(share, most.get(step, share))
+    outliers: dict[str, Curve] = {}
+    if last:
+        outliers["most of any block"] = most
+    if shares:
+        outliers[f"block {last}"] = shares[last]
     norms = {f"{block}norm_q100": "largest", f"{block}norm_q99": "99 % quantile", f"{block}norm_q50": "median"}
-    registers = {
-        name: f"register {found[1]}"
-        for name in evaluation
-        if (found := re.fullmatch(rf"{block}register_(\d+)_norm", name))
-    }
+    registers: dict[str, Curve] = {}
+    for name, curve in evaluation.items():
+        if found := re.fullmatch(rf"{block}register_(\d+)_norm", name):
+            registers[f"register {found[1]}"] = curve
     return (
         Panel(title="Loss", curves=loss, colours=("#000000", NORMAL, OUTLIER, CLASS, REGISTER, GREY)),
         Panel(title="Learning rate", curves=_chosen(training, {"lr": "learning rate"}), colours=(GREY,)),
@@ -146,21 +156,12 @@ def panels_of(history: History) -> tuple[Panel, ...]:
             colours=(OUTLIER, GREY, NORMAL),
             log=True,
         ),
-        Panel(title=f"Norms of registers, block {last}", curves=_chosen(evaluation, registers)),
+        Panel(title=f"Norms of registers, block {last}", curves=registers),
     )
 
 
 def _chosen(curves: Mapping[str, Curve], labels: Mapping[str, str]) -> dict[str, Curve]:
     return {label: curves[name] for name, label in labels.items() if name in curves}
-
-
-def _words(score: str) -> str:
-    return score.removeprefix("eval/").replace("_", " ")
-
-
-def _by_block(curves: Mapping[str, Curve], measure: str) -> dict[int, Curve]:
-    matches = ((re.fullmatch(rf"artifacts/block_(\d+)/{measure}", name), curve) for name, curve in curves.items())
-    return {int(match[1]): curve for match, curve in matches if match}
 
 
 def _figure(shown: Sequence[Panel], title: str) -> Figure:

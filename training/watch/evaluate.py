@@ -1,4 +1,4 @@
-"""What a model in training can do and what it looks like inside: k-NN accuracy, the task's scores, artifacts."""
+"""Evaluation of a model in training: k-NN accuracy, the task's scores, artifacts."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ from vitreg_hub.training.recipes.settings import WatchSettings
 from vitreg_hub.training.tasks.base import Scorer
 
 EVALUATED_IMAGES = "evaluated_images"
-"""Name of the number of held-out images that scores were sought of, among what an evaluation finds."""
+"""Name under which an evaluation returns the number of held-out images that it scored."""
 
 
 def evaluate(
@@ -33,35 +33,35 @@ def evaluate(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """Measure a copy of the published model, which keeps its modes; no global random number is drawn.
+    """Evaluate a copy of the published model, without changing its modes or drawing global random numbers.
 
-    All processes must call it, each with a whole model; they share the images and get the same numbers.
+    All processes must call it, each with a whole model; they divide the images and get the same numbers.
 
     Args:
         model: A ViT, on `device`.
-        scorer: The task's scores. An image without a score has NaN there, and takes no part in its mean.
+        scorer: The task's scores. NaN means that an image has no score; it does not count in the mean.
         held_out: Images that are not trained on.
-        train: Images among which the neighbours of the held-out ones are sought, if both have labels; None: no k-NN.
-        transform: Makes what the model takes of an image, without augmentation.
-        device: Where this process computes.
+        train: Images among which k-NN finds neighbours of the held-out ones, if both have labels; None: no k-NN.
+        transform: Makes the model's input of an image, without augmentation.
+        device: The device of this process.
         settings: How many images, and how.
-        rank: Which of the processes this is.
+        rank: Number of this process, from 0.
         world_size: Number of processes.
-        seed: Chooses the images, where there are more than asked for.
-        batch_size: Images per process that are computed at once.
+        seed: Seed of the choice of images, where there are too many.
+        batch_size: Images that a process computes at once.
         num_workers: Further processes that decode.
 
     Returns:
-        `eval/knn_accuracy` in [0, 1], `eval/<score>`, as `EVALUATED_IMAGES` the number of images that all processes
-        together scored, and `artifacts/...` as `Telemetry.scalars` names them.
+        `eval/knn_accuracy` in [0, 1], `eval/<score>`, under `EVALUATED_IMAGES` the number of images that all processes
+        scored together, and `artifacts/...` as named by `Telemetry.scalars`.
 
     Raises:
-        DataError: An image cannot be read, by any of the processes, or the model is no ViT that can be read.
+        DataError: A process cannot read an image, or the model is not a ViT of a known kind.
     """
     neighbours = train is not None and train.has_labels and held_out.has_labels
 
     def rows(source: ImageSource, scorer: Scorer | None) -> Mapping[str, Tensor]:
-        """Labels, features and scores of images of a source; nothing if nothing is sought."""
+        """Labels, features and scores of the images of a source; empty if none are needed."""
         if not settings.eval_images or not (neighbours or scorer):
             return {}
 
@@ -111,7 +111,7 @@ def evaluate(
 def _knn_accuracy(
     held_out: Mapping[str, Tensor], train: Mapping[str, Tensor], settings: WatchSettings, device: torch.device
 ) -> dict[str, float]:
-    """The share of held-out images with a label that get theirs, under its name; nothing if either has no labels."""
+    """Share of labelled held-out images that get their own label; empty if either source has no labels."""
     if not (held_out and train):
         return {}
     asked, known = held_out["labels"] >= 0, train["labels"] >= 0

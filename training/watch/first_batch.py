@@ -1,4 +1,4 @@
-"""A picture of what a run is fed: the first batch, as the augmentations leave it."""
+"""A figure of the first batch of a run, after augmentation."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from vitreg_hub.training.tasks.base import Batch
 
 MOST_IMAGES = 8
 CELL, GAP, MARGIN, HEAD, FOOT = 1.5, 0.1, 0.12, 0.45, 0.45
-"""Side of the place of a picture, room between two, and at the edges, in inches."""
+"""Side of an image's cell, the gap between two, and the margins, in inches."""
 ABOVE = 0.3
-"""Room for text above a row of several views, in inches; beside a single view there is that of two pictures."""
+"""Room for text above a row of several views, in inches; beside a single view there is that of two cells."""
 LETTERS = 16
-"""Letters of text that fit above one picture."""
+"""Letters of text that fit above one cell."""
 
 
 def draw_first_batch(
@@ -29,13 +29,13 @@ def draw_first_batch(
     file: str | Path,
     label_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write `first_batch_figure` into a PNG.
+    """Write `first_batch_figure` to a PNG.
 
     Args:
         batch: Augmented images.
-        mean: Of the normalisation, by channel.
-        std: Of the normalisation, by channel.
-        file: PNG to write, in the place of an old one.
+        mean: Mean of the normalisation, by channel.
+        std: Standard deviation of the normalisation, by channel.
+        file: PNG to write, replacing an old one.
         label_names: Names of the classes.
 
     Raises:
@@ -50,8 +50,8 @@ def first_batch_figure(
 ) -> Figure:
     """Draw up to eight images, one per row, with their views side by side.
 
-    Above each row, or beside a single view, stands the image's label or caption, or else its name; below the last row
-    the size of the views. Arguments as of `draw_first_batch`.
+    Above each row, or beside a single view, is the image's caption, label or name; below the last row are the sizes of
+    the views. Arguments are those of `draw_first_batch`.
     """
     rows, columns = min(len(batch.crops[0]), MOST_IMAGES), len(batch.crops)
     single = columns == 1
@@ -59,7 +59,7 @@ def first_batch_figure(
     width = 2 * MARGIN + (columns + (2 if single else 0)) * (CELL + GAP) - GAP
     height = HEAD + rows * row_height + FOOT
     figure = Figure(figsize=(width, height))
-    axis = figure.add_axes((0, 0, 1, 1))  # one for all pictures, in inches: one for each takes seconds to draw
+    axis = figure.add_axes((0, 0, 1, 1))  # one axis in inches for all images: one for each would take seconds to draw
     axis.text(width / 2, HEAD / 2, f"First batch (step {batch.step})", ha="center", va="center", fontsize=11)
     lefts = [MARGIN + view * (CELL + GAP) for view in range(columns)]
     for row in range(rows):

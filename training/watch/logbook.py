@@ -1,4 +1,4 @@
-"""What a run writes down and shows: JSON lines, trackers, and a progress bar or log lines."""
+"""The log of a run: JSON lines, trackers, and a progress bar or log lines."""
 
 import difflib
 import json
@@ -30,10 +30,10 @@ TRACKERS_FOLDER = "trackers"
 def require_trackers(
     names: Sequence[str], *, installed: Callable[[], Sequence[LoggerType]] = get_available_trackers
 ) -> None:
-    """Refuse trackers that accelerate does not know, or that are not installed.
+    """Check that accelerate knows all trackers and that they are installed.
 
     Raises:
-        RecipeError: There is one.
+        RecipeError: One is unknown or not installed.
     """
     missing = {str(kind) for kind in LoggerType} - {str(kind) for kind in installed()}
     for name in names:
@@ -51,22 +51,22 @@ def require_trackers(
 
 
 class Logbook:
-    """Everything that a run tells while it goes on. Only the main process writes and shows; the others measure.
+    """The log of a run. Only the main process writes and shows anything; the others measure.
 
-    On a terminal there is a progress bar, else a log line for every call of `log`.
+    On a terminal there is a progress bar, otherwise a log line for every call of `log`.
 
     Args:
-        folder: Of the run; `metrics.jsonl` and files of trackers go there.
-        accelerator: Tells which process this is, and its device and precision.
+        folder: The run's folder, for `metrics.jsonl` and the trackers' files.
+        accelerator: Knows which process this is, its device and its precision.
         total_steps: Steps of the run.
-        start_step: Step with which it starts: what an earlier run wrote of this step and later ones is dropped.
+        start_step: First step of this process: lines of this step and later ones from an earlier process are dropped.
         batch_size: Images of one step, over all processes.
-        name: Of the run; trackers take it as the project.
+        name: Name of the run, which trackers use for the project.
         trackers: accelerate's trackers by name.
-        config: Nested settings, which trackers are given flat, under names with dots.
+        config: Nested settings, which trackers get under dotted names.
 
     Raises:
-        RecipeError: A tracker is not known or not installed.
+        RecipeError: A tracker is unknown or not installed.
         BundleError: The folder cannot be written to.
     """
 
@@ -99,7 +99,7 @@ class Logbook:
         with _writing(self._file):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             _drop_from(self._file, start_step)
-        with self._closing:  # what was started before a failure is closed
+        with self._closing:  # closes what was started before a failure
             for tracker in trackers:
                 self._trackers.append(_start(tracker, name, Path(folder), config or {}))
                 self._closing.callback(self._trackers[-1].finish)
@@ -110,16 +110,16 @@ class Logbook:
             self._closing = self._closing.pop_all()
 
     def step_done(self) -> None:
-        """After every step."""
+        """Must be called after every step."""
         self.throughput.step_done()
         if self._bar is not None:
             self._bar.update()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write down a step of training, with what was measured since the last one, and show it.
+        """Write and show a step of training, with the speed since the last call.
 
         Args:
-            step: From 0; `step_done` was called for it.
+            step: Number of the step, from 0; `step_done` was called for it.
             metrics: Numbers by name; "loss" and "lr" are shown.
 
         Raises:
@@ -131,18 +131,20 @@ class Logbook:
             self._bar.set_postfix_str("  ".join(_words(metrics)), refresh=False)
         elif self._main:
             done = f"step {step + 1}/{self._total} ({100 * (step + 1) / self._total:.0f} %)"
-            eta = [f"ETA {tqdm.format_interval(metrics['eta_seconds'])}"] if "eta_seconds" in metrics else []
-            logger.info("%s", "  ".join([done, *_words(metrics), *eta]))
+            words = [done, *_words(metrics)]
+            if "eta_seconds" in metrics:
+                words.append(f"ETA {tqdm.format_interval(metrics['eta_seconds'])}")
+            logger.info("%s", "  ".join(words))
 
     def note(self, step: int, scores: Mapping[str, float], *, best: bool = False) -> None:
-        """Write down what an evaluation found before step `step` (after the last one: `total_steps`).
+        """Write an evaluation, and show its scores.
 
-        Shown are scores, such as eval/knn_accuracy; the many numbers of artifacts are for files and trackers.
+        The many numbers about artifacts only go to files and trackers.
 
         Args:
-            step: Steps that are done.
-            scores: Numbers by name.
-            best: Whether no model of the run was better so far; only then the line says so.
+            step: Steps done.
+            scores: Numbers by name, scores as ``eval/name``.
+            best: Whether this is the best model of the run so far; only then does the line say so.
 
         Raises:
             BundleError: It cannot be written, as on a full disk.
@@ -150,9 +152,11 @@ class Logbook:
         if not scores:
             return
         self._record(step, {**scores, "best": True} if best else scores)
-        shown = [f"{name} {number(value)}" for name, value in scores.items() if name.startswith("eval/")]
-        if self._main and shown:
-            logger.info("%s", "  ".join([f"evaluation after {step} steps:", *shown, *["(the best so far)"] * best]))
+        words = [f"{name} {number(value)}" for name, value in scores.items() if name.startswith("eval/")]
+        if self._main and words:
+            if best:
+                words.append("(the best so far)")
+            logger.info("%s", "  ".join([f"evaluation after {step} steps:", *words]))
 
     def close(self) -> None:
         """Close the bar and the trackers."""
@@ -173,7 +177,7 @@ class Logbook:
         for tracker in tuple(self._trackers):
             try:
                 tracker.log(dict(metrics), step=step)
-            except OSError as error:  # its server, or its own files: the run has metrics.jsonl
+            except OSError as error:  # of its server or its files; the run still has metrics.jsonl
                 name = tracker.name  # pyright: ignore[reportAttributeAccessIssue]  # every kind has one
                 logger.warning("tracker %s failed and gets nothing more: %s", name, error)
                 self._trackers.remove(tracker)
@@ -191,7 +195,7 @@ def _writing(file: Path) -> Iterator[None]:
 
 
 def _drop_from(file: Path, start_step: int) -> None:
-    """Keep the lines of earlier steps only, and none that was cut short."""
+    """Keep only complete lines of earlier steps."""
 
     def step_of(line: bytes) -> float:
         try:
@@ -216,21 +220,21 @@ def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> 
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str | None]]:
-    """Yield settings under names with dots; lists become text, for trackers take none."""
+    """Yield settings under dotted names; lists become text, because trackers take no lists."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value if value is None or isinstance(value, int | float | str) else str(value)
+            yield f"{prefix}{key}", value if isinstance(value, int | float | str | None) else str(value)
 
 
 def _plain(value: float) -> float | str:
-    """JSON has no number for what is not finite: "nan", "inf" and "-inf", which Python's float reads."""
+    """A number for JSON, which has none that are not finite: they become "nan", "inf" and "-inf"."""
     return value if math.isfinite(value) else str(float(value))
 
 
 def _words(metrics: Mapping[str, float]) -> list[str]:
-    """The main numbers, those that there are."""
+    """The main numbers, as far as they exist."""
     forms: dict[str, Callable[[float], str]] = {
         "loss": "loss {:.4g}".format,
         "lr": "lr {:.3g}".format,

@@ -23,21 +23,21 @@ PEAKS: dict[str, tuple[float, float | None]] = {
     "RTX 4090": (165.2e12, 82.6e12),
 }
 """Dense floating-point operations per second in bfloat16 or float16, and in float32 without TF32, by a part of the
-card's name, special ones first. Makers' data sheets double the former for sparse matrices. Source: torchtitan,
+card's name, special ones first. Data sheets double the former for sparse matrices. Source: torchtitan,
 tools/utils.py, and Lightning, fabric/utilities/throughput.py, which cite the data sheets; of the RTX 4090, NVIDIA Ada
 GPU architecture, appendix A."""
 OTHER_CARDS = re.compile(r"\b(MIG|Laptop|D)\b")
-"""Parts and slower variants of cards under the same names."""
+"""Parts and slower variants of cards with the same names."""
 
 SMOOTHING = 0.3
-"""Weight of the newest step time in the one that the remaining time is reckoned with."""
+"""Weight of the newest step time in the average from which the remaining time is computed."""
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Most floating-point operations per second of a card; None where they are not known.
+    """Peak floating-point operations per second of a card; None if unknown.
 
     Args:
-        name: As `torch.cuda.get_device_name` tells it.
+        name: As `torch.cuda.get_device_name` returns it.
         precision: accelerate's `mixed_precision`: "no", "bf16" or "fp16".
     """
     known = next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
@@ -49,19 +49,19 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 class Throughput:
-    """Measures between one reading and the next.
+    """Measures speed between one reading and the next.
 
-    The device is not waited for at every step. Times are right all the same where whoever reads has just waited for
-    it, as reading a loss does. The first step is left out: it compiles, tunes and fills caches.
+    It does not wait for the device at every step. Times are right if the caller has just waited for it, as reading a
+    loss does. The first step is left out because it compiles, tunes and fills caches.
 
     Args:
         batch_size: Images of one step, over all processes.
         total_steps: Steps of the run.
-        start_step: Step with which it starts, after a resumption.
-        device: Where this process trains.
+        start_step: First step, if the run was resumed.
+        device: The device of this process.
         precision: accelerate's `mixed_precision`.
-        peak: Floating-point operations per second that the device can do at most; None: looked up by its name.
-        clock: Seconds.
+        peak: Peak floating-point operations per second of the device; None: looked up by its name.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -86,18 +86,18 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for the next batch."""
+        """To be put around the wait for the next batch."""
         begin = self._clock()
         yield
         self._waited += self._clock() - begin
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Around the forward and backward passes of every part of a step.
+        """To be put around the forward and backward passes of every part of a step.
 
-        The operations of the run's first step are counted, if the device's peak is known, and nothing is done in
-        later ones. What is compiled runs as it was written in that step, for compiled code cannot be counted. Passes
-        that checkpointing makes again count as well.
+        Counts the operations of the run's first step, if the device's peak is known, and does nothing in later ones.
+        In that step compiled modules run uncompiled, because compiled code cannot be counted. Passes that checkpointing
+        repeats count as well.
         """
         if self._peak is None or self._since is not None:
             yield
@@ -108,14 +108,14 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no part of a step: evaluations and checkpoints."""
+        """To be put around what is not part of a step: evaluations and checkpoints."""
         begin = self._clock()
         yield
         if self._since is not None:
             self._since += self._clock() - begin
 
     def step_done(self) -> None:
-        """After every step."""
+        """Must be called after every step."""
         self._left -= 1
         if self._since is None:
             self._restart()
@@ -123,12 +123,12 @@ class Throughput:
             self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """What was measured since the last reading; the first step gives memory only.
+        """What was measured since the last reading; after the first step only memory.
 
         Returns:
             `images_per_second`; `data_wait`, share of the time in [0, 1]; `eta_seconds` of the steps that remain,
-            without evaluations; `memory_gib`, the most that was in use so far (of the GPU, by tensors; else of the
-            process, resident); and on a known GPU `mfu`, share of its peak in [0, 1].
+            without evaluations; `memory_gib`, the most in use so far (tensors on the GPU, or else the process's
+            resident memory); and on a known GPU `mfu`, share of its peak in [0, 1].
         """
         measures = {"memory_gib": self._memory() / 2**30}
         if self._since is None or not self._steps:

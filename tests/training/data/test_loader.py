@@ -498,17 +498,17 @@ def test_shards_that_break_off_are_named(tmp_path, num_workers):
     (tmp_path / "train-0001.tar").write_bytes(whole[: 1024 * 20 + 520])  # in the content of a file
     with pytest.raises(DataError) as caught:
         list(loader(stream(tmp_path), num_workers=num_workers).batches(0, 12))
-    assert f"{tmp_path} cannot be read on: unexpected end of data" in sentence(caught)
+    assert f"{tmp_path} cannot be read any further: unexpected end of data" in sentence(caught)
 
 
 def test_what_a_stream_cannot_do(tmp_path):
     write_shards(tmp_path, [2])
     with pytest.raises(DataError) as caught:
         loader(stream(tmp_path)).steps_per_epoch  # noqa: B018
-    assert "does not tell how many images it has: give data.stream_images" in sentence(caught)
+    assert "does not say how many images it has: give data.stream_images" in sentence(caught)
     with pytest.raises(DataError) as caught:
         list(loader(stream(tmp_path), 4, num_workers=4).batches(0, 8))
-    assert "gives nothing to reader 3 of 4" in sentence(caught)
+    assert "has nothing for reader 3 of 4" in sentence(caught)
     state = loader(stream(tmp_path)).state()
     for data, states, options in (
         (stream(tmp_path), [state, state], {}),

@@ -231,7 +231,7 @@ def test_held_out_data_must_fit(tmp_path):
     train, test = write_folder(tmp_path / "train", 6), write_folder(tmp_path / "test", 6, classes=("a", "z"))
     assert open_held_out(DataSettings(train=str(train))) is None
     for settings, words in (
-        (DataSettings(train=str(train), test=str(test)), f"{test} has the class 'z', which {train} has not"),
+        (DataSettings(train=str(train), test=str(test)), f"{test} has the class 'z', which {train} does not have"),
         (DataSettings(train=str(train), test=str(train)), f"{train} is what is trained on: give other images"),
     ):
         with pytest.raises(DataError) as caught:

@@ -21,15 +21,15 @@ RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 def save_open_clip(towers: Any, folder: str | Path, *, bundle: ModelBundle, trunk: str | None = None) -> Path:
     """Write both towers to a new folder, which plain open_clip loads as ``local-dir:FOLDER``.
 
-    open_clip hands neither registers nor an image size to timm, but the image tower's name only; timm, though, takes a
-    folder or a repository for a name, and builds what the config.json there says. So this folder holds the bundle's,
-    and names itself: whoever moves it, changes `timm_model_name` in its open_clip_config.json.
+    open_clip passes only the image tower's name to timm, and neither registers nor an image size. But timm accepts a
+    folder or a repository as a name, and builds what the config.json there says. So this folder contains the bundle's
+    config.json and names itself: if it is moved, change `timm_model_name` in its open_clip_config.json.
 
     Args:
         towers: The trained `TwoTowers`, on any device.
         folder: Must not exist.
         bundle: The image tower, with the same weights.
-        trunk: Where timm will find a config.json of the image tower, such as ``hf-hub:org/name``; None: in the folder.
+        trunk: Where timm will find the image tower's config.json, such as ``hf-hub:org/name``; None: in the folder.
 
     Raises:
         BundleError: The folder exists or cannot be written.
@@ -46,7 +46,7 @@ def save_open_clip(towers: Any, folder: str | Path, *, bundle: ModelBundle, trun
 
 
 def _tensors(towers: Any, bundle: ModelBundle) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights under the names of open_clip's `CustomTextCLIP`. The trunk's are the bundle's, as timm has them."""
+    """Yield weights under the names of open_clip's `CustomTextCLIP`, where the trunk has those of timm."""
     for name, tensor in bundle.state_dict.items():
         if not bundle.kind.is_of_head(name):
             yield f"visual.trunk.{name}", tensor

@@ -1,4 +1,4 @@
-"""Settings of image-text contrast."""
+"""Settings of contrastive image-text training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ class Contrastive(TaskSettings):
     """Images against captions, as in OpenCLIP.
 
     Attributes:
-        text_width: Of the text tower.
+        text_width: Width of the text tower.
         text_heads: Attention heads of the text tower.
         text_layers: Blocks of the text tower.
         context_length: Tokens of a caption.
         embed_dim: Width of the space that images and texts share.
-        logit_scale: Of the similarities, at the start.
-        local_loss: Whether each process takes the loss of its own rows only, which saves memory.
+        logit_scale: Scale of the similarities at the start.
+        local_loss: Whether each process computes the loss of its own rows only, which saves memory.
         templates: Sentences around a class's name for zero-shot classification, with {} in its place.
     """
 

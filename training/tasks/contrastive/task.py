@@ -22,7 +22,7 @@ from vitreg_hub.training.tasks.contrastive.settings import MAX_LOGIT_SCALE, Cont
 
 
 class TwoTowers(nn.Module):
-    """Both towers and the scale of their similarities, as the parts of an open_clip `CustomTextCLIP`.
+    """Both towers and the scale of their similarities, like the parts of open_clip's `CustomTextCLIP`.
 
     Source: open_clip/transformer.py, `VisionTransformer` (the projection's first weights) and `TextTransformer`.
     """
@@ -39,7 +39,7 @@ class TwoTowers(nn.Module):
             layers=settings.text_layers,
             output_dim=settings.embed_dim,
         )
-        # one element and not a number: FSDP2 spreads no tensor without dimensions
+        # one element instead of a scalar, because FSDP2 cannot shard scalars
         self.logit_scale = nn.Parameter(torch.tensor([math.log(settings.logit_scale)]))
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
@@ -59,7 +59,7 @@ class TwoTowers(nn.Module):
 
 
 class ContrastiveTask(Task[TwoTowers]):
-    """Each image of the global batch is to find its caption, and each caption its image."""
+    """Matches each image of the global batch with its caption, and each caption with its image."""
 
     def __init__(
         self, *, settings: Contrastive, backbone: VisionTransformer, label_names: Sequence[str] | None = None
@@ -80,11 +80,11 @@ class ContrastiveTask(Task[TwoTowers]):
 
     @classmethod
     def build(cls, settings: Contrastive, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Draws the text tower and the projection."""
+        """Draw the text tower and the projection."""
         return cls(settings=settings, backbone=backbone, label_names=run.label_names)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Tokens [B, context length] of texts, cut off where they are too long."""
+        """Tokens [B, context length] of texts, truncated where they are too long."""
         return open_clip().tokenize(list(texts), self.settings.context_length)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
@@ -115,13 +115,13 @@ class ContrastiveTask(Task[TwoTowers]):
         return self.network
 
     def write_beside(self, model: TwoTowers, bundle: ModelBundle, folder: Path) -> None:
-        """Write both towers in open_clip's form, to the bundle's name and `-open_clip`."""
+        """Write both towers in open_clip's form, to a folder with the bundle's name and `-open_clip`."""
         both = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
         trunk = f"local-dir:{both.absolute()}"
         replace_folder(both, lambda new: save_open_clip(model, new, bundle=bundle, trunk=trunk))
 
     def scorer(self, model: TwoTowers) -> Scorer:
-        """Zero-shot accuracy by the classes' names."""
+        """Zero-shot accuracy from the classes' names."""
         if not self.label_names:
             return lambda images, labels: {}
         classifier = open_clip().build_zero_shot_classifier(
@@ -136,7 +136,7 @@ class ContrastiveTask(Task[TwoTowers]):
 
 
 def open_clip() -> ModuleType:
-    """open_clip, which is an extra and takes seconds to import.
+    """Import open_clip, which is an extra and takes seconds to import.
 
     Raises:
         RecipeError: It is not installed.

@@ -38,12 +38,14 @@ class DinoHead(nn.Module):
         """
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
-        linears = [nn.Linear(*pair, bias=bias) for pair in pairwise(widths)]
+        linears = [nn.Linear(width, next_width, bias=bias) for width, next_width in pairwise(widths)]
         for linear in linears:
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if bias:
                 nn.init.zeros_(linear.bias)
-        layers = [layer for linear in linears for layer in (linear, nn.GELU())][:-1]
+        layers: list[nn.Module] = [linears[0]]
+        for linear in linears[1:]:
+            layers += [nn.GELU(), linear]
         self.mlp = nn.Sequential(*layers) if num_layers > 1 else linears[0]
         self.last_layer = _Prototypes(bottleneck_dim, out_dim)
 
@@ -55,17 +57,17 @@ class DinoHead(nn.Module):
 class _Prototypes(nn.Module):
     """A linear layer with weight norm whose parameters are plain.
 
-    torch's parametrisation would compute the same, but renames the parameters and replaces the module's class, which
-    sharding and copying then have to know of.
+    torch's parametrisation would compute the same, but it renames the parameters and replaces the module's class, which
+    would complicate sharding and copying.
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        self.weight_v = nn.Linear(in_dim, out_dim, bias=False).weight  # with the start of an ordinary linear layer
+        self.weight_v = nn.Linear(in_dim, out_dim, bias=False).weight  # initialised like an ordinary linear layer
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float32 also where sharding hands out bfloat16 parameters; the large product then runs in theirs.
+        # float32 even if sharding provides bfloat16 parameters, whose type the large product keeps
         weight = F.normalize(self.weight_v.float(), dim=1) * self.weight_g.float()
         dtype = self.weight_v.dtype
         return F.linear(x.to(dtype), weight.to(dtype))

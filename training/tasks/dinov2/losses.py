@@ -1,7 +1,7 @@
-"""The losses of DINOv2 and what makes targets of a teacher's logits, over the global batch.
+"""The losses of DINOv2, and the targets made from a teacher's logits, over the global batch.
 
-A loss is a mean over this process's rows whose mean over processes is that of the global batch, provided that each
-process has as many crops.
+A loss is a mean over this process's rows. Its mean over processes is that of the global batch, provided that all
+processes have equally many crops.
 """
 
 # Letters: B images of this process, S and T crops per image, M masked patches, D channels, K prototypes.
@@ -23,16 +23,16 @@ def dino_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> 
 
     Source: DINO, arXiv 2104.14294, section 3.1; dinov2/loss/dino_clstoken_loss.py (Apache-2.0).
     """
-    # The cross-entropy is linear in the target, so that the pairs need no loop.
+    # the cross-entropy is linear in the target, so there is no need for a loop over pairs
     return _cross_entropy(student, teacher.float().sum(dim=0), temperature).sum(dim=0).mean()
 
 
 def dino_local_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """DINO's term of the local crops: every one against both global ones, divided by the number of all pairs.
+    """DINO's term for local crops: each against both global ones, divided by the number of all pairs.
 
     Args:
         student: Logits of the class tokens of local crops [S, B, K].
-        teacher: Probabilities of those of the global crops [2, B, K].
+        teacher: Probabilities for those of the global crops [2, B, K].
         temperature: The student's.
 
     Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
@@ -41,11 +41,11 @@ def dino_local_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.
 
 
 def dino_global_loss(student: Tensor, teacher: Tensor, *, num_local: int, temperature: float = 0.1) -> Tensor:
-    """DINO's term of the global crops: each against the other one, divided by the number of all pairs.
+    """DINO's term for global crops: each against the other one, divided by the number of all pairs.
 
     Args:
         student: Logits of the class tokens of the global crops [2, B, K].
-        teacher: Probabilities of the same crops, in the same order [2, B, K].
+        teacher: Probabilities for the same crops, in the same order [2, B, K].
         num_local: Number of local crops of an image.
         temperature: The student's.
 
@@ -59,9 +59,9 @@ def ibot_loss(student: Tensor, teacher: Tensor, weights: Tensor, *, num_crops: i
 
     Args:
         student: Logits of masked patches [M, K]; M may be 0.
-        teacher: Probabilities of the same patches, which the teacher saw [M, K].
-        weights: One over the number of masked patches of the crop that a patch is of [M].
-        num_crops: Number of this process's global crops, the unmasked ones too.
+        teacher: Probabilities for the same patches, which the teacher saw [M, K].
+        weights: For each patch, one over the number of masked patches of its crop [M].
+        num_crops: Number of this process's global crops, including unmasked ones.
         temperature: The student's.
 
     Source: iBOT, arXiv 2111.07832, section 3; dinov2/loss/ibot_patch_loss.py (Apache-2.0).
@@ -74,8 +74,8 @@ def koleo_loss(features: Tensor, *, global_batch: bool = True, eps: float = 1e-8
 
     Args:
         features: The backbone's class tokens of one crop of each image [B, D].
-        global_batch: Whether neighbours are sought among all processes' images, so that their number changes nothing.
-            Upstream seeks among those of one process.
+        global_batch: Whether to look for neighbours among the images of all processes, whose number then changes
+            nothing. Upstream looks among those of one process.
         eps: Added to the difference and to the distance.
 
     Source: arXiv 1806.03198, section 3; dinov2/loss/koleo_loss.py (Apache-2.0).
@@ -93,14 +93,14 @@ def koleo_loss(features: Tensor, *, global_batch: bool = True, eps: float = 1e-8
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, *, iterations: int = 3) -> Tensor:
-    """A teacher's probabilities such that all prototypes are used about equally over the global batch.
+    """A teacher's probabilities, such that all prototypes are used about equally over the global batch.
 
-    Rows and columns of exp(logits / temperature) are in turn divided by their sums. Each pass only adds one number to
-    all logits of a prototype, so that the result is a softmax; in logarithms nothing can overflow or vanish, which it
-    does upstream. Constant factors, as upstream's number of rows, cancel out.
+    Rows and columns of exp(logits / temperature) are divided by their sums in turn. Each pass only adds one number to
+    all logits of a prototype, so the result is a softmax. Unlike upstream, this works with logarithms, where nothing
+    can overflow or vanish. Constant factors, such as upstream's number of rows, cancel out.
 
     Args:
-        logits: The teacher's, of this process [M, K]; M may differ between processes, and be 0.
+        logits: The teacher's, of this process [M, K]; M may differ between processes and may be 0.
         temperature: The teacher's.
         iterations: Number of passes, at least 1.
 
@@ -118,17 +118,17 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, *, iterations: int = 3) -
 
 
 class RunningCentre(nn.Module):
-    """A teacher's probabilities after a running mean of its logits is taken away.
+    """A teacher's probabilities after subtracting a running mean from its logits.
 
-    A batch moves the centre only when the next one is centred, as upstream. Both are buffers: a run that goes on from
-    saved state computes what an uninterrupted one does.
+    As upstream, a batch moves the centre only when the next one is centred. Both centres are buffers, so a resumed run
+    computes the same as an uninterrupted one.
 
     Attributes:
-        center: What is taken away from the next call's logits unless `update` comes before it [K].
-        next_center: What `center` becomes with the next call [K].
+        center: What the last call subtracted [K].
+        next_center: What the next call will subtract [K].
 
-    Source: dinov2/loss/dino_clstoken_loss.py, ibot_patch_loss.py (Apache-2.0). Upstream weighs processes equally in
-    iBOT's centre, here all patches weigh the same, so that the number of processes changes nothing.
+    Source: dinov2/loss/dino_clstoken_loss.py, ibot_patch_loss.py (Apache-2.0). In iBOT's centre, upstream gives equal
+    weights to processes; here all patches weigh the same, so the number of processes changes nothing.
     """
 
     center: Tensor
@@ -142,13 +142,13 @@ class RunningCentre(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        """Probabilities [M, K] in float32 of the teacher's logits [M, K], after what `update` was given last."""
+        """Probabilities [M, K] in float32 for the teacher's logits [M, K], centred by what `update` got last."""
         self.center.copy_(self.next_center)
         return ((logits.float() - self.center) / temperature).softmax(dim=-1)
 
     @torch.no_grad()
     def update(self, logits: Tensor) -> None:
-        """Let the next call's centre move to the mean of the logits [M, K], over all processes; M may be 0 in some."""
+        """Move the next call's centre towards the mean of the logits [M, K] of all processes; M may be 0 in some."""
         sums = torch.cat([logits.float().sum(dim=0), self.center.new_tensor([len(logits)])])
         total, count = all_reduce_sum(sums).split([len(self.center), 1])
         moved = self.center * self.momentum + total / count * (1 - self.momentum)
@@ -156,17 +156,17 @@ class RunningCentre(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-    """Of each row, in float32 whatever autocast does; [..., K] to [...]."""
+    """Cross-entropy of each row [..., K], in float32 even under autocast [...]."""
     return -(probabilities * F.log_softmax(logits.float() / temperature, dim=-1)).sum(dim=-1)
 
 
 def _num_pairs(num_local: int) -> int:
-    """Two pairs of global crops and two for each local crop; without local crops upstream counts one for them."""
+    """Two pairs of global crops, and two for each local crop; without local crops upstream counts one pair for them."""
     return 2 + max(2 * num_local, 1)
 
 
 def _global_logsumexp(x: Tensor) -> Tensor:
-    """Of each column over the rows of all processes [K]."""
+    """Logarithm of each column's sum of exponentials over the rows of all processes [K]."""
     own = x.logsumexp(dim=0)
     largest = all_reduce_max(own)
     return largest + all_reduce_sum((own - largest).exp()).log()

@@ -1,7 +1,7 @@
 """Block masks of iBOT: which global crops are masked, how much of each, and where.
 
-All of it follows from the seed, the step and the place of a crop in the global batch, so that each process draws the
-masks of its own crops and the number of processes changes nothing.
+Everything follows from the seed, the step and a crop's place in the global batch. So each process draws the masks of
+its own crops, and the number of processes changes nothing.
 """
 
 import math
@@ -22,12 +22,12 @@ class BlockMasks:
 
     Attributes:
         grid: Rows and columns of patches of a crop.
-        probability: Share of the crops that are masked; of N crops it is exactly int(N * probability).
+        probability: Share of masked crops; of N crops exactly int(N * probability) are masked.
         ratio: Smallest and largest share of a masked crop's patches.
-        min_patches: Least area of a block, in patches, unless fewer are left to be masked.
+        min_patches: Smallest area of a block, in patches, unless fewer remain to be masked.
         max_share: Largest area of a block, as a share of the grid (upstream rounds its half down to whole rows).
         min_aspect: Narrowest block: height by width is between this and its inverse, log-uniform.
-        tries: Draws of one block before the mask stays smaller than planned.
+        tries: Attempts to place a block before the mask stays smaller than planned.
 
     Source: dinov2/data/masking.py, dinov2/data/collate.py, dinov2/train/train.py (Apache-2.0); BEiT, arXiv 2106.08254,
     algorithm 1.
@@ -57,7 +57,7 @@ class BlockMasks:
     def plan(self, num_crops: int, *, seed: int, step: int) -> np.ndarray:
         """Number of patches to mask in each crop of the global batch [num_crops], 0 for those that stay whole.
 
-        The shares of masked crops are spread evenly: one in each of as many equal parts of `ratio` as there are.
+        The shares of masked crops are spread evenly: `ratio` is divided into equal parts, one for each masked crop.
         """
         rng = _generator(seed, _PLAN, step)
         num_masked = int(num_crops * self.probability)
@@ -68,19 +68,20 @@ class BlockMasks:
         return rng.permutation(targets)
 
     def mask(self, target: int, *, seed: int, step: int, position: int, crop: int) -> Tensor:
-        """Which patches of one crop are masked, row by row [rows * columns], bool.
+        """Masked patches of one crop, row by row [rows * columns], bool.
 
         Args:
-            target: Number of patches to mask, from `plan`. It is never exceeded; if no block fits it is missed.
-            seed: The run's.
+            target: Number of patches to mask, from `plan`; fewer are masked if no block fits.
+            seed: Seed of the run.
             step: Number of the step.
             position: Place of the image in the global batch.
             crop: Number of the crop among the image's.
         """
         rng = _generator(seed, _MASK, step, position, crop)
         mask = np.zeros(self.grid, dtype=bool)
-        while (left := target - int(mask.sum())) > 0 and self._add_block(mask, left, rng):
-            pass
+        left = target
+        while left > 0 and self._add_block(mask, left, rng):
+            left = target - int(mask.sum())
         return torch.from_numpy(mask).flatten()
 
     def _add_block(self, mask: np.ndarray, left: int, rng: np.random.Generator) -> bool:
@@ -103,7 +104,7 @@ class BlockMasks:
 
 
 def masked_indices_and_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the masked patches of a batch are, and what each counts in the loss.
+    """Where the masked patches of a batch are, and their weights in the loss.
 
     Args:
         masks: [B, N], bool.

@@ -30,24 +30,24 @@ class DinoV2(TaskSettings):
 
     Attributes:
         dino_head: Head of the class token.
-        ibot_head: Head of the patches; None: they share the first one.
+        ibot_head: Head of the patches; None: they share `dino_head`.
         centering: How the teacher's outputs are kept from collapsing.
-        sinkhorn_iterations: Of Sinkhorn-Knopp.
-        center_momentum: Of the running mean.
-        student_temperature: Of the student's softmax.
-        teacher_temperature: Start and end of the teacher's, reached after `teacher_temperature_epochs`, linearly.
-        teacher_temperature_epochs: Epochs.
+        sinkhorn_iterations: Passes of Sinkhorn-Knopp.
+        center_momentum: Momentum of the running mean.
+        student_temperature: Temperature of the student's softmax.
+        teacher_temperature: Start and end of the teacher's temperature, which changes linearly.
+        teacher_temperature_epochs: Epochs after which it ends.
         momentum: Start and end of the teacher's momentum (cosine over the run).
-        dino_weight: Of the DINO loss.
-        ibot_weight: Of the iBOT loss.
-        koleo_weight: Of the KoLeo loss.
-        koleo_global: Whether nearest neighbours are sought in the global batch; upstream seeks within one process.
+        dino_weight: Weight of the DINO loss.
+        ibot_weight: Weight of the iBOT loss.
+        koleo_weight: Weight of the KoLeo loss.
+        koleo_global: Whether KoLeo looks for nearest neighbours in the global batch; upstream looks in one process.
         mask_probability: Share of the global crops that are masked.
         mask_ratio: Range of the masked share of such a crop's patches.
         freeze_last_layer_epochs: Epochs in which the heads' last layers keep their weights.
-        heads_first_epochs: Epochs in which the heads alone are trained, the teacher's follow, and the backbone keeps
-            its weights. New heads on a trained backbone would else destroy its features (facebookresearch/dinov2#204).
-        heads: Checkpoint (``run/checkpoints/step_...``) whose heads are taken; they need no epochs of their own then.
+        heads_first_epochs: Epochs in which only the heads are trained and the backbone keeps its weights. Otherwise new
+            heads on a trained backbone would destroy its features (facebookresearch/dinov2#204).
+        heads: Checkpoint (``run/checkpoints/step_...``) to load heads from, which then need no epochs of their own.
     """
 
     objective = Objective(words="self-distillation as in DINOv2", score=KNN_ACCURACY)

@@ -1,4 +1,4 @@
-"""DINOv2: a student learns from its own average what crops of an image have in common, and what masked patches hold."""
+"""DINOv2: a student learns from its moving average what crops have in common and what masked patches contain."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,12 +49,12 @@ class DinoNetwork(nn.Module):
         masks: Tensor | None = None,
         local_crops: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What the losses need.
+        """Compute what the losses need.
 
         Args:
             global_crops: [2B, 3, H, W], all first crops before all second ones.
             masked: Indices of the masked patches among all patches of the global crops [M].
-            masks: Patches that the backbone does not see [2B, N]; None: it sees all.
+            masks: Patches hidden from the backbone [2B, N]; None: it sees all.
             local_crops: [L * B, 3, h, w], crop by crop.
 
         Returns:
@@ -82,18 +82,18 @@ def _head(width: int, head: Head) -> DinoHead:
 
 @contextmanager
 def hidden_patches(backbone: VisionTransformer, masks: Tensor | None) -> Iterator[None]:
-    """Let the mask token stand for patches, before positions are added.
+    """Replace patches with the mask token, before positions are added.
 
     Args:
-        backbone: With a parameter `mask_token` [1, D].
-        masks: [B, N], bool; None: all are seen.
+        backbone: A ViT with a parameter `mask_token` [1, D].
+        masks: Patches to replace [B, N], bool; None: none.
     """
     if masks is None:
         yield
         return
 
     def hide(module: nn.Module, args: tuple[Tensor, ...], patches: Tensor) -> Tensor:
-        hidden = masks.view(*patches.shape[:-1], 1)  # a ViT for any image size has the patches on their grid
+        hidden = masks.view(*patches.shape[:-1], 1)  # with dynamic image sizes, patches come as a grid
         return torch.where(hidden, backbone.get_parameter("mask_token").to(patches.dtype), patches)
 
     handle = backbone.patch_embed.register_forward_hook(hide)
@@ -104,16 +104,16 @@ def hidden_patches(backbone: VisionTransformer, masks: Tensor | None) -> Iterato
 
 
 def load_heads(network: DinoNetwork, checkpoint: Path) -> None:
-    """Take the heads of another run.
+    """Load the heads of another run.
 
     Raises:
-        RecipeError: They are not there, or others.
+        RecipeError: They are missing or do not fit.
     """
     try:
         heads = load_file(state_file(checkpoint, "heads"))
         left = network.load_state_dict(heads, strict=False)
-        lacking = [name for name in left.missing_keys if not name.startswith("backbone.")]
-        wrong = [*lacking, *left.unexpected_keys]
+        missing = [name for name in left.missing_keys if not name.startswith("backbone.")]
+        wrong = [*missing, *left.unexpected_keys]
         problem = f"{len(wrong)} tensors differ, first {wrong[0]}" if wrong else None
     except (OSError, SafetensorError, RuntimeError) as error:
         problem = str(error).strip().rpartition("\n")[2].strip()
@@ -142,21 +142,21 @@ class DinoV2Task(Task[DinoNetwork]):
         """Give the student heads and a mask token, and the teacher the same weights.
 
         Args:
-            settings: What is learnt, and how.
-            backbone: The student's, which the teacher copies.
-            span: How long the run is.
+            settings: Settings of the objective.
+            backbone: The student's ViT, which the teacher copies.
+            span: Length of the run.
             batch_size: Images of a step, in all processes.
-            seed: Of the masks.
+            seed: Seed of the masks.
 
         Raises:
-            RecipeError: The heads that are to be taken do not fit.
+            RecipeError: The heads of another run do not fit.
         """
         self.settings, self.batch_size, self.seed = settings, batch_size, seed
         self.network = DinoNetwork(backbone, dino_head=settings.dino_head, ibot_head=settings.ibot_head)
         if settings.heads is not None:
             load_heads(self.network, Path(settings.heads))
         self.teacher = deepcopy(self.network).eval().requires_grad_(False)
-        # only what sees hidden patches has a token for them; upstream starts it at zero too (vision_transformer.py)
+        # only the student sees hidden patches; upstream starts the token at zero too (vision_transformer.py)
         backbone.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
         self.frozen = {"teacher": self.teacher}
         self.centers: dict[str, RunningCentre] = {}
@@ -179,7 +179,7 @@ class DinoV2Task(Task[DinoNetwork]):
 
     @classmethod
     def build(cls, settings: DinoV2, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Draws the heads, or takes those of another run."""
+        """Draw the heads, or load those of another run."""
         return cls(settings=settings, backbone=backbone, span=run.span, batch_size=run.batch_size, seed=run.seed)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
@@ -187,13 +187,13 @@ class DinoV2Task(Task[DinoNetwork]):
         return self.losses(network, batch.crops, self._masks(batch), temperature=self.temperature(batch.step))
 
     def losses(self, network: nn.Module, crops: tuple[Tensor, ...], masks: Tensor, *, temperature: float) -> StepOutput:
-        """The losses as they follow from crops and masks.
+        """The losses of given crops and masks.
 
         Args:
             network: The student.
             crops: Two global and L local ones, each [B, 3, H, W].
             masks: Hidden patches of the global crops, all first ones before all second ones [2B, N], on the CPU.
-            temperature: The teacher's.
+            temperature: The teacher's temperature.
         """
         settings = self.settings
         global_crops, num_local = torch.cat(crops[:GLOBAL_CROPS]), len(crops) - GLOBAL_CROPS
@@ -227,7 +227,7 @@ class DinoV2Task(Task[DinoNetwork]):
 
     @torch.no_grad()
     def _targets(self, global_crops: Tensor, masked: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """The teacher's probabilities of class tokens [2, B, K] and of the patches that are hidden from the student."""
+        """The teacher's probabilities for class tokens [2, B, K] and for the patches hidden from the student."""
         seen = self.teacher(global_crops, masked)
         logits = {"dino": seen["global_logits"], "ibot": seen["patch_logits"]}
         if self.centers:
@@ -242,7 +242,7 @@ class DinoV2Task(Task[DinoNetwork]):
         return targets["dino"].unflatten(0, (GLOBAL_CROPS, -1)), targets["ibot"]
 
     def _masks(self, batch: Batch) -> Tensor:
-        """Which patches of this process's global crops are hidden [2b, N]; the plan is the global batch's."""
+        """Hidden patches of this process's global crops [2b, N], planned for the whole global batch."""
         plan = self.masks.plan(GLOBAL_CROPS * self.batch_size, seed=self.seed, step=batch.step)
         drawn = [
             self.masks.mask(
@@ -258,7 +258,7 @@ class DinoV2Task(Task[DinoNetwork]):
         return torch.stack(drawn)
 
     def after_step(self, step: int) -> None:
-        """Move the teacher."""
+        """Move the teacher towards the student."""
         average_into(self.teacher, self.network, self.momentum(step))
 
     @property

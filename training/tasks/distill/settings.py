@@ -12,10 +12,10 @@ class Distill(TaskSettings):
     """A student with registers learns the patch tokens of a frozen teacher, after the final norm.
 
     Attributes:
-        teacher: Bundle's folder, ``hf-hub:org/name``, or an architecture with a tag.
-        cosine_weight: Of one minus the mean cosine. Source: PH-Reg, utils/loss.py.
-        mse_weight: Of the mean squared difference. Source: the same, whose `mse_loss` is a fifth of it.
-        class_weight: Of one minus the cosine of the class tokens.
+        teacher: A bundle's folder, ``hf-hub:org/name``, or an architecture with a tag.
+        cosine_weight: Weight of one minus the mean cosine. Source: PH-Reg, utils/loss.py.
+        mse_weight: Weight of the mean squared difference. Source: the same, whose `mse_loss` is a fifth of it.
+        class_weight: Weight of one minus the cosine of the class tokens.
     """
 
     objective = Objective(

@@ -18,7 +18,7 @@ from vitreg_hub.training.tasks.distill.settings import Distill
 
 
 class Teacher:
-    """A frozen ViT of timm or transformers, that sees the student's images and cuts them into the same patches."""
+    """A frozen ViT of timm or transformers that sees the student's images, divided into the same patches."""
 
     def __init__(self, name: str, *, student: VisionTransformer) -> None:
         """Open it at the student's image size.
@@ -53,16 +53,16 @@ class Teacher:
 
 
 Target = Callable[[Teacher, Batch], Tokens]
-"""Makes what the student is to learn of a batch."""
+"""Makes the student's target of a batch."""
 
 
 def plain_target(teacher: Teacher, batch: Batch) -> Tokens:
-    """The teacher's tokens of the images as they are."""
+    """The teacher's tokens of the unchanged images."""
     return teacher(batch.crops[0])
 
 
 class DistillNetwork(nn.Module):
-    """The student, and a projection of its tokens where the teacher's have another width."""
+    """The student, and a projection of its tokens if the teacher's have another width."""
 
     def __init__(self, backbone: VisionTransformer, *, teacher_dim: int) -> None:
         super().__init__()
@@ -73,13 +73,15 @@ class DistillNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class tokens [B, C, D] and patch tokens [B, P, D] after the final norm, for the teacher's D."""
-        tokens = self.backbone.fc_norm(self.backbone.forward_features(images))  # one of its two norms is none
+        tokens = self.backbone.fc_norm(
+            self.backbone.forward_features(images)
+        )  # fc_norm is an identity unless the final norm is
         patches = tokens[:, self.backbone.num_prefix_tokens :]
         return self.projection(tokens[:, : self.num_class]), self.projection(patches)
 
 
 class DistillTask(Task[DistillNetwork]):
-    """Registers and, without a weight of its own, the class token take no loss. The teacher never changes."""
+    """Patch tokens, and class tokens if they have a weight, learn from a teacher that never changes."""
 
     def __init__(self, *, settings: Distill, backbone: VisionTransformer, target: Target = plain_target) -> None:
         """Open the teacher, and draw the projection from torch's default generator.
@@ -87,7 +89,7 @@ class DistillTask(Task[DistillNetwork]):
         Args:
             settings: The objective.
             backbone: The student, without a classification head.
-            target: What the student learns, made with the teacher.
+            target: Makes what the student learns.
 
         Raises:
             RecipeError: The teacher does not fit the student.
@@ -96,18 +98,18 @@ class DistillTask(Task[DistillNetwork]):
         self.settings, self.target = settings, target
         self.teacher = Teacher(settings.teacher, student=backbone)
         self.network = DistillNetwork(backbone, teacher_dim=self.teacher.embed_dim)
-        self.frozen = {}  # the teacher is no state: its name says all of it
+        self.frozen = {}  # the teacher is not state: its name is enough to load it again
 
     @classmethod
     def build(cls, settings: Distill, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Opens the teacher, and draws the projection where there is one."""
+        """Open the teacher, and draw the projection if there is one."""
         return cls(settings=settings, backbone=backbone)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Cosine and squared difference of patch tokens, and the cosine of class tokens where it has a weight.
+        """Losses from cosine and squared difference of patch tokens, and from the cosine of weighted class tokens.
 
         Raises:
-            RecipeError: There is a weight for class tokens, but a network without any.
+            RecipeError: Class tokens have a weight, but a network has none.
         """
         settings, target = self.settings, self.target(self.teacher, batch)
         classes, patches = network(batch.crops[0])
@@ -129,7 +131,7 @@ class DistillTask(Task[DistillNetwork]):
         return self.network
 
     def scorer(self, model: DistillNetwork) -> Scorer:
-        """Mean cosine of an image's patch tokens to the teacher's."""
+        """Mean cosine between an image's patch tokens and the teacher's."""
 
         @torch.no_grad()
         def score(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -139,17 +141,17 @@ class DistillTask(Task[DistillNetwork]):
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cosine in float32 of every token [..., D]."""
+    """Cosine of every pair of tokens [..., D], in float32."""
     return F.cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 
 def squared(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference in float32 over all tokens and channels."""
+    """Mean squared difference over all tokens and channels, in float32."""
     return F.mse_loss(student.float(), teacher.float())
 
 
 def _normalisation_of(vit: AnyVit) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation [3, 1, 1] of a network's images; None where they are unknown."""
+    """Mean and standard deviation [3, 1, 1] of a network's images; None if they are unknown."""
     if vit.transform is None:
         return None
     if isinstance(vit.transform, ProcessorTransform):

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of a batch, by timm, alike in every process of a step."""
+"""Mixup and cutmix of a batch with timm, alike in every process of a step."""
 
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
@@ -11,24 +11,24 @@ from vitreg_hub.training.tasks.supervised.settings import Supervised
 def mix(
     images: Tensor, labels: Tensor, *, settings: Supervised, num_classes: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Mix each image with its mirror image in the batch: the first with the last, the second with the one before it.
+    """Mix each image with its opposite in the batch: the first with the last, the second with the one before the last.
 
-    Whether it is mixup or cutmix, the share and the rectangle are one draw per step, so that processes that hold such
-    pairs each do what one process would do to all of them.
+    The choice of mixup or cutmix, the share and the rectangle are drawn once per step, so that processes which hold
+    such pairs do the same as one process with all of them.
 
     Args:
-        images: [b, 3, H, W]. They stay as they are.
+        images: Images [b, 3, H, W], which are not changed.
         labels: Classes [b].
         settings: What is mixed, how often, and the smoothing.
         num_classes: Number of classes.
-        seed: Of the run.
+        seed: Seed of the run.
         step: Number of the step.
 
     Returns:
         The mixed images [b, 3, H, W], and their targets [b, num_classes], whose rows sum to 1.
 
     Raises:
-        RecipeError: A number of images that makes no pairs.
+        RecipeError: The number of images is odd.
     """
     if not (settings.mixup or settings.cutmix):
         return images, mixup_target(labels, num_classes, smoothing=settings.smoothing)
@@ -46,4 +46,4 @@ def mix(
         num_classes=num_classes,
     )
     with seeded(seed, step):
-        return mixup(images.clone(), labels)  # timm writes into what it is given
+        return mixup(images.clone(), labels)  # because timm changes its input

@@ -13,13 +13,13 @@ class Supervised(TaskSettings):
     """Classification, as in DeiT-III.
 
     Attributes:
-        loss: "bce" takes every class as a yes or no, with targets above 0 as yes; "ce" is the cross-entropy.
-        smoothing: Label smoothing. Under "bce" it would make every class a yes, so it must be 0.
+        loss: "bce" decides yes or no for every class, where targets above 0 mean yes; "ce" is the cross-entropy.
+        smoothing: Label smoothing. With "bce" it would turn every class into a yes, so it must be 0.
         mixup: Alpha of mixup; 0: none.
         cutmix: Alpha of cutmix; 0: none.
         mix_probability: Share of the batches that are mixed.
-        switch_probability: Share of those that take cutmix, where both are on.
-        ema: Decay per step of the averaged weights, which are what is published; None: none are kept.
+        switch_probability: Share of those with cutmix, if both are on.
+        ema: Decay per step of the averaged weights, which are then the published ones; None: there are none.
     """
 
     objective = Objective(words="classification", score=ACCURACY)
@@ -36,7 +36,7 @@ class Supervised(TaskSettings):
     ema: float | None = None
 
     def problems(self, *, batch_size: int) -> Iterator[str]:
-        """Yield targets that make no sense, images without a partner, and a decay out of range."""
+        """Yield impossible targets, images without a partner, and a decay out of range."""
         if self.loss == "bce" and self.smoothing:
             yield (
                 f"task.smoothing is {self.smoothing} under the loss bce, whose targets above 0 all become a yes: set "

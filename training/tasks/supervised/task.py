@@ -28,7 +28,7 @@ class SupervisedNetwork(nn.Module):
 
 
 class SupervisedTask(Task[SupervisedNetwork]):
-    """Images and their classes. What is published are the averaged weights, if any are kept."""
+    """Images and their classes. The averaged weights are published, if there are any."""
 
     def __init__(self, *, settings: Supervised, backbone: VisionTransformer, seed: int) -> None:
         self.settings, self.seed = settings, seed
@@ -39,11 +39,11 @@ class SupervisedTask(Task[SupervisedNetwork]):
 
     @classmethod
     def build(cls, settings: Supervised, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Draws nothing."""
+        """Make the task; draws no weights."""
         return cls(settings=settings, backbone=backbone, seed=run.seed)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Cross-entropy, of every class on its own or of all together, with the targets of mixed images.
+        """Cross-entropy with the targets of mixed images, of every class separately or of all together.
 
         Raises:
             DataError: The batch has no labels.
@@ -62,7 +62,7 @@ class SupervisedTask(Task[SupervisedNetwork]):
         return StepOutput(loss=loss, metrics={})
 
     def after_step(self, step: int) -> None:
-        """Move the averaged weights."""
+        """Update the averaged weights."""
         if self.settings.ema is not None:
             average_into(self.frozen["ema"], self.network, self.settings.ema)
 
@@ -86,7 +86,7 @@ def classification_loss(logits: Tensor, targets: Tensor, *, kind: str) -> Tensor
     Args:
         logits: [B, classes].
         targets: Shares of the classes [B, classes].
-        kind: "bce": every class on its own, with all targets above 0 as 1 (mean over classes too), or "ce".
+        kind: "bce": every class separately, with all targets above 0 as 1 (mean over classes too), or "ce".
 
     Source: deit/engine.py (`if args.bce_loss: targets = targets.gt(0.0).type(targets.dtype)`) and main.py.
     """
