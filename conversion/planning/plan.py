@@ -120,11 +120,7 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
 
 
 def _empty_network(config: BundleConfig, choice: Choices) -> tuple[VisionTransformer, float]:
-    """The network of a bundle, and how many times larger its residual stream is.
-
-    Raises:
-        ConversionError: No bundle can hold it.
-    """
+    """The network of a bundle, which must be able to hold it, and how many times larger its residual stream is."""
     spec, facts = config.spec, choice.facts
     try:
         problems = list(rule_problems(config.to_json()))
