@@ -126,7 +126,7 @@ def convert(
             bundle = finished(load_file(staging / WEIGHTS_FILE))
             (staging / CONFIG_FILE).write_text(bundle.text(), encoding="utf-8")
             (staging / CARD_FILE).write_text(render(bundle), encoding="utf-8")
-            if tower:  # last: both folders appear, or none
+            if tower and beside:  # last: both folders appear, or none
                 tower.write(beside)
 
         write_folder(target, fill)

@@ -47,11 +47,11 @@ class _Export:
         prefix = self.fmt.export_prefix(self.bundle)
         inside = [(prefix, rule) for rule in self.fmt.rules]
         outside = [("", rule) for rule in self.fmt.outside]
-        fitting = [(before, rule) for before, rule in inside + outside if rule.lineage_name(name)]
+        fitting = [(before + own, rule) for before, rule in inside + outside if (own := rule.lineage_name(name))]
         if self.bundle.spec.swiglu and any(rule.swiglu for _, rule in fitting):
-            fitting = [(before, rule) for before, rule in fitting if rule.swiglu]
+            fitting = [(exported, rule) for exported, rule in fitting if rule.swiglu]
         parts = fitting[0][1].part[1] if fitting else 0
-        return [(before + rule.lineage_name(name), rule) for before, rule in fitting[:parts]]
+        return fitting[:parts]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

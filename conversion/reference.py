@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor
 
 from vitreg_hub.bundle.provenance import Provenance
@@ -42,7 +43,7 @@ def measure(plan: Plan, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         return {REFERENCE: f"the reference implementation cannot load it: {reason}"}
-    model = bundle.build()
+    model = cast(VisionTransformer, bundle.build())
     tokens = model.forward_features(images)
     ours = {"tokens": tokens, "class token": tokens[:, 0], "output": model(images)}
     height, width = images.shape[2:]

@@ -141,7 +141,8 @@ def _row(cells: Iterable[str]) -> str:
 
 def _dinov2_card() -> str:
     names = [f"vit_{size}_reg4.{DINOV2_TAG}" for size in DINOV2_SIZES]
-    cfgs, specs = [timm.get_pretrained_cfg(name) for name in names], [get_arch(n.partition(".")[0]) for n in names]
+    cfgs = [cfg for name in names if (cfg := timm.get_pretrained_cfg(name))]
+    specs = [get_arch(name.partition(".")[0]) for name in names]
     rows = [
         _row(
             (
@@ -158,7 +159,7 @@ def _dinov2_card() -> str:
     (license,) = {cfg.license for cfg in cfgs}  # the card tells one for all
     spec = specs[0]
     data = ModelCardData(
-        base_model=[cfg.hf_hub_id for cfg in cfgs],
+        base_model=[cfg.hf_hub_id for cfg in cfgs if cfg.hf_hub_id],
         library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=[*TAGS, *(spec.name for spec in specs)],

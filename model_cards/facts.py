@@ -89,7 +89,7 @@ def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
 
 def objective_of(run: TrainingRun | None) -> Objective | None:
     """What a run trained for, as far as it or the kind of its task tells."""
-    return run and (run.objective or OLDER_OBJECTIVES.get(run.facts.task.kind))
+    return run and (run.objective or OLDER_OBJECTIVES.get(run.facts.task.kind or ""))
 
 
 def score_of(bundle: ModelBundle, metric: str) -> Score | None:
@@ -109,7 +109,7 @@ def measured_on(bundle: ModelBundle) -> Images | None:
     """The images of a bundle's metrics; None if they are unknown."""
     data = bundle.provenance.run.facts.data if bundle.provenance.run else DataOfRun()
     held_out = data.test or (data.train if data.train in TRAINING_SETS else None)
-    if held_out in TRAINING_SETS:
+    if held_out and held_out in TRAINING_SETS:
         return Images(name=held_out, dataset=held_out, split="test", words=f"the held-out part of {held_out}")
     told = held_out or bundle.provenance.dataset
     if not told:
@@ -123,7 +123,7 @@ def measured_on(bundle: ModelBundle) -> Images | None:
 def on_the_hub(dataset: str) -> tuple[str, str | None] | None:
     """Identifier and split of data that are surely on the Hub: a bare ``org/name`` may also be a folder."""
     found = ON_HUB.fullmatch(dataset.removeprefix(HUB_PREFIX))
-    return found.groups() if found and (found[2] or dataset.startswith(HUB_PREFIX)) else None
+    return (found[1], found[2]) if found and (found[2] or dataset.startswith(HUB_PREFIX)) else None
 
 
 def one_line(told: Any) -> Any:
@@ -135,7 +135,7 @@ def one_line(told: Any) -> Any:
             return {one_line(key): one_line(value) for key, value in told.items()}
         case list() | tuple():
             return type(told)(map(one_line, told))
-    if is_dataclass(told):
+    if is_dataclass(told) and not isinstance(told, type):
         return replace(told, **{field.name: one_line(getattr(told, field.name)) for field in fields(told)})
     return told
 

@@ -31,7 +31,7 @@ def front_matter(data: Mapping[str, Any]) -> str:
 
 def record(data: Mapping[str, Any]) -> str:
     """A comment for `recorded`: our metadata, but a model-index without its content."""
-    plain = json.dumps(data | {MODEL_INDEX: []} if MODEL_INDEX in data else data)
+    plain = json.dumps({**data, MODEL_INDEX: []} if MODEL_INDEX in data else data)
     plain = plain.replace("--", r"-\u002d")  # two hyphens could end the comment
     return f"<!-- {plain} -->"
 

@@ -35,9 +35,9 @@ def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") 
 def _training(bundle: ModelBundle, run: TrainingRun, files: Sequence[str], folder: str) -> str:
     told, step, total, best = run.facts, run.step, run.total_steps, bundle.provenance.best
     data, optim, start = told.data, told.optim, told.model.start
-    needed = (told.name, told.task.kind, data.train, told.augment.kind, optim.opt, optim.lr, optim.weight_decay)
-    if None in (*needed, told.batch_size, told.seed, step, total):  # an older bundle tells less
-        return ""
+    others = (told.name, told.task.kind, optim.opt, optim.lr, optim.weight_decay, told.seed, step, total)
+    if data.train is None or told.augment.kind is None or told.batch_size is None or None in others:
+        return ""  # an older bundle tells less
     if best:
         score = in_words(bundle, best.score)
         steps = f"the best of the run's evaluations by {score}, after {best.step:,} of {total:,} steps"
@@ -69,7 +69,7 @@ def _training(bundle: ModelBundle, run: TrainingRun, files: Sequence[str], folde
 def _objective(run: TrainingRun) -> str:
     """The objective, with label smoothing, mixing of images and averaging of weights if they were on."""
     task, objective = run.facts.task, objective_of(run)
-    words = objective.words if objective else task.kind
+    words = objective.words if objective else str(task.kind)
     if task.teacher:
         words += f", from the teacher {without_folders(task.teacher)}"
     extras = (
@@ -117,7 +117,7 @@ def _how(run: TrainingRun, *, knn: bool) -> str:
         most = f", {count(run.evaluated, 'image')}"
     elif watch.eval_images is not None:
         most = f", at most {count(watch.eval_images, 'image')}"
-    if not knn or None in (watch.eval_images, watch.knn_neighbors, watch.knn_temperature):
+    if not knn or watch.eval_images is None or watch.knn_neighbors is None or watch.knn_temperature is None:
         return most
     reference = f"at most {count(watch.eval_images, 'training image')}"
     neighbors = f"up to {count(watch.knn_neighbors, 'neighbor')}"

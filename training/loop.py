@@ -250,7 +250,7 @@ def _go_on(
                     new_best = new_best or measured.is_best
                 if trainer.done or stopped or due(watch.save_every):
                     folder = save()
-                    if publisher and not trainer.done:
+                    if folder and publisher and not trainer.done:
                         publisher.submit(folder)
                         if new_best:
                             publisher.submit(out / BEST, branch=BEST)
@@ -264,7 +264,7 @@ def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainRe
     """The result of a run that was finished before; its model is published if that is asked for now."""
     logger.info("the run in %s is finished", out)
     told = provenance_from_json(read_config(out / MODEL, called=str(out / MODEL))["vitreg"].get("provenance"))
-    if told.run is None:
+    if told.run is None or told.run.step is None or told.run.total_steps is None:
         raise BundleError(f"{out / MODEL} does not say its steps: delete it and start the run again.")
     if publisher:
         restore_folders(out)

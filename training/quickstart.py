@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from timm.data import create_transform, resolve_model_data_config
@@ -14,6 +15,7 @@ from vitreg_hub.errors import BundleError, TrainingError
 from vitreg_hub.files import write_file
 from vitreg_hub.hub.publish import pull, push, require_token
 from vitreg_hub.images.embedded import digits
+from vitreg_hub.images.source import Transform
 from vitreg_hub.model_cards.card import with_doors
 from vitreg_hub.training.loop import train
 from vitreg_hub.training.recipes.named import RECIPES
@@ -79,8 +81,8 @@ def quickstart(
 def _draw(model: Path, file: Path) -> Path:
     """Draw the tokens of some held-out digits."""
     vit = ModelBundle.load(model).build()
-    transform = create_transform(**resolve_model_data_config(vit))
-    images = torch.stack([transform(row["image"]) for row in digits("test").select(range(NUM_IMAGES))])
+    transform = cast(Transform, create_transform(**resolve_model_data_config(vit)))
+    images = torch.stack([transform(image) for image in digits("test")[:NUM_IMAGES]["image"]])
     return write_file(file, lambda path: token_figure(vit, images, file=path), replace=True)
 
 

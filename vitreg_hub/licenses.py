@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 from huggingface_hub import metadata_load
@@ -44,17 +44,20 @@ NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 """Close to what the Hub accepts as `license_name`."""
 
 
+class LicenseFields(TypedDict, total=False):
+    """Keyword arguments of `huggingface_hub.ModelCardData`."""
+
+    license: str
+    license_name: str
+
+
 def is_noncommercial(license: str) -> bool:
     """Whether a license forbids commercial use, judging by its name."""
     return NONCOMMERCIAL.fullmatch(_spelled(license)) is not None
 
 
-def metadata(license: str | None) -> dict[str, Any]:
-    """A license as a card's metadata states it: the Hub refuses cards with values other than its own.
-
-    Returns:
-        Keyword arguments of `huggingface_hub.ModelCardData`.
-    """
+def metadata(license: str | None) -> LicenseFields:
+    """A license as a card's metadata states it: the Hub refuses cards with values other than its own."""
     if license is None:
         return {"license": UNKNOWN}
     return {"license": license} if license in IDENTIFIERS else {"license": OTHER, "license_name": license}

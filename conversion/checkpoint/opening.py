@@ -148,6 +148,7 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
         )
     shards = _shards(path) if path.name.endswith(".index.json") else {path: set()}
     readers: dict[str, Reader] = {}
+    reader = Reader()
     for file, listed in shards.items():
         reader = _reader(file)
         missing = sorted(listed - reader.infos.keys())

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ CONTAINERS = ("teacher", "model", "state_dict", "module")
 MAX_NESTING = 8
 """Containers within containers; a dictionary may hold itself."""
 
-_scalar = np.float64(0).__reduce__()[0]  # numpy's numbers are pickled as a call of this
-HARMLESS = (
+Global = Callable[..., object]
+_scalar = cast(Global, np.float64(0).__reduce__()[0])  # numpy's numbers are pickled as a call of this
+HARMLESS: tuple[Global | tuple[Global, str], ...] = (
     argparse.Namespace,
     pathlib.PosixPath,
     (pathlib.PosixPath, "pathlib._local.PosixPath"),  # its name since Python 3.13

@@ -45,5 +45,5 @@ def write_safetensors(
             tensor = make(name)
             if tuple(tensor.shape) != shape:
                 raise AssertionError(f"{name} has shape {list(tensor.shape)}, but {list(shape)} was planned")
-            file.write(memoryview(tensor.numpy()).cast("B"))
+            file.write(tensor.numpy().data.cast("B"))
             bar.update(tensor.nbytes)

@@ -176,7 +176,7 @@ class CheckpointFormat:
             norm_eps=self.norm_eps if facts.norm_eps is None else facts.norm_eps,
             act=self.act if facts.act is None else facts.act,
             other_rows=self.other_rows if facts.other_rows is None else facts.other_rows,
-            preprocess={"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct} | facts.preprocess,
+            preprocess={"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct, **facts.preprocess},
         )
 
     def position_rule(self, *, has_registers: bool) -> PositionRule:
@@ -205,7 +205,7 @@ class CheckpointFormat:
             raise ConversionError(self.no_reference)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
-        args = bundle.model_args | {"no_embed_class": not other_rows, "num_classes": bundle.num_classes}
+        args = {**bundle.model_args, "no_embed_class": not other_rows, "num_classes": bundle.num_classes}
         weights = self.tower_weights(checkpoint)
         return run_timm(bundle.spec.base, args, weights, images, norm_eps=bundle.norm_eps)
 

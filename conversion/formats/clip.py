@@ -113,15 +113,15 @@ class OpenClipFormat(ClipFormat):
         from timm.layers import QuickGELU
         from torch import nn
 
-        args = bundle.model_args
+        args: dict[str, Any] = {"init_values": None, **bundle.model_args}
         model = VisionTransformer(
-            image_size=tuple(args["img_size"]),
+            image_size=args["img_size"],
             patch_size=args["patch_size"],
             width=args["embed_dim"],
             layers=args["depth"],
             heads=args["num_heads"],
             mlp_ratio=args["mlp_ratio"],
-            ls_init_value=args.get("init_values"),
+            ls_init_value=args["init_values"],
             act_layer=QuickGELU if bundle.spec.lineage.act == "quick_gelu" else nn.GELU,
             output_dim=bundle.num_classes or args["embed_dim"],
         ).eval()

@@ -1,11 +1,11 @@
 """timm's networks: what an empty one tells about itself, and running one with a checkpoint's weights."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import timm
-from timm.layers import GELUTanh, QuickGELU, SwiGLU
-from timm.models.vision_transformer import Block, checkpoint_filter_fn
+from timm.layers import Attention, GELUTanh, QuickGELU, SwiGLU
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitreg_hub.conversion.formats.facts import Facts
@@ -13,7 +13,13 @@ from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.kinds import KINDS, kind_of
 from vitreg_hub.network.residual_scale import stream_norms
 
-ACTIVATIONS = {nn.GELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_tanh", nn.SiLU: "silu", nn.ReLU: "relu"}
+ACTIVATIONS: dict[type, str] = {
+    nn.GELU: "gelu",
+    QuickGELU: "quick_gelu",
+    GELUTanh: "gelu_tanh",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+}
 
 MAX_DEPTH = 1000
 """Blocks that a config may ask timm to build."""
@@ -37,10 +43,10 @@ def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
         )
     if args.get("depth", 1) > MAX_DEPTH:
         raise ConversionError(f"the config gives {architecture} {args['depth']} blocks, which is no ViT.")
-    model = timm.create_model(architecture, device="meta", **args)
+    model = cast(VisionTransformer, timm.create_model(architecture, device="meta", **args))
     if type(model) not in [kind.timm_class for kind in KINDS.values()]:
         raise ConversionError(f"{architecture} is timm's {type(model).__name__}, not its VisionTransformer.")
-    first = model.blocks[0]
+    first = cast(Block, model.blocks[0])
     if type(first.mlp.act) not in ACTIVATIONS or isinstance(first.mlp, SwiGLU):
         raise ConversionError(f"{architecture} has an MLP that no row of the table has.")
     if type(first) is not Block or not isinstance(first.norm1, nn.LayerNorm):
@@ -48,7 +54,7 @@ def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
     if model.global_pool not in ("token", "avg") or model.pool_include_prefix:
         raise ConversionError(f"{architecture} pools by {model.global_pool!r}, which these architectures do not.")
     return Facts(
-        num_heads=first.attn.num_heads,
+        num_heads=cast(Attention, first.attn).num_heads,
         norm_eps=first.norm1.eps,
         act=ACTIVATIONS[type(first.mlp.act)],
         img_size=model.patch_embed.img_size,
@@ -59,7 +65,7 @@ def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
             "depth": len(model.blocks),
             "patch_size": model.patch_embed.patch_size,
             "num_registers": kind_of(model).num_registers(model),
-            "hidden": first.mlp.fc1.out_features,
+            "hidden": first.mlp.get_parameter("fc1.weight").shape[0],
         },
     )
 
@@ -89,7 +95,7 @@ def run_timm(
         args["no_embed_class"] = True  # timm's filter then adds the class token's position to it
     if "head.weight" not in weights:
         args["num_classes"] = 0
-    model = timm.create_model(architecture, **args).eval()
+    model = cast(VisionTransformer, timm.create_model(architecture, **args)).eval()
     if norm_eps is not None:
         for norm in stream_norms(model):
             norm.eps = norm_eps

@@ -100,10 +100,10 @@ def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
             problems.append(f"{name} {list(info.shape)} {'fits several rules' if rules else 'is unknown'}")
             continue
         (rule,) = rules
-        if rule.give is None:
+        target = rule.timm_name(fmt.spelled(name, prefix)) or rule.timm_name(name)
+        if target is None:
             dropped.setdefault(rule.why, []).append(name)
             continue
-        target = rule.timm_name(fmt.spelled(name, prefix)) or rule.timm_name(name)
         if info.dtype not in FLOATS:
             problems.append(f"{name} holds {info.dtype}, no floating-point numbers")
         if rule.reshape.dims not in (None, len(info.shape)) or not info.shape:

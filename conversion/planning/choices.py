@@ -103,8 +103,8 @@ class Choices:
             known = "gelu"  # of timm's VisionTransformer
         if known and asked and known != asked:
             self._refuse(f"has the activation {known}, not {asked}: leave --act out")
-        if known or asked:
-            return known or asked
+        if told := known or asked:
+            return told
         if self._asked and self._asked.lineage.pre_norm:
             return self._asked.lineage.act
         self._refuse(
@@ -168,8 +168,9 @@ class Choices:
 
     def image_size(self, native: Grid) -> tuple[int, int]:
         """Height and width in pixels for which the position table is made."""
-        size = self.request.img_size or tuple(n * p for n, p in zip(native, self.structure.patch_size, strict=True))
-        if math.prod(size) // math.prod(self.structure.patch_size) > MAX_PATCHES:
+        patch_height, patch_width = self.structure.patch_size
+        size = self.request.img_size or (native[0] * patch_height, native[1] * patch_width)
+        if math.prod(size) // (patch_height * patch_width) > MAX_PATCHES:
             self._refuse(f"cannot get positions for an image of {size[0]}x{size[1]}: more than {MAX_PATCHES} patches")
         return size
 

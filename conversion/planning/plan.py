@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
+from timm.models import VisionTransformer
 from torch import Tensor
 
 from vitreg_hub.arch import REGISTER_INIT_STD
@@ -96,19 +97,7 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         label_names=facts.label_names if len(facts.label_names or ()) == structure.num_classes else None,
         positions=facts.positions or fmt.position_rule(has_registers=structure.num_registers > 0),
     )
-    try:
-        problems = list(rule_problems(config.to_json()))
-        network = None if problems else empty_model(config, weight_init="skip")
-        scale = 1.0 if problems else choice.residual_scale(network, spec)
-        if scale != 1 and not can_scale(network):
-            problems.append(
-                f"its LayerNorms have epsilon {facts.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
-                "only hold without LayerScale and without a norm before the first block"
-            )
-    except (BundleError, DataError, TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-        problems = [str(error).partition("\n")[0]]
-    if problems:
-        raise ConversionError(f"{checkpoint.called} cannot become a bundle of {spec.name}: {'; '.join(problems)}")
+    network, scale = _empty_network(config, choice)
     wanted = shapes_of(network.state_dict())
     assembly = Assembly(
         tensors=tensors,
@@ -128,6 +117,25 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         request=request,
         notes=tuple(_notes(choice, assembly)),
     )
+
+
+def _empty_network(config: BundleConfig, choice: Choices) -> tuple[VisionTransformer, float]:
+    """The network of a bundle, which must be able to hold it, and how many times larger its residual stream is."""
+    spec, facts = config.spec, choice.facts
+    try:
+        problems = list(rule_problems(config.to_json()))
+        if not problems:
+            network = cast(VisionTransformer, empty_model(config, weight_init="skip"))
+            scale = choice.residual_scale(network, spec)
+            if scale == 1 or can_scale(network):
+                return network, scale
+            problems.append(
+                f"its LayerNorms have epsilon {facts.norm_eps:g}, not {spec.lineage.norm_eps:g}, which a bundle can "
+                "only hold without LayerScale and without a norm before the first block"
+            )
+    except (BundleError, DataError, TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        problems = [str(error).partition("\n")[0]]
+    raise ConversionError(f"{choice.checkpoint.called} cannot become a bundle of {spec.name}: {'; '.join(problems)}")
 
 
 def _notes(choice: Choices, assembly: Assembly) -> Iterator[str]:

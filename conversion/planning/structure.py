@@ -72,11 +72,11 @@ class Structure:
         gated = [name for name, rule in first_layers if rule.swiglu]
         if gated and hidden != 2 * inner:
             tensors.refuse(f"{gated[0]} must have gate and value for {inner} channels")
-        embed_dim, in_chans, *patch_size = tensors.shape("patch_embed.proj.weight")
+        embed_dim, in_chans, patch_height, patch_width = tensors.shape("patch_embed.proj.weight")
         return cls(
             embed_dim=embed_dim,
             depth=len(blocks),
-            patch_size=tuple(patch_size),
+            patch_size=(patch_height, patch_width),
             in_chans=in_chans,
             hidden=hidden,
             swiglu=hidden == 2 * inner,

@@ -56,7 +56,7 @@ def recipe_from_yaml(text: str, *, called: str = RECIPE_FILE) -> Recipe:
     given = _mapping(text, called)
     kinds = {}
     for part, known in KINDS.items():
-        kind = given[part].get(KIND) if isinstance(given.get(part), dict) else None
+        kind = given[part].get(KIND) if isinstance(given.get(part), dict) else ""
         if kind not in known:
             raise RecipeError(
                 f"{called} is not a complete recipe: its {part}.{KIND} must be one of {', '.join(known)}."
@@ -195,7 +195,7 @@ def _types(kinds: Mapping[str, type]) -> dict[str, Any]:
 
 
 def _types_in(group: type, kinds: Mapping[str, type], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(group) | kinds
+    hints = {**get_type_hints(group), **kinds}
     for field in fields(group):
         name, hint = f"{prefix}{field.name}", hints[field.name]
         yield name, hint

@@ -1,19 +1,18 @@
 """From a recipe to the parts of a run: processes, data, network and task."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from vitreg_hub.compat import forget_accelerator
 from vitreg_hub.errors import RecipeError
-from vitreg_hub.images.source import ImageSource
+from vitreg_hub.images.source import ImageSource, Transform
 from vitreg_hub.training.data.augment import build_augment
 from vitreg_hub.training.data.loader import TrainLoader
 from vitreg_hub.training.data.opening import TrainingData, as_image_source, open_held_out, open_training_data
@@ -49,7 +48,7 @@ class Parts:
     eval_images: ImageSource
     knn_images: ImageSource | None
     loader: TrainLoader
-    transform: Callable[[Image.Image], Tensor]
+    transform: Transform
     mean: tuple[float, ...]
     std: tuple[float, ...]
     span: Span
@@ -140,7 +139,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         eval_images=held_out or as_image_source(data),
         knn_images=as_image_source(data) if held_out and data.has_labels else None,
         loader=loader,
-        transform=create_transform(**config),
+        transform=cast(Transform, create_transform(**config)),
         mean=config["mean"],
         std=config["std"],
         span=span,
@@ -165,4 +164,4 @@ def _num_classes(data: TrainingData) -> int:
 
 def vit_of(published: nn.Module) -> VisionTransformer:
     """The ViT in a task's published module."""
-    return getattr(published, "backbone", published)
+    return cast(VisionTransformer, getattr(published, "backbone", published))

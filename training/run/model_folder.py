@@ -46,7 +46,7 @@ class ModelWriter:
             trainer.parts,
             step=trainer.step,
             metrics={name.removeprefix("eval/"): x for name, x in found.items() if name.startswith("eval/")},
-            evaluated=found.get(EVALUATED_IMAGES),
+            evaluated=int(found[EVALUATED_IMAGES]) if EVALUATED_IMAGES in found else None,
             made={**self._surroundings, "created": now(), "seconds": self.seconds()},
             best=measured.best if as_best else None,
         )

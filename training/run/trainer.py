@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -48,7 +50,7 @@ class Trainer:
         for module in task.frozen.values():
             wrap(module, accelerator, fsdp2=fsdp2, trained=False)
         optimizer = build_optimizer(task.network, recipe.optim, depth=len(vit_of(self.parts.twin).blocks))
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.optimizer = cast(AcceleratedOptimizer, accelerator.prepare_optimizer(optimizer))
         self.rates = Rates.of(recipe.optim, self.parts.span, batch_size=recipe.batch_size, hold=task.hold)
         self.names = {parameter: name for name, parameter in task.network.named_parameters()}
         self.step = 0
