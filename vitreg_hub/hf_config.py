@@ -3,10 +3,10 @@
 import copy
 import dataclasses
 import json
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from transformers import TimmWrapperConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
@@ -42,8 +42,9 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     `num_channels`, `num_register_tokens`) can be read, set, and given as arguments.
     """
 
-    vitreg: dict[str, Any] | None = None
-    pretrained_cfg: dict[str, Any] | None = None
+    vitreg: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained_cfg: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model_args: Any = dataclasses.field(default_factory=dict)  # transformers' type allows None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
@@ -65,7 +66,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
 
     def __post_init__(self, arch: str = "vit_base_reg4", **kwargs: Any) -> None:
         spec = get_arch(self.vitreg["arch"] if self.vitreg else arch)
-        cfg = dataclasses.asdict(get_pretrained_cfg(spec.name))
+        cfg = dataclasses.asdict(cast(PretrainedCfg, get_pretrained_cfg(spec.name)))
         args = spec.model_args() | (self.model_args or {})
         args["img_size"] = to_2tuple(args["img_size"])
         defaults = BundleConfig(
@@ -109,7 +110,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
     @property
     def image_size(self) -> int | list[int]:
         """Native side in pixels, or height and width where they differ."""
-        height, width = self._img_size
+        height, width = self.model_args["img_size"]
         return height if height == width else [height, width]
 
     @image_size.setter
@@ -148,12 +149,13 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         settings = {k: v for k, v in settings.items() if k not in not_stored and v != defaults.get(k, not_stored)}
         if settings.get("out_indices") == [self.num_hidden_layers]:
             del settings["out_indices"], settings["out_features"]
-        labels = tuple(self.id2label[i] for i in range(self.num_labels))
+        names = cast(dict[int, str], self.id2label)  # as transformers has completed it
+        labels = tuple(names[i] for i in range(len(names)))
         config = BundleConfig(
             model_args=self.model_args,
-            num_classes=self.num_labels,
+            num_classes=len(labels),
             preprocess=Preprocess.from_cfg(self.pretrained_cfg),
-            label_names=None if labels == tuple(f"LABEL_{i}" for i in range(self.num_labels)) else labels,
+            label_names=None if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels,
             **read_entry(self.vitreg),
         )
         return settings | config.to_json()

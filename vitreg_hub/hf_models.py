@@ -6,11 +6,12 @@ transformers adds and removes by a rule that each model class gives it.
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import timm
 import torch
 from timm.layers import LayerScale
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, initialization
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -57,7 +58,7 @@ class VitRegPreTrainedModel(PreTrainedModel):
     config: VitRegConfig
     base_model_prefix = "timm_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     model_tags = ["timm", "vitreg"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
@@ -76,7 +77,7 @@ class VitRegPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: VitRegConfig, *, num_classes: int) -> None:
         super().__init__(config)
-        self.timm_model = timm.create_model(
+        network = timm.create_model(
             config.architecture,
             num_classes=num_classes,
             dynamic_img_size=True,  # identical at the native size
@@ -85,12 +86,14 @@ class VitRegPreTrainedModel(PreTrainedModel):
             pretrained_cfg=config.pretrained_cfg,
             **config.model_args,
         )
+        self.timm_model = cast(VisionTransformer, network)
         entry = read_entry(config.vitreg)
         self.untold = [(part, entry[part.key]) for part in UNTOLD]
         for part, value in self.untold:
             part.apply(self.timm_model, value)
-        for block in self.timm_model.blocks:
-            block.attn.kernel.config = self.config
+        for module in self.timm_model.modules():
+            if isinstance(module, AttentionKernel):
+                module.config = self.config
         self.post_init()
 
     @torch.no_grad()
@@ -107,7 +110,7 @@ class VitRegPreTrainedModel(PreTrainedModel):
 
     def _encode(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """[B, C, H, W] -> [B, N, D] after the final norm, with hidden states of the network that is not scaled."""
-        encoded = self._run(pixel_values, return_dict=True, **kwargs)
+        encoded = self._run(pixel_values, return_dict=True, **kwargs)  # pyright: ignore[reportCallIssue]  # for the decorator
         if encoded.hidden_states is not None:
             encoded["hidden_states"] = tuple(map(self._own_tokens, encoded.hidden_states))
         return encoded
@@ -178,7 +181,7 @@ class VitRegModel(VitRegPreTrainedModel):
             DataError: The patch does not divide the image.
         """
         encoded = self._encode(pixel_values, **kwargs)
-        tokens, first_patch = encoded.last_hidden_state, self.timm_model.num_prefix_tokens
+        tokens, first_patch = cast(Tensor, encoded.last_hidden_state), self.timm_model.num_prefix_tokens
         return VitRegModelOutput(
             **encoded,
             pooler_output=self.timm_model.forward_head(tokens),
@@ -191,7 +194,7 @@ class VitRegForImageClassification(VitRegPreTrainedModel):
     """Register ViT with timm's head on the pooled tokens; registers are in no pooling."""
 
     def __init__(self, config: VitRegConfig) -> None:
-        super().__init__(config, num_classes=config.num_labels)
+        super().__init__(config, num_classes=config.num_labels or 0)
         self.num_labels = config.num_labels
 
     @can_return_tuple
@@ -206,7 +209,7 @@ class VitRegForImageClassification(VitRegPreTrainedModel):
             **kwargs: As for `VitRegModel`.
         """
         encoded = self._encode(pixel_values, **kwargs)
-        logits = self.timm_model.forward_head(encoded.last_hidden_state)
+        logits = self.timm_model.forward_head(cast(Tensor, encoded.last_hidden_state))
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
@@ -224,10 +227,13 @@ class VitRegBackbone(BackboneMixin, VitRegPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the others come by name
+        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BackboneOutput:
         """Compute feature maps, [B, D, H/p, W/p] for each of `out_features`. Arguments as for `VitRegModel`."""
         encoded = self._encode(pixel_values, **kwargs)
-        maps = tuple(self._feature_map(encoded.hidden_states[i], pixel_values) for i in self.out_indices)
+        states = cast(tuple[Tensor, ...], encoded.hidden_states)  # the decorator asks for them
+        maps: Any = tuple(self._feature_map(states[i], pixel_values) for i in self.out_indices)
         return BackboneOutput(feature_maps=maps, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
 
     def _feature_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
@@ -248,7 +254,8 @@ def register() -> None:
     auto.AutoModel.register(VitRegConfig, VitRegModel, exist_ok=True)
     auto.AutoModelForImageClassification.register(VitRegConfig, VitRegForImageClassification, exist_ok=True)
     auto.AutoBackbone.register(VitRegConfig, VitRegBackbone, exist_ok=True)
-    processors = dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor)  # timm's own transforms either way
+    # timm's own transforms either way
+    processors: dict[str, type] = dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor)
     auto.AutoImageProcessor.register(VitRegConfig, image_processor_classes=processors, exist_ok=True)
 
 

@@ -68,7 +68,7 @@ def read(
 def _adapter(kind: type[T], unknown: Literal["forbid", "ignore"]) -> TypeAdapter[dict[str, T]]:
     # Inside a dictionary, because a plain dataclass takes its settings from what contains it. As JSON, because strict
     # reading of Python values does not take a dictionary for a dataclass.
-    return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, extra=unknown))
+    return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, extra=unknown))  # pyright: ignore[reportInvalidTypeForm]  # known at run time only
 
 
 def _problems(errors: Iterable[ErrorDetails], data: Any) -> Iterator[str]:

@@ -15,7 +15,6 @@ from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, HubError, HubRefusedError, LicenseError
 from vitreg_hub.hub import publish as publishing
 from vitreg_hub.hub import pull
-from vitreg_hub.hub.target import Found
 
 REPO = "lab/model"
 
@@ -184,7 +183,7 @@ def test_authors_metadata_of_the_towers_card_keep_every_character(hub, api, save
 
 
 def test_repository_that_cannot_be_read_after_it_was_made(hub, saved, monkeypatch):
-    monkeypatch.setattr(publishing, "look", lambda *_: Found())
+    monkeypatch.setattr(publishing, "look", lambda *_: None)
     with pytest.raises(HubError, match=f"{REPO} was made but cannot be read"):
         push(saved, REPO)
 

@@ -8,11 +8,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 import timm
 from pydantic import NonNegativeInt, PlainValidator, PositiveInt
-from torch import Tensor, nn
+from timm.models import VisionTransformer
+from torch import Tensor
 
 from vitreg_hub import typed
 from vitreg_hub.arch import ARCHS, ArchSpec, get_arch, require_whole_patches
@@ -21,10 +22,10 @@ from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.network.kinds import STEM, NetworkKind, kind_of
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule
-from vitreg_hub.network.residual_scale import unscaled_epsilon
+from vitreg_hub.network.residual_scale import ResidualScale, unscaled_epsilon
 from vitreg_hub.network.untold import UNTOLD, Untold
 
-ARGUMENTS = {
+ARGUMENTS: dict[str, Any] = {
     "img_size": tuple[PositiveInt, PositiveInt],
     "patch_size": PositiveInt,
     "in_chans": PositiveInt,
@@ -113,7 +114,8 @@ class BundleConfig:
     @property
     def img_size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
-        return tuple(self.model_args["img_size"])
+        height, width = self.model_args["img_size"]
+        return height, width
 
     @property
     def patch_size(self) -> int:
@@ -175,17 +177,14 @@ def _known_arch(name: Any) -> str:
     return name
 
 
-_Entry = dataclasses.make_dataclass(
-    "_Entry",
-    [
-        ("arch", Annotated[str, PlainValidator(_known_arch)]),
-        ("provenance", Annotated[Provenance, PlainValidator(provenance_from_json)]),
-        *((part.key, part.kind, part.default) for part in UNTOLD),
-    ],
-    frozen=True,
-    kw_only=True,
-)
-"""The fields of a `BundleConfig` that timm has no place for: they stand under `vitreg`."""
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """The fields of a `BundleConfig` that timm has no place for: they stand under `vitreg`."""
+
+    arch: Annotated[str, PlainValidator(_known_arch)]
+    provenance: Annotated[Provenance, PlainValidator(provenance_from_json)]
+    positions: PositionRule = TIMM_RULE
+    residual_scale: ResidualScale = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +215,7 @@ def config_from_json(config: Mapping[str, Any]) -> BundleConfig:
     """
     known = {f.name: config[f.name] for f in dataclasses.fields(_Form) if f.name in config}
     form = typed.read(_Form, known, error=BundleError)
-    registers = {kind_of(get_arch(form.vitreg.arch)).registers_argument: NonNegativeInt}
+    registers: dict[str, Any] = {kind_of(get_arch(form.vitreg.arch)).registers_argument: NonNegativeInt}
     for name, wanted in (ARGUMENTS | registers).items():
         if name in form.model_args:
             typed.read(wanted, form.model_args[name], called=f"model_args.{name}", error=BundleError)
@@ -255,7 +254,7 @@ def read_config(folder: Path, *, called: str) -> dict[str, Any]:
     return config
 
 
-def empty_model(config: BundleConfig, **timm_kwargs: Any) -> nn.Module:
+def empty_model(config: BundleConfig, **timm_kwargs: Any) -> VisionTransformer:
     """The network with shapes but no memory; timm checks and completes the arguments.
 
     Raises:
@@ -263,13 +262,14 @@ def empty_model(config: BundleConfig, **timm_kwargs: Any) -> nn.Module:
     """
     args = {"num_classes": config.num_classes, **config.model_args, **timm_kwargs}
     require_whole_patches(args)
-    return timm.create_model(
+    network = timm.create_model(
         config.spec.base,
         pretrained_cfg=config.to_json()["pretrained_cfg"],
         pretrained_model_args=dict(config.model_args),
         device="meta",
         **args,
     )
+    return cast(VisionTransformer, network)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -100,6 +100,7 @@ def _of_bundle(folder: Path, *, name: str, called: str) -> ModelInfo:
 def _architecture(config: BundleConfig) -> dict[str, Any]:
     """Facts about the network that a config.json describes, most of them counted in the network itself."""
     spec, args, model = config.spec, config.model_args, empty_model(config, weight_init="skip")
+    block: Any = model.blocks[0]  # a module, whose parts have no types
     return {
         "architecture": spec.name,
         "family": spec.family,
@@ -108,9 +109,9 @@ def _architecture(config: BundleConfig) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "width": model.embed_dim,
         "depth": len(model.blocks),
-        "num_heads": model.blocks[0].attn.num_heads,
+        "num_heads": block.attn.num_heads,
         "mlp": "SwiGLU" if spec.swiglu else "MLP",
-        "mlp_hidden": model.blocks[0].mlp.fc1.out_features,
+        "mlp_hidden": block.mlp.fc1.out_features,
         "mlp_ratio": args["mlp_ratio"],
         "activation": config.activation,
         "layer_scale": args.get("init_values"),

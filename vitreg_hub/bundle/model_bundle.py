@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import huggingface_hub as hf
 import timm
@@ -65,7 +65,8 @@ class ModelBundle(BundleConfig):
             args = json.loads(json.dumps(args))
         except TypeError as error:
             raise BundleError(f"{arch}: a bundle holds JSON only, but the model was built with {args}.") from error
-        preprocess = Preprocess.from_cfg(model.pretrained_cfg | {"input_size": [model.in_chans, *args["img_size"]]})
+        cfg = cast(dict[str, Any], model.pretrained_cfg)
+        preprocess = Preprocess.from_cfg(cfg | {"input_size": [model.in_chans, *args["img_size"]]})
         untold = {part.key: part.found_in(model, spec) for part in UNTOLD}
         weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
         for part in UNTOLD:
@@ -111,7 +112,7 @@ class ModelBundle(BundleConfig):
         config = None if problems else config_from_json(content)
         with readable(called):
             problems += weights_problems(folder, config)
-        if problems:
+        if config is None or problems:
             raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
         bundle = cls.of(config, load_file(folder / WEIGHTS_FILE))
         object.__setattr__(bundle, "weights_file", folder / WEIGHTS_FILE)  # not copied by `replace`
@@ -126,6 +127,8 @@ class ModelBundle(BundleConfig):
     def _load_published(cls, name: ModelName) -> Self:
         """Load weights that timm publishes."""
         cfg = timm.get_pretrained_cfg(name.given)
+        if cfg is None or cfg.hf_hub_id is None:
+            raise BundleError(f"timm names no Hub repository with the weights {name.given}: give another name.")
         with hub_errors(cfg.hf_hub_id):
             state_dict = patiently(partial(load_state_dict_from_hf, cfg.hf_hub_id))
         return cls(
@@ -195,13 +198,12 @@ class ModelBundle(BundleConfig):
         placement = {k: timm_kwargs.pop(k) for k in ("device", "dtype") if k in timm_kwargs}
         placement.setdefault("dtype", torch.get_default_dtype())  # as timm does, whatever the stored type
         model = empty_model(self, **timm_kwargs)
-        network = model.model if timm_kwargs.get("features_only") else model
-        state_dict = self._fresh_tensors()
+        network = cast(VisionTransformer, model.model) if timm_kwargs.get("features_only") else model
+        weights: Mapping[str, Tensor] = self._fresh_tensors()
         for part, value in self.untold:
-            state_dict = part.resolve(network, state_dict, value)
+            weights = part.resolve(network, weights, value)
         new_head = network.num_classes != self.num_classes
-        if new_head:
-            state_dict = {k: v for k, v in state_dict.items() if not self.kind.is_of_head(k)}
+        state_dict = {k: v for k, v in weights.items() if not (new_head and self.kind.is_of_head(k))}
         if network.in_chans != self.preprocess.input_size[0]:
             stem = f"{STEM}.weight"
             state_dict[stem] = adapt_input_conv(network.in_chans, state_dict[stem])
@@ -221,7 +223,7 @@ class ModelBundle(BundleConfig):
                 f"{len(missing)} tensors are missing, {len(unused)} have no place, first {[*missing, *unused][0]}"
             )
         for prefix in sorted({key.partition(".")[0] for key in left.missing_keys}):  # as timm draws a head
-            head = network.get_submodule(prefix).to_empty(device="cpu")
+            head = cast(nn.Linear, network.get_submodule(prefix)).to_empty(device="cpu")
             trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         return model.to(**placement).eval()

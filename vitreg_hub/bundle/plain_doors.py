@@ -4,19 +4,22 @@ Usage: python -P plain_doors.py FOLDER IMAGES.safetensors OUTPUTS.safetensors
 """
 
 import sys
+from typing import cast
 
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import VisionTransformer
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, logging
 
 
 def timm_outputs(model: torch.nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Tokens, pooled features and, with a head, logits of a timm ViT."""
-    tokens = model.forward_features(images)
-    outputs = {"tokens": tokens, "pooled": model.forward_head(tokens, pre_logits=True)}
-    return outputs | ({"logits": model(images)} if model.num_classes else {})
+    network = cast(VisionTransformer, model)
+    tokens = network.forward_features(images)
+    outputs = {"tokens": tokens, "pooled": network.forward_head(tokens, pre_logits=True)}
+    return outputs | ({"logits": network(images)} if network.num_classes else {})
 
 
 def transformers_outputs(folder: str, images: Tensor, *, num_classes: int) -> dict[str, Tensor]:
@@ -35,7 +38,7 @@ def main(folder: str, images_file: str, outputs_file: str) -> None:
     """Open FOLDER through both doors and write what comes out."""
     logging.disable_progress_bar()
     images = load_file(images_file)["images"]
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model = cast(VisionTransformer, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     doors = {
         "timm": timm_outputs(model, images),
         "transformers": transformers_outputs(folder, images, num_classes=model.num_classes),

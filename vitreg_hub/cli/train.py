@@ -181,7 +181,7 @@ def _add_settings(
         if is_dataclass(types[name]):
             _add_settings(group, value, types, prefix=f"{name}.")
         else:
-            plain = asdict(value) if is_dataclass(value) else value
+            plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
             group.add_argument(f"--{name}", type=types[name], default=plain, help=meanings[field.name])
 
 

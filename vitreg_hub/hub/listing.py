@@ -42,10 +42,13 @@ def list_models(
         UnknownArchError: No such architecture.
     """
     tags = [TAG] if arch is None else [TAG, get_arch(arch).name]
-    fields = ["tags", "downloads", "likes", "lastModified", "private"]
     ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, filter=tags, author=author, search=search)
     with hub_errors("the list of models"):
-        found = patiently(lambda: list(ask(sort="downloads", limit=limit, expand=fields)))
+        found = patiently(
+            lambda: list(
+                ask(sort="downloads", limit=limit, expand=["tags", "downloads", "likes", "lastModified", "private"])
+            )
+        )
     return tuple(
         PublishedModel(
             repo_id=model.id,

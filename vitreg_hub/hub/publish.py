@@ -211,20 +211,20 @@ def pull(name: str, folder: str | Path) -> Path:
 def _as_private(target: Target, repo_id: str) -> Target:
     """The target of the repository beside another one: private if that one is."""
     with hub_errors(repo_id):
-        tree = look(hf.HfApi(library_name="vitreg_hub"), repo_id, target).tree
-    return dataclasses.replace(target, private=target.private or (tree is not None and tree.private))
+        found = look(hf.HfApi(library_name="vitreg_hub"), repo_id, target)
+    return dataclasses.replace(target, private=target.private or (found is not None and found.tree.private))
 
 
 def _plan(shipment: Shipment, target: Target) -> PushPlan:
     with hub_errors(shipment.repo_id):
         found = look(hf.HfApi(library_name="vitreg_hub"), shipment.repo_id, target)
         files, changed = compare(shipment, target, found)
-    there = found.tree.checksums if found.tree is not None else {}
+    there = found.tree.checksums if found is not None else {}
     return PushPlan(
         repo_id=shipment.repo_id,
         branch=target.branch,
-        makes_repository=found.refs is None,
-        makes_branch=target.branch not in (found.refs.branches if found.refs is not None else ("main",)),
+        makes_repository=found is None,
+        makes_branch=target.branch not in (found.refs.branches if found is not None else ("main",)),
         license=shipment.license,
         files=tuple(
             _planned(name, content, there=there, changed=name in changed)
@@ -250,23 +250,24 @@ def _publish(shipment: Shipment, target: Target) -> Pushed:
     api, repo_id = hf.HfApi(library_name="vitreg_hub"), shipment.repo_id
     with hub_errors(repo_id):
         found = look(api, repo_id, target)
-        if found.refs is None:
+        if found is None:
             private = target.private or None  # None: the organisation's default
             patiently(partial(api.create_repo, repo_id, private=private, exist_ok=True))
             found = look(api, repo_id, target)
-            if found.refs is None:
+            if found is None:
                 raise HubError(f"{repo_id} was made but cannot be read: use a token that may also read it.")
         _, files = compare(shipment, target, found)
         if target.branch not in found.refs.branches:
             start = found.tree.commit
             patiently(partial(api.create_branch, repo_id, branch=target.branch, revision=start, exist_ok=True))
         commit, request = found.tree.commit, None
-        where = dict(branch=target.branch, parent=found.tree, message=shipment.title)
         if files and target.create_pr:
-            info = open_pull_request(api, repo_id, files, **where)
+            info = open_pull_request(
+                api, repo_id, files, branch=target.branch, parent=found.tree, message=shipment.title
+            )
             commit, request = info.oid, info.pr_url
         elif files:
-            commit = commit_files(api, repo_id, files, **where)
+            commit = commit_files(api, repo_id, files, branch=target.branch, parent=found.tree, message=shipment.title)
         url = f"{api.endpoint}/{repo_id}/commit/{commit}"
         if target.tag:
             _tag(api, repo_id, target.tag, commit, url)

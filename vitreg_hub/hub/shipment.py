@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub as hf
 
@@ -131,7 +131,7 @@ def _bundle_shipment(
 def _tower_shipment(folder: Path, bundle_repo: str, *, branch: str, license: str | None) -> Shipment:
     """What the repository of both towers beside a bundle is to hold."""
     files = dict(tower_files(folder, bundle_repo=bundle_repo, branch=branch, license=license))
-    card = files.pop(CARD_FILE).decode()
+    card = cast(bytes, files.pop(CARD_FILE)).decode()
     return Shipment(
         repo_id=bundle_repo + TOWER_SUFFIX,
         title=f"Publish both towers of {bundle_repo.rpartition('/')[2]} with vitreg_hub",

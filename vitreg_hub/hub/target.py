@@ -51,20 +51,14 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What is there: nothing, or the branch, or the branch that a new one will start from."""
+    """What is there: the branch, or the branch that a new one will start from."""
 
-    refs: Refs | None = None
-    tree: Tree | None = None
-
-    def changes(self, files: Files) -> Files:
-        """The files that have to be sent or deleted."""
-        if self.tree is None:
-            return {name: content for name, content in files.items() if content is not None}
-        return self.tree.changed(files)
+    refs: Refs
+    tree: Tree
 
 
-def look(api: hf.HfApi, repo_id: str, target: Target) -> Found:
-    """Read what is there.
+def look(api: hf.HfApi, repo_id: str, target: Target) -> Found | None:
+    """Read what is there; None if there is no repository.
 
     Raises:
         HubRefusedError: The repository does not accept the push.
@@ -73,7 +67,7 @@ def look(api: hf.HfApi, repo_id: str, target: Target) -> Found:
     if refs is None:
         if target.create_pr:
             raise HubRefusedError(f"there is no repository {repo_id} to open a pull request in: leave --create-pr out.")
-        return Found()
+        return None
     if target.branch in refs.tags:
         raise HubRefusedError(
             f"{target.branch} is a tag of {repo_id}, which accepts no commits: choose another branch."
@@ -95,14 +89,14 @@ def look(api: hf.HfApi, repo_id: str, target: Target) -> Found:
     return Found(refs=refs, tree=tree)
 
 
-def compare(shipment: Shipment, target: Target, found: Found) -> tuple[Files, Files]:
+def compare(shipment: Shipment, target: Target, found: Found | None) -> tuple[Files, Files]:
     """All files of a shipment, and those of them that have to be sent or deleted.
 
     Raises:
         HubRefusedError: The tag is taken, or another model's files are there.
         LicenseError: The card on the Hub states another license.
     """
-    there = found.tree.checksums if found.tree is not None else {}
+    there = found.tree.checksums if found is not None else {}
     others = sorted(name for name in there if name not in shipment.files and OF_OTHERS.fullmatch(name))
     if others:
         raise HubRefusedError(
@@ -110,7 +104,9 @@ def compare(shipment: Shipment, target: Target, found: Found) -> tuple[Files, Fi
             "one: delete them there first, or push to another repository."
         )
     files = _with_card(shipment, found)
-    changed = found.changes(files)
+    if found is None:
+        return files, {name: content for name, content in files.items() if content is not None}
+    changed = found.tree.changed(files)
     _refuse_tag(shipment, target, found, moves=bool(changed))
     if CONFIG_FILE in changed and CONFIG_FILE in there:
         _warn_of_other_model(shipment, found.tree)
@@ -127,9 +123,9 @@ def _warn_of_other_model(shipment: Shipment, tree: Tree) -> None:
         )
 
 
-def _with_card(shipment: Shipment, found: Found) -> Files:
+def _with_card(shipment: Shipment, found: Found | None) -> Files:
     """All files of a shipment; the card is the one on the Hub, brought up to date."""
-    if found.tree is None or CARD_FILE not in found.tree.checksums:
+    if found is None or CARD_FILE not in found.tree.checksums:
         return {**shipment.files, CARD_FILE: encoded(shipment.card(None))}
     expected = found.tree.checksums[CARD_FILE]
     file = fetch_file(shipment.repo_id, CARD_FILE, found.tree.commit, expected=expected)
@@ -174,6 +170,6 @@ def _require_license(shipment: Shipment, stated: Sequence[str], *, kept: bool) -
 
 
 def _refuse_tag(shipment: Shipment, target: Target, found: Found, *, moves: bool) -> None:
-    taken = found.refs.tags.get(target.tag) if found.refs is not None and target.tag else None
+    taken = found.refs.tags.get(target.tag) if target.tag else None
     if taken is not None and (moves or taken != found.tree.commit):
         raise HubRefusedError(f"{shipment.repo_id} has a tag {target.tag} already: choose another one.")

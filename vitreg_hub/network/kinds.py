@@ -6,7 +6,7 @@ Blocks, final norm and patch embedding have the same names in all of them.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from timm.models import VisionTransformer, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
@@ -57,7 +57,7 @@ class NetworkKind:
     @property
     def classifier(self) -> str | tuple[str, ...]:
         """The heads as timm's cfgs name them."""
-        return self.heads if len(self.heads) > 1 else self.heads[0]
+        return self.heads[0] if len(self.heads) == 1 else self.heads
 
     def is_of_head(self, name: str) -> bool:
         """Whether a tensor belongs to a head."""
@@ -70,7 +70,7 @@ class NetworkKind:
 
     def num_class_tokens(self, network: nn.Module) -> int:
         """Tokens before the registers of a network, which may have been built without a class token."""
-        return network.num_prefix_tokens - self.num_registers(network)
+        return cast(int, network.num_prefix_tokens) - self.num_registers(network)
 
 
 _TOKENS = (("cls_token", "normal_", 1e-6), ("reg_token", "normal_", REGISTER_INIT_STD))  # the first as timm

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.arch import ArchSpec
 from vitreg_hub.network.positions import TIMM_RULE, PositionRule, follow, rule_of
-from vitreg_hub.network.residual_scale import (
-    ResidualScale,
-    can_scale,
-    scale_for,
-    scaled,
-    stream_norms,
-    unscaled_epsilon,
-)
+from vitreg_hub.network.residual_scale import can_scale, scale_for, scaled, stream_norms, unscaled_epsilon
 
 
 class Untold:
@@ -28,12 +21,10 @@ class Untold:
 
     Attributes:
         key: Its key in config.json, and its field of `BundleConfig`.
-        kind: The type of its value, for `typed.read`.
         default: The value that plain timm has, which is not stored.
     """
 
     key: str
-    kind: Any
     default: Any
 
     def to_json(self, value: Any) -> Any:
@@ -48,10 +39,10 @@ class Untold:
         """
         raise NotImplementedError
 
-    def problem(self, network: nn.Module, value: Any) -> str | None:
+    def problem(self, network: VisionTransformer, value: Any) -> str | None:
         """Why a network of plain timm cannot have the value; None if it can."""
 
-    def apply(self, network: nn.Module, value: Any) -> None:
+    def apply(self, network: VisionTransformer, value: Any) -> None:
         """Apply the value to a network of plain timm that keeps its weights as they are stored.
 
         Raises:
@@ -62,7 +53,7 @@ class Untold:
         """Weights of the model itself, as they are stored."""
         return weights
 
-    def resolve(self, network: nn.Module, weights: Mapping[str, Tensor], value: Any) -> Mapping[str, Tensor]:
+    def resolve(self, network: VisionTransformer, weights: Mapping[str, Tensor], value: Any) -> Mapping[str, Tensor]:
         """Change a network of plain timm and stored weights back into the model itself; returns its weights."""
         self.apply(network, value)
         return weights
@@ -82,7 +73,7 @@ class Untold:
 class _Positions(Untold):
     """How the position table is resampled: timm has a rule of its own."""
 
-    key, kind, default = "positions", PositionRule, TIMM_RULE
+    key, default = "positions", TIMM_RULE
 
     def to_json(self, value: PositionRule) -> dict[str, Any]:
         return dataclasses.asdict(value)
@@ -109,7 +100,7 @@ class _Positions(Untold):
 class _ResidualScale(Untold):
     """How many times larger the residual stream is stored, for another epsilon than timm's entrypoint has."""
 
-    key, kind, default = "residual_scale", ResidualScale, 1.0
+    key, default = "residual_scale", 1.0
 
     def found_in(self, model: nn.Module, spec: ArchSpec) -> float:
         return scale_for(model, norm_eps=spec.lineage.norm_eps)
