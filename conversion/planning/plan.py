@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from timm.models import VisionTransformer
 from torch import Tensor
@@ -125,7 +125,7 @@ def _empty_network(config: BundleConfig, choice: Choices) -> tuple[VisionTransfo
     try:
         problems = list(rule_problems(config.to_json()))
         if not problems:
-            network = cast(VisionTransformer, empty_model(config, weight_init="skip"))
+            network = empty_model(config, weight_init="skip")
             scale = choice.residual_scale(network, spec)
             if scale == 1 or can_scale(network):
                 return network, scale
