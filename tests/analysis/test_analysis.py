@@ -132,7 +132,9 @@ def test_outliers_are_those_of_the_chosen_block_by_its_own_cutoff():
     assert not [note for note in found.notes if "choose another one" in note]
     elsewhere = analyze(truth.model, truth.data, block=0)
     assert elsewhere.places.per_image == (100,)
-    assert any(note.startswith("Blocks 1, 2 have outliers, but the chosen block 0 has none") for note in elsewhere.notes)
+    assert any(
+        note.startswith("Blocks 1, 2 have outliers, but the chosen block 0 has none") for note in elsewhere.notes
+    )
 
 
 def test_a_norm_that_equals_a_given_cutoff_is_no_outlier(truth):
