@@ -88,5 +88,6 @@ def test_unknown_names_are_refused_in_the_same_words(taker, tmp_path, monkeypatc
 def test_a_folder_is_asked_for_where_only_a_folder_will_do():
     with pytest.raises(BundleError, match="hf-hub:lab/x is not a folder: fetch a published bundle with `vitreg pull`"):
         bundle_folder("hf-hub:lab/x")
-    with pytest.raises(BundleError, match=r"ModelBundle.load\('vit_small_reg4.dinov2_lvd142m'\).save\(folder\) writes"):
-        bundle_folder("vit_small_reg4.dinov2_lvd142m")
+    for name in ("vit_small_reg4.dinov2_lvd142m", "vit_small_reg4"):
+        with pytest.raises(BundleError, match=rf"ModelBundle.load\('{name}'\).save\(folder\) writes"):
+            bundle_folder(name)
