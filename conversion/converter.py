@@ -21,7 +21,7 @@ from vitreg_hub.conversion.reference import measure
 from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.conversion.text_tower import TextTower
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.files import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE, require_absent, write_folder
+from vitreg_hub.files import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE, new_folder, require_absent
 from vitreg_hub.licenses import settle, stated_licenses
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.model_cards.facts import KEPT_TOWER
@@ -121,15 +121,13 @@ def convert(
         if target is None:
             return finished({name: plan.assembly.make(name).clone() for name in plan.assembly.wanted})
 
-        def fill(staging: Path) -> None:
+        with new_folder(target) as staging:
             write_safetensors(staging / WEIGHTS_FILE, plan.assembly.wanted, plan.assembly.make)
             bundle = finished(load_file(staging / WEIGHTS_FILE))
             (staging / CONFIG_FILE).write_text(bundle.text(), encoding="utf-8")
             (staging / CARD_FILE).write_text(render(bundle), encoding="utf-8")
             if tower and beside:  # last: both folders appear, or none
                 tower.write(beside)
-
-        write_folder(target, fill)
     return ModelBundle.load(target)
 
 

@@ -15,7 +15,7 @@ from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.detect import EXPORTS, find_format
 from vitreg_hub.conversion.formats.rules import Rule
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.files import CARD_FILE, WEIGHTS_FILE, require_absent, write_file, write_folder
+from vitreg_hub.files import CARD_FILE, WEIGHTS_FILE, new_folder, require_absent, whole_file
 from vitreg_hub.licenses import is_noncommercial, metadata
 from vitreg_hub.network.residual_scale import WRITES_TO_STREAM
 
@@ -111,31 +111,32 @@ def export(bundle: ModelBundle | str | Path, out: str | Path, *, format: str) ->
     exported = _Export(bundle, fmt)
     if fmt.position_rule(has_registers="reg_token" in bundle.state_dict) != bundle.positions:
         logger.warning("%s resamples positions differently: outputs are equal at the native image size only", fmt.title)
-    return _write_folder(exported, out) if fmt.is_folder else _write_file(exported, out)
+    (_write_folder if fmt.is_folder else _write_file)(exported, out)
+    return out
 
 
-def _write_folder(exported: _Export, out: Path) -> Path:
+def _write_folder(exported: _Export, out: Path) -> None:
     configs = exported.fmt.config_files(exported.bundle)
-
-    def fill(staging: Path) -> None:
+    with new_folder(out) as staging:
         write_safetensors(staging / WEIGHTS_FILE, exported.shapes, exported.make)
         for name, content in configs.items():
             (staging / name).write_text(config_text(content), encoding="utf-8")
         (staging / CARD_FILE).write_text(_card(exported.bundle), encoding="utf-8")
 
-    return write_folder(out, fill)
 
-
-def _write_file(exported: _Export, out: Path) -> Path:
+def _write_file(exported: _Export, out: Path) -> None:
     origin, license = exported.bundle.provenance.origin, exported.bundle.provenance.license
     if out.suffix == ".safetensors":
         header = {"origin": origin, "license": license} if license else {"origin": origin}
-        return write_file(out, lambda path: write_safetensors(path, exported.shapes, exported.make, metadata=header))
+        with whole_file(out) as path:
+            write_safetensors(path, exported.shapes, exported.make, metadata=header)
+        return
     if license and is_noncommercial(license):
         logger.warning("%s does not tell the license of these weights, which is %s", out, license)
     weights: dict[str, Any] = {name: exported.make(name) for name in exported.shapes}
     content = {exported.fmt.container: weights} if exported.fmt.container else weights
-    return write_file(out, lambda path: torch.save(content, path))
+    with whole_file(out) as path:
+        torch.save(content, path)
 
 
 def _card(bundle: ModelBundle) -> str:

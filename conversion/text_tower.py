@@ -14,7 +14,7 @@ from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensor
 from vitreg_hub.conversion.formats.clip import ARCHIVE_NUMBERS
 from vitreg_hub.conversion.planning.plan import Plan
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, write_folder
+from vitreg_hub.files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, new_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +72,11 @@ class TextTower:
 
     def write(self, folder: Path) -> Path:
         """Write the model to a new folder; a BundleError says that it exists or cannot be written."""
-
-        def fill(staging: Path) -> None:
+        with new_folder(folder) as staging:
             (staging / OPENCLIP_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
             shapes = {name: self.checkpoint.infos[name].shape for name in self.names}
             write_safetensors(staging / OPENCLIP_WEIGHTS, shapes, lambda name: self.checkpoint.read(name).contiguous())
-
-        return write_folder(folder, fill)
+        return folder
 
 
 def _config(plan: Plan) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from vitreg_hub.analysis.figures.report import token_figure
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, TrainingError
-from vitreg_hub.files import write_file
+from vitreg_hub.files import whole_file
 from vitreg_hub.hub.publish import pull, push, require_token
 from vitreg_hub.images.embedded import digits
 from vitreg_hub.images.source import Transform
@@ -83,7 +83,9 @@ def _draw(model: Path, file: Path) -> Path:
     vit = ModelBundle.load(model).build()
     transform = cast(Transform, create_transform(**resolve_model_data_config(vit)))
     images = torch.stack([transform(image) for image in digits("test")[:NUM_IMAGES]["image"]])
-    return write_file(file, lambda path: token_figure(vit, images, file=path), replace=True)
+    with whole_file(file, replace=True) as path:
+        token_figure(vit, images, file=path)
+    return file
 
 
 def _compare_with_hub(folder: Path, repo_id: str) -> None:

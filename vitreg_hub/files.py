@@ -4,7 +4,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import SEEK_END, BytesIO
 from pathlib import Path
 
@@ -26,7 +27,7 @@ TOWER_SUFFIX = "-open_clip"
 """Ends the name of the folder, or repository, with both towers of a CLIP model, beside that of its bundle."""
 
 SWAP, NEW, OLD = "-swap", "new", "old"
-"""What `replace_folder` calls its folders."""
+"""What `replaced_folder` calls its folders."""
 
 
 def require_absent(target: Path) -> None:
@@ -51,8 +52,9 @@ def _umask() -> int:
     return mask
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Run `fill` in a sibling temporary folder and rename it into place.
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `target`, which gets that name at the end of the block.
 
     Raises:
         BundleError: `target` exists, or cannot be written; nothing is left of it.
@@ -65,7 +67,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise BundleError(f"cannot write to {target.parent}: {error.strerror}.") from error
     try:
-        fill(staging)
+        yield staging
         mask = _umask()
         for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make them private
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
@@ -77,15 +79,38 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
         if isinstance(error, OSError | SafetensorError):  # a full disk raises either
             raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
         raise
-    return target
 
 
-def write_file(target: Path, write: Callable[[Path], object], *, replace: bool = False) -> Path:
-    """Run `write` on a file in a temporary folder beside the target and rename it into place.
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that takes the place of `target`, if there is one, at the end of the block.
+
+    No portable call exchanges two folders. A process that is killed between the two renames leaves both folders
+    complete, and `restore_folders` puts the old one back.
+
+    Raises:
+        BundleError: It cannot be written; the old one stays.
+    """
+    swap = target.with_name(f".{target.name}{SWAP}")
+    try:
+        if swap.exists():
+            shutil.rmtree(swap)
+        with new_folder(swap / NEW) as staging:
+            yield staging
+        if target.exists():
+            target.rename(swap / OLD)
+        (swap / NEW).rename(target)
+        shutil.rmtree(swap)
+    except OSError as error:
+        raise BundleError(f"cannot write {target}: {error.strerror or error}.") from error
+
+
+@contextmanager
+def whole_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield the path of a file in a hidden folder beside `target`, which it becomes at the end of the block.
 
     Args:
         target: The file; must not exist unless `replace`.
-        write: Takes the path to write to.
         replace: Whether it may replace an old one.
 
     Raises:
@@ -96,11 +121,10 @@ def write_file(target: Path, write: Callable[[Path], object], *, replace: bool =
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as staging:
-            write(Path(staging, target.name))
+            yield Path(staging, target.name)
             Path(staging, target.name).replace(target)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
         raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
-    return target
 
 
 def checksum(content: Path | bytes, *, like: str) -> str:
@@ -130,33 +154,6 @@ def require_space(folder: Path, num_bytes: int, *, what: str) -> None:
         raise HubError(
             f"{what} takes {num_bytes / 1e6:,.1f} MB, but at {existing} only {free / 1e6:,.1f} MB are free: make room."
         )
-
-
-def replace_folder(target: Path, write: Callable[[Path], object]) -> Path:
-    """Write a folder in place of an old one, if there is one.
-
-    No portable call exchanges two folders. A process that is killed between the two renames leaves both folders
-    complete, and `restore_folders` puts the old one back.
-
-    Args:
-        target: The folder.
-        write: Writes a folder that does not exist yet, completely or not at all.
-
-    Raises:
-        BundleError: It cannot be written; the old one stays.
-    """
-    swap = target.with_name(f".{target.name}{SWAP}")
-    try:
-        if swap.exists():
-            shutil.rmtree(swap)
-        write(swap / NEW)
-        if target.exists():
-            target.rename(swap / OLD)
-        (swap / NEW).rename(target)
-        shutil.rmtree(swap)
-    except OSError as error:
-        raise BundleError(f"cannot write {target}: {error.strerror or error}.") from error
-    return target
 
 
 def read_content(file: Path) -> bytes | None:

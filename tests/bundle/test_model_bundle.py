@@ -17,7 +17,7 @@ from vitreg_hub.bundle.doors import DOORS, verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.errors import BundleError, DataError, UnknownArchError
-from vitreg_hub.files import write_folder
+from vitreg_hub.files import new_folder
 
 
 @pytest.fixture
@@ -250,12 +250,13 @@ def test_save_refuses_an_existing_folder_and_leaves_it_alone(saved):
 
 
 def test_failed_write_leaves_nothing(tmp_path):
-    def fill(staging: Path) -> None:
-        (staging / "config.json").write_text("{}")
-        raise OSError(errno.ENOSPC, "disk full")
+    def write_half(target: Path) -> None:
+        with new_folder(target) as staging:
+            (staging / "config.json").write_text("{}")
+            raise OSError(errno.ENOSPC, "disk full")
 
     with pytest.raises(BundleError, match=r"cannot write .*target: disk full"):
-        write_folder(tmp_path / "new" / "target", fill)
+        write_half(tmp_path / "new" / "target")
     assert list(tmp_path.iterdir()) == []
 
 

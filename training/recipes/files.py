@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import RecipeError
-from vitreg_hub.files import RECIPE_FILE, write_file
+from vitreg_hub.files import RECIPE_FILE, whole_file
 from vitreg_hub.training.recipes.settings import Augment, Recipe, to_dict
 from vitreg_hub.training.tasks import TASKS
 
@@ -138,7 +138,10 @@ def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
         BundleError: It cannot be written.
     """
     text = yaml.safe_dump(public_settings(recipe), sort_keys=False) if public else recipe_to_yaml(recipe)
-    return write_file(Path(folder, RECIPE_FILE), lambda file: file.write_text(text, encoding="utf-8"), replace=True)
+    target = Path(folder, RECIPE_FILE)
+    with whole_file(target, replace=True) as file:
+        file.write_text(text, encoding="utf-8")
+    return target
 
 
 def require_same_recipe(recipe: Recipe, folder: Path) -> None:

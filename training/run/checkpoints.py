@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitreg_hub.errors import BundleError, TrainingError
-from vitreg_hub.files import CONFIG_FILE, RECIPE_FILE, write_folder
+from vitreg_hub.files import CONFIG_FILE, RECIPE_FILE, new_folder
 from vitreg_hub.training.distributed.parallel import (
     full_optimizer_tensors,
     full_tensors,
@@ -113,7 +113,9 @@ def save_run(
         _require_finite(weights, trainer.step)
         folder = out / CHECKPOINTS / f"step_{trainer.step:07d}"
         if not folder.exists():  # it does when a run resumes at its last step
-            write_folder(folder, lambda staging: _fill(staging, weights, state, write_model))
+            with new_folder(folder) as staging:
+                write_model(staging)
+                _write_state(staging, weights, state)
         for old in checkpoints(out)[: -trainer.recipe.watch.keep]:
             # renamed first, so that it never looks complete when it is half deleted
             shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
@@ -192,13 +194,7 @@ def _require_finite(weights: Mapping[str, Mapping[str, Tensor]], step: int) -> N
                 )
 
 
-def _fill(
-    staging: Path,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    write_model: Callable[[Path], None],
-) -> None:
-    write_model(staging)
+def _write_state(staging: Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     (staging / STATE).mkdir()
     for name, tensors in weights.items():
         if tensors:

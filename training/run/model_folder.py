@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import BestModel, Provenance, TrainingRun
 from vitreg_hub.environment import command, commit, hardware, now, public_text, versions
-from vitreg_hub.files import CURVES_FIGURE, EXTRA_FILES, METRICS_FILE, RECIPE_FILE, replace_folder, write_folder
+from vitreg_hub.files import CURVES_FIGURE, EXTRA_FILES, METRICS_FILE, RECIPE_FILE, replaced_folder
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.training.recipes.files import public_settings, write_recipe
 from vitreg_hub.training.recipes.settings import Recipe
@@ -65,7 +65,8 @@ class ModelWriter:
         """
         bundle = self.bundle(measured, as_best=as_best)
         self._trainer.parts.task.write_beside(self._trainer.parts.twin, bundle, folder)
-        replace_folder(folder, lambda new: write_folder(new, lambda staging: self.fill(staging, bundle, run=run)))
+        with replaced_folder(folder) as staging:
+            self.fill(staging, bundle, run=run)
 
     def fill(self, folder: Path, bundle: ModelBundle, *, run: Path | None) -> None:
         """Write a bundle, its card and, given a run's folder, how the run went."""

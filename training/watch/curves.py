@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from vitreg_hub.files import write_file
+from vitreg_hub.files import whole_file
 from vitreg_hub.plotting import (
     CLASS,
     COLUMNS,
@@ -91,7 +91,9 @@ def draw_curves(metrics: Path, file: Path, *, title: str) -> Path | None:
     shown = [panel for panel in panels_of(read_history(metrics)) if panel.curves]
     if not shown:
         return None
-    return write_file(file, lambda target: target.write_bytes(png(_figure(shown, title))), replace=True)
+    with whole_file(file, replace=True) as target:
+        target.write_bytes(png(_figure(shown, title)))
+    return file
 
 
 def read_history(metrics: Path) -> History:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from vitreg_hub.files import write_file
+from vitreg_hub.files import whole_file
 from vitreg_hub.plotting import plain, png
 from vitreg_hub.training.tasks.base import Batch
 
@@ -42,7 +42,9 @@ def draw_first_batch(
         BundleError: The file cannot be written.
     """
     figure = first_batch_figure(batch, mean=mean, std=std, label_names=label_names)
-    return write_file(Path(file), lambda target: target.write_bytes(png(figure)), replace=True)
+    with whole_file(Path(file), replace=True) as target:
+        target.write_bytes(png(figure))
+    return Path(file)
 
 
 def first_batch_figure(

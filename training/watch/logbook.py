@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vitreg_hub.errors import BundleError, RecipeError
-from vitreg_hub.files import METRICS_FILE, write_file
+from vitreg_hub.files import METRICS_FILE, whole_file
 from vitreg_hub.plotting import number
 from vitreg_hub.training.watch.throughput import Throughput
 
@@ -203,12 +203,9 @@ def _drop_from(file: Path, start_step: int) -> None:
         except (ValueError, TypeError, KeyError):
             return math.inf
 
-    def write(target: Path) -> None:
-        with file.open("rb") as old, target.open("wb") as new:
-            new.writelines(line for line in old if step_of(line) < start_step)
-
     if file.exists():
-        write_file(file, write, replace=True)
+        with whole_file(file, replace=True) as target, file.open("rb") as old, target.open("wb") as new:
+            new.writelines(line for line in old if step_of(line) < start_step)
 
 
 def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:

@@ -22,7 +22,7 @@ from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json,
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.bundle.rules import rule_problems, tensor_problems, weights_problems
 from vitreg_hub.errors import BundleError, readable
-from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
+from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, new_folder
 from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.network.kinds import STEM
 from vitreg_hub.network.untold import UNTOLD
@@ -164,7 +164,9 @@ class ModelBundle(BundleConfig):
         Raises:
             BundleError: The folder exists, or the weights are not those of the architecture.
         """
-        return write_folder(Path(folder), lambda staging: self.write_into(staging, card=card))
+        with new_folder(Path(folder)) as staging:
+            self.write_into(staging, card=card)
+        return Path(folder)
 
     def write_into(self, folder: Path, *, card: str | None = None) -> None:
         """Write the bundle's files into an existing folder.

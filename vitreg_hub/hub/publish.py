@@ -13,7 +13,7 @@ import huggingface_hub as hf
 from vitreg_hub.bundle import doors
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import HubError, HubRefusedError
-from vitreg_hub.files import BUNDLE_FILES, EXTRA_FILES, require_absent, require_space, write_folder
+from vitreg_hub.files import BUNDLE_FILES, EXTRA_FILES, new_folder, require_absent, require_space
 from vitreg_hub.hub.shipment import Shipment, Verify, make_shipments
 from vitreg_hub.hub.target import Target, compare, look
 from vitreg_hub.remote.client import hub_errors, patiently
@@ -200,12 +200,10 @@ def pull(name: str, folder: str | Path) -> Path:
     ModelBundle.load(cached)
     files = [cached / file for file in (*BUNDLE_FILES, *EXTRA_FILES) if (cached / file).exists()]
     require_space(target, sum(file.stat().st_size for file in files), what=name)
-
-    def fill(staging: Path) -> None:
+    with new_folder(target) as staging:
         for file in files:
             shutil.copyfile(file, staging / file.name)
-
-    return write_folder(target, fill)
+    return target
 
 
 def _as_private(target: Target, repo_id: str) -> Target:

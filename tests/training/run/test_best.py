@@ -23,7 +23,7 @@ from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import BestModel
 from vitreg_hub.errors import BundleError
-from vitreg_hub.files import replace_folder
+from vitreg_hub.files import replaced_folder
 from vitreg_hub.training import loop
 from vitreg_hub.training.loop import Instruments, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml, recipe_to_yaml
@@ -398,16 +398,17 @@ def test_nothing_that_may_be_published_names_folders_of_the_machine(script, hub,
 @pytest.mark.parametrize("renamed", ["best", "new"])
 def test_kill_between_two_renames_leaves_the_old_folder(renamed, tmp_path, monkeypatch):
     def write(text):
-        return lambda new: (new.mkdir(parents=True), (new / "file").write_text(text))
+        with replaced_folder(tmp_path / "best") as new:
+            (new / "file").write_text(text)
 
-    replace_folder(tmp_path / "best", write("old"))
+    write("old")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", renaming(renamed, 1))
         with pytest.raises(Killed):
-            replace_folder(tmp_path / "best", write("new"))
+            write("new")
     restore_folders(tmp_path)
     assert (tmp_path / "best" / "file").read_text() == "old"
-    replace_folder(tmp_path / "best", write("new"))
+    write("new")
     assert (tmp_path / "best" / "file").read_text() == "new"
     assert not hidden(tmp_path)
 

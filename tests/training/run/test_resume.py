@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from training_runs import LAMB, STEPS, TINY, lines, train
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, RecipeError, TrainingError
-from vitreg_hub.files import write_folder
+from vitreg_hub.files import new_folder
 from vitreg_hub.images.embedded import digits
 from vitreg_hub.training import loop
 from vitreg_hub.training.data import opening as data
@@ -132,7 +133,7 @@ def test_killed_elsewhere(moment, uninterrupted, tmp_path, monkeypatch):
                 safetensors.torch.save_file(*args, **kwargs)
 
             patched.setattr(run_state, "save_file", killed)
-            patched.setattr(run_state, "write_folder", write_and_leave)
+            patched.setattr(run_state, "new_folder", left_behind)
         with pytest.raises(Killed):
             train(saving(name), tmp_path / "run")
     if moment == "while writing one":
@@ -156,13 +157,13 @@ def killed_before_the_model(self, folder, *args, **options):
     write(self, folder, *args, **options)
 
 
-def write_and_leave(target: Path, fill) -> Path:
-    """As `write_folder` in a process that is killed: nothing is tidied up."""
+@contextmanager
+def left_behind(target: Path):
+    """As `new_folder` in a process that is killed: nothing is tidied up."""
     staging = target.with_name(f".{target.name}-left")
     staging.mkdir(parents=True)
-    fill(staging)
+    yield staging
     staging.rename(target)
-    return target
 
 
 def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
@@ -321,15 +322,14 @@ def test_loss_that_is_no_number_keeps_the_last_good_state(tmp_path, monkeypatch)
 
 
 def test_full_disk_keeps_the_last_good_state(tmp_path, monkeypatch):
-    def full(target: Path, fill) -> Path:
-        def fill_a_little(staging: Path) -> None:
-            fill(staging)
+    @contextmanager
+    def full(target: Path):
+        with new_folder(target) as staging:
+            yield staging
             if target.name == "step_0000003":
                 raise OSError(28, "No space left on device")
 
-        return write_folder(target, fill_a_little)
-
-    monkeypatch.setattr(run_state, "write_folder", full)
+    monkeypatch.setattr(run_state, "new_folder", full)
     with pytest.raises(BundleError, match="step_0000003: No space left on device"):
         train(saving("supervised"), tmp_path / "run")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000001", "step_0000002"]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, write_folder
+from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, new_folder, replaced_folder
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,9 @@ RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 """open_clip's words for timm's crop modes."""
 
 
-def save_open_clip(towers: Any, folder: str | Path, *, bundle: ModelBundle, trunk: str | None = None) -> Path:
+def save_open_clip(
+    towers: Any, folder: str | Path, *, bundle: ModelBundle, trunk: str | None = None, replace: bool = False
+) -> Path:
     """Write both towers to a new folder, which plain open_clip loads as ``local-dir:FOLDER``.
 
     open_clip passes only the image tower's name to timm, and neither registers nor an image size. But timm accepts a
@@ -27,22 +29,21 @@ def save_open_clip(towers: Any, folder: str | Path, *, bundle: ModelBundle, trun
 
     Args:
         towers: The trained `TwoTowers`, on any device.
-        folder: Must not exist.
+        folder: Must not exist unless `replace`.
         bundle: The image tower, with the same weights.
         trunk: Where timm will find the image tower's config.json, such as ``hf-hub:org/name``; None: in the folder.
+        replace: Whether it may take the place of an older one.
 
     Raises:
         BundleError: The folder exists or cannot be written.
     """
     folder = Path(folder)
     config = _config(towers, bundle, trunk=trunk or f"local-dir:{folder.absolute()}")
-
-    def fill(staging: Path) -> None:
+    with (replaced_folder if replace else new_folder)(folder) as staging:
         (staging / OPENCLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / CONFIG_FILE).write_text(bundle.text(), encoding="utf-8")
         save_file(dict(_tensors(towers, bundle)), staging / OPENCLIP_WEIGHTS, metadata={"format": "pt"})
-
-    return write_folder(folder, fill)
+    return folder
 
 
 def _tensors(towers: Any, bundle: ModelBundle) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import DataError, RecipeError
-from vitreg_hub.files import TOWER_SUFFIX, replace_folder
+from vitreg_hub.files import TOWER_SUFFIX
 from vitreg_hub.training.distributed.collectives import rank, world_size
 from vitreg_hub.training.tasks.base import Batch, RunFacts, Scorer, StepOutput, Task, correct
 from vitreg_hub.training.tasks.contrastive.open_clip_files import save_open_clip
@@ -116,9 +116,7 @@ class ContrastiveTask(Task[TwoTowers]):
 
     def write_beside(self, model: TwoTowers, bundle: ModelBundle, folder: Path) -> None:
         """Write both towers in open_clip's form, to a folder with the bundle's name and `-open_clip`."""
-        both = folder.with_name(f"{folder.name}{TOWER_SUFFIX}")
-        trunk = f"local-dir:{both.absolute()}"
-        replace_folder(both, lambda new: save_open_clip(model, new, bundle=bundle, trunk=trunk))
+        save_open_clip(model, folder.with_name(f"{folder.name}{TOWER_SUFFIX}"), bundle=bundle, replace=True)
 
     def scorer(self, model: TwoTowers) -> Scorer:
         """Zero-shot accuracy from the classes' names."""

@@ -15,7 +15,7 @@ from vitreg_hub.analysis.report.as_json import to_json
 from vitreg_hub.analysis.report.page import render
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.errors import DataError
-from vitreg_hub.files import require_absent, write_file, write_folder
+from vitreg_hub.files import new_folder, require_absent, whole_file
 from vitreg_hub.images.source import BROKEN
 from vitreg_hub.plotting import png
 
@@ -34,14 +34,12 @@ def write_report(reports: Sequence[ArtifactReport], out: str | Path) -> Path:
         BundleError: The folder exists or cannot be written.
     """
     figures = report_figures(reports, [report.examples for report in reports])
-
-    def fill(staging: Path) -> None:
+    with new_folder(Path(out)) as staging:
         (staging / REPORT_JSON).write_text(to_json(reports), encoding="utf-8")
         (staging / REPORT_PAGE).write_text(render(reports, figures), encoding="utf-8")
         for figure in figures:
             (staging / f"{figure.name}.png").write_bytes(figure.png)
-
-    return write_folder(Path(out), fill)
+    return Path(out)
 
 
 def draw_attention(
@@ -71,7 +69,9 @@ def draw_attention(
     pictures = [_opened(file) for file in images]
     examples = token_examples(model, pictures, number=len(pictures), **options)
     figure = attention_figure(examples, heads=heads)
-    return write_file(Path(out), lambda file: file.write_bytes(png(figure)))
+    with whole_file(Path(out)) as file:
+        file.write_bytes(png(figure))
+    return Path(out)
 
 
 def _opened(file: str | Path) -> Image.Image:
