@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.backbone import build_backbone
 from vitreg_hub.training.run.origins import Source, sources_of
 from vitreg_hub.training.schedules import Span
-from vitreg_hub.training.tasks.base import RunFacts, Task, build_task
+from vitreg_hub.training.tasks.base import RunFacts, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +126,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        task = build_task(recipe.task, backbone, run)
+        task: Task = resolve_name(recipe.task.task_class)(recipe.task, backbone, run)
     twin = deepcopy(task.published).eval().requires_grad_(False)
     if recipe.scale.checkpointing:
         backbone.set_grad_checkpointing()

@@ -4,9 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from timm.models import VisionTransformer
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.training.schedules import Span
-from vitreg_hub.training.tasks.settings import TaskSettings
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -90,9 +88,8 @@ class Task(ABC, Generic[Network]):
     frozen: dict[str, nn.Module]
     hold: Mapping[str, int] = MappingProxyType({})
 
-    @classmethod
     @abstractmethod
-    def build(cls, settings: Any, backbone: VisionTransformer, run: RunFacts) -> Self:
+    def __init__(self, settings: Any, backbone: VisionTransformer, run: RunFacts) -> None:
         """Make the objective for a ViT; new weights are drawn from torch's default generator.
 
         Args:
@@ -131,11 +128,6 @@ class Task(ABC, Generic[Network]):
         By default there are no scores but k-NN accuracy, which every model gets.
         """
         return lambda images, labels: {}
-
-
-def build_task(settings: TaskSettings, backbone: VisionTransformer, run: RunFacts) -> Task:
-    """Make the objective of its settings; no other objective is imported."""
-    return resolve_name(settings.task_class).build(settings, backbone, run)
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:

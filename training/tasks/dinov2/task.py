@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.distributed.parallel import average_into
 from vitreg_hub.training.run.folders import state_file
-from vitreg_hub.training.schedules import CosineSchedule, Span, linear_then_constant
+from vitreg_hub.training.schedules import CosineSchedule, linear_then_constant
 from vitreg_hub.training.tasks.base import Batch, RunFacts, StepOutput, Task
 from vitreg_hub.training.tasks.dinov2.head import DinoHead
 from vitreg_hub.training.tasks.dinov2.losses import (
@@ -130,28 +129,13 @@ class DinoV2Task(Task[DinoNetwork]):
     Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
     """
 
-    def __init__(
-        self,
-        *,
-        settings: DinoV2,
-        backbone: VisionTransformer,
-        span: Span,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        """Give the student heads and a mask token, and the teacher the same weights.
-
-        Args:
-            settings: Settings of the objective.
-            backbone: The student's ViT, which the teacher copies.
-            span: Length of the run.
-            batch_size: Images of a step, in all processes.
-            seed: Seed of the masks.
+    def __init__(self, settings: DinoV2, backbone: VisionTransformer, run: RunFacts) -> None:
+        """Give the student heads, new ones or another run's, and a mask token, and the teacher the same weights.
 
         Raises:
             RecipeError: The heads of another run do not fit.
         """
-        self.settings, self.batch_size, self.seed = settings, batch_size, seed
+        self.settings, self.batch_size, self.seed, span = settings, run.batch_size, run.seed, run.span
         self.network = DinoNetwork(backbone, dino_head=settings.dino_head, ibot_head=settings.ibot_head)
         if settings.heads is not None:
             load_heads(self.network, Path(settings.heads))
@@ -176,11 +160,6 @@ class DinoV2Task(Task[DinoNetwork]):
         warmup = min(span.steps(settings.teacher_temperature_epochs), span.total_steps)
         self.temperature = linear_then_constant(end, warmup=warmup, start=start)
         self.momentum = CosineSchedule(base=settings.momentum[0], final=settings.momentum[1], total=span.total_steps)
-
-    @classmethod
-    def build(cls, settings: DinoV2, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Draw the heads, or load those of another run."""
-        return cls(settings=settings, backbone=backbone, span=run.span, batch_size=run.batch_size, seed=run.seed)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """DINO, iBOT and KoLeo losses of one batch of crops."""

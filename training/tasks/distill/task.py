@@ -1,7 +1,7 @@
 """Token-wise distillation: a student with registers learns the patch tokens of a frozen teacher."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,9 +73,8 @@ class DistillNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class tokens [B, C, D] and patch tokens [B, P, D] after the final norm, for the teacher's D."""
-        tokens = self.backbone.fc_norm(
-            self.backbone.forward_features(images)
-        )  # fc_norm is an identity unless the final norm is
+        # fc_norm is an identity unless the final norm is
+        tokens = self.backbone.fc_norm(self.backbone.forward_features(images))
         patches = tokens[:, self.backbone.num_prefix_tokens :]
         return self.projection(tokens[:, : self.num_class]), self.projection(patches)
 
@@ -83,13 +82,10 @@ class DistillNetwork(nn.Module):
 class DistillTask(Task[DistillNetwork]):
     """Patch tokens, and class tokens if they have a weight, learn from a teacher that never changes."""
 
-    def __init__(self, *, settings: Distill, backbone: VisionTransformer, target: Target = plain_target) -> None:
-        """Open the teacher, and draw the projection from torch's default generator.
-
-        Args:
-            settings: The objective.
-            backbone: The student, without a classification head.
-            target: Makes what the student learns.
+    def __init__(
+        self, settings: Distill, backbone: VisionTransformer, run: RunFacts, *, target: Target = plain_target
+    ) -> None:
+        """Open the teacher, and draw the projection if there is one. The student learns what `target` makes.
 
         Raises:
             RecipeError: The teacher does not fit the student.
@@ -99,11 +95,6 @@ class DistillTask(Task[DistillNetwork]):
         self.teacher = Teacher(settings.teacher, student=backbone)
         self.network = DistillNetwork(backbone, teacher_dim=self.teacher.embed_dim)
         self.frozen = {}  # the teacher is not state: its name is enough to load it again
-
-    @classmethod
-    def build(cls, settings: Distill, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Open the teacher, and draw the projection if there is one."""
-        return cls(settings=settings, backbone=backbone)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Losses from cosine and squared difference of patch tokens, and from the cosine of weighted class tokens.

@@ -1,7 +1,6 @@
 """Classification as DeiT-III trains it: mixed images, binary cross-entropy, averaged weights."""
 
 from copy import deepcopy
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +29,12 @@ class SupervisedNetwork(nn.Module):
 class SupervisedTask(Task[SupervisedNetwork]):
     """Images and their classes. The averaged weights are published, if there are any."""
 
-    def __init__(self, *, settings: Supervised, backbone: VisionTransformer, seed: int) -> None:
-        self.settings, self.seed = settings, seed
+    def __init__(self, settings: Supervised, backbone: VisionTransformer, run: RunFacts) -> None:
+        self.settings, self.seed = settings, run.seed
         self.network = SupervisedNetwork(backbone)
         self.frozen = {}
         if settings.ema is not None:
             self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
-
-    @classmethod
-    def build(cls, settings: Supervised, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Make the task; draws no weights."""
-        return cls(settings=settings, backbone=backbone, seed=run.seed)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Cross-entropy with the targets of mixed images, of every class separately or of all together.
