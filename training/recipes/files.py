@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.files import RECIPE_FILE, write_file
-from vitreg_hub.training.recipes.settings import Augment, Recipe, to_dict
+from vitreg_hub.training.recipes.settings import Augment, Recipe, flat, to_dict
 from vitreg_hub.training.tasks import TASKS
 
 T = TypeVar("T")
@@ -48,10 +48,6 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 def recipe_from_yaml(text: str, *, called: str = RECIPE_FILE) -> Recipe:
     """Read what `recipe_to_yaml` wrote; settings that are missing take their defaults, if they have one.
 
-    Args:
-        text: YAML.
-        called: Name of the file, for messages.
-
     Raises:
         RecipeError: It is not a recipe.
     """
@@ -63,17 +59,12 @@ def recipe_from_yaml(text: str, *, called: str = RECIPE_FILE) -> Recipe:
                 f"{called} is not a complete recipe: its {part}.{KIND} must be one of {', '.join(known)}."
             )
         kinds[part] = known[kind]
-    _require_known(_flat(given), _types(kinds), called=called)
+    _require_known(flat(given), _types(kinds), called=called)
     return _made(Recipe, given, kinds, called=called)
 
 
 def updated(recipe: Recipe, text: str, *, called: str) -> Recipe:
-    """A recipe with some settings taken from YAML of the same nesting.
-
-    Args:
-        recipe: Gives all other settings.
-        text: YAML.
-        called: Name of the file, for messages.
+    """A recipe with some settings taken from YAML of the same nesting; `called` names it in messages.
 
     Raises:
         RecipeError: A setting is unknown, of the wrong type, or contradicts another.
@@ -86,22 +77,20 @@ def updated(recipe: Recipe, text: str, *, called: str) -> Recipe:
                 f"{called} has a {part} of the kind {other}, but that of recipe {recipe.name} is {kind.__name__}: take "
                 "a recipe of the same kind."
             )
-    _require_known(_flat(given), _types(kinds), called=called)
+    _require_known(flat(given), _types(kinds), called=called)
     return _made(Recipe, _merged(to_dict(recipe), given), kinds, called=called)
 
 
 def changed(recipe: Recipe, texts: Mapping[str, str], *, called: str, besides: Iterable[str] = ()) -> Recipe:
-    """A recipe with some settings given as text on a command line.
+    """A recipe with some settings given as text by dotted names, as on a command line.
 
-    Args:
-        recipe: Gives all other settings.
-        texts: Values by dotted names.
-        called: What has the settings, for messages.
-        besides: Other names that the user could have meant.
+    Messages say what has the settings (`called`), and suggest the nearest name, also one of `besides`.
 
     Raises:
         RecipeError: A setting is unknown, of the wrong type, or contradicts another.
     """
+    if not texts:
+        return recipe
     kinds, values = _kinds(recipe), to_dict(recipe)
     types = _types(kinds)
     _require_known(texts, types, called=called, besides=besides)
@@ -126,10 +115,7 @@ def public_settings(recipe: Recipe) -> dict[str, Any]:
 def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
     """Write `recipe.yaml` into a folder, replacing an old one.
 
-    Args:
-        recipe: The run.
-        folder: The run's folder, or that of a bundle which may be published.
-        public: Whether to write `public_settings`, which are not enough to go on with a run.
+    With `public` it holds `public_settings`, which are not enough to go on with a run.
 
     Raises:
         BundleError: It cannot be written.
@@ -139,18 +125,14 @@ def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
 
 
 def require_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """Refuse to go on with a run under settings that would change what it learns.
-
-    Args:
-        recipe: The settings now.
-        folder: The run's folder, with its `recipe.yaml`.
+    """Refuse to go on with the run in a folder under settings that would change what it learns.
 
     Raises:
         RecipeError: A setting that matters differs, or the file cannot be read.
     """
     file = Path(folder, RECIPE_FILE)
     before = recipe_from_yaml(read_text(file), called=str(file))
-    old, new = (_flat(with_kinds(r)) for r in (before, recipe))
+    old, new = (flat(with_kinds(r)) for r in (before, recipe))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)]
     if different:
         kinds = [name for name in different if name.endswith(f".{KIND}")]  # another kind explains the rest
@@ -175,7 +157,7 @@ def read_text(file: Path) -> str:
 
 
 def _require_known(names: Iterable[str], types: Mapping[str, Any], *, called: str, besides: Iterable[str] = ()) -> None:
-    """Refuse names of settings that do not exist; the message suggests the nearest name, also one of `besides`."""
+    """Refuse names of settings that do not exist."""
     candidates = [*types, *besides]
     ends = {name.rpartition(".")[2]: name for name in reversed(candidates)}
     for name in names:
@@ -214,10 +196,14 @@ def _made(group: type[T], values: Mapping[str, Any], kinds: Mapping[str, type], 
         RecipeError: A value is missing, of the wrong type, or contradicts another.
     """
     hints, made = _hints(group, kinds), {}
-    needed = [field.name for field in fields(group) if field.default is field.default_factory is MISSING]
+    needed = [field.name for field in fields(group) if field.default is MISSING and field.default_factory is MISSING]
     if missing := [f"{prefix}{name}" for name in needed if name not in values]:
         raise RecipeError(f"{called} is not a complete recipe: add {', '.join(missing)}.")
     for name, value in values.items():
+        if name not in hints:  # a dotted name
+            raise RecipeError(
+                f"{called} has {prefix}{name}: give settings nested, as `vitreg train RECIPE --print_config` does."
+            )
         hint, inner = hints[name], _group(hints[name])
         if inner and isinstance(value, dict):
             made[name] = _made(inner, value, {}, called=called, prefix=f"{prefix}{name}.")
@@ -301,11 +287,3 @@ def _mapping(text: str, called: str) -> dict[str, Any]:
             f"{called} holds no settings: give them nested, as `vitreg train RECIPE --print_config` does."
         )
     return given
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted names; empty groups count as values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if value and isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -45,12 +45,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """Losses of one part of a step.
-
-    Attributes:
-        loss: What is minimised, a mean over this process's images; its mean over processes is the global batch's.
-        metrics: Terms of the loss and other numbers, without gradients, by name.
-    """
+    """The loss of one part of a step, whose mean over processes is the global batch's, and further numbers by name."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor]
@@ -58,14 +53,7 @@ class StepOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:
-    """What a task may know about its run.
-
-    Attributes:
-        span: Length of the run.
-        batch_size: Images of a step, in all processes.
-        seed: Seed of everything random.
-        label_names: Names of the held-out images' classes, if known.
-    """
+    """What a task may know about its run; `batch_size` counts the images of a step in all processes."""
 
     span: Span
     batch_size: int
@@ -90,12 +78,9 @@ class Task(ABC, Generic[Network]):
 
     @abstractmethod
     def __init__(self, settings: Any, backbone: VisionTransformer, run: RunFacts) -> None:
-        """Make the objective for a ViT; new weights are drawn from torch's default generator.
+        """Make the objective for a ViT, which has a head if the objective classifies.
 
-        Args:
-            settings: Settings of the objective.
-            backbone: The ViT, with a head if its settings say that it classifies.
-            run: Facts about the run.
+        New weights are drawn from torch's default generator.
 
         Raises:
             VitregError: The settings do not fit the ViT, or something that they name is missing.
@@ -114,12 +99,9 @@ class Task(ABC, Generic[Network]):
         """What is evaluated and exported of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
 
     def write_beside(self, model: Any, bundle: ModelBundle, folder: Path) -> None:
-        """Write beside the bundle what belongs to the model but has no place in it; nothing by default.
+        """Write beside a bundle's future folder what belongs to the model but has no place in it; nothing by default.
 
-        Args:
-            model: An unsharded copy of `published`.
-            bundle: The bundle of its ViT.
-            folder: Where the bundle will be, replacing an older one.
+        `model` is an unsharded copy of `published`.
         """
 
     def scorer(self, model: Any) -> Scorer:

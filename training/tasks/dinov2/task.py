@@ -37,8 +37,8 @@ class DinoNetwork(nn.Module):
     def __init__(self, backbone: VisionTransformer, *, dino_head: Head, ibot_head: Head | None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.dino_head = _head(backbone.embed_dim, dino_head)
-        self.ibot_head = None if ibot_head is None else _head(backbone.embed_dim, ibot_head)
+        self.dino_head = DinoHead(backbone.embed_dim, dino_head)
+        self.ibot_head = None if ibot_head is None else DinoHead(backbone.embed_dim, ibot_head)
 
     def forward(
         self,
@@ -73,20 +73,9 @@ class DinoNetwork(nn.Module):
         return outputs
 
 
-def _head(width: int, head: Head) -> DinoHead:
-    return DinoHead(
-        width, head.prototypes, hidden_dim=head.hidden, bottleneck_dim=head.bottleneck, num_layers=head.layers
-    )
-
-
 @contextmanager
 def hidden_patches(backbone: VisionTransformer, masks: Tensor | None) -> Iterator[None]:
-    """Replace patches with the mask token, before positions are added.
-
-    Args:
-        backbone: A ViT with a parameter `mask_token` [1, D].
-        masks: Patches to replace [B, N], bool; None: none.
-    """
+    """Replace patches [B, N] with the ViT's parameter `mask_token` [1, D], before positions are added."""
     if masks is None:
         yield
         return
@@ -166,13 +155,12 @@ class DinoV2Task(Task[DinoNetwork]):
         return self.losses(network, batch.crops, self._masks(batch), temperature=self.temperature(batch.step))
 
     def losses(self, network: nn.Module, crops: tuple[Tensor, ...], masks: Tensor, *, temperature: float) -> StepOutput:
-        """The losses of given crops and masks.
+        """The losses of given crops and masks, by the teacher's temperature.
 
         Args:
             network: The student.
             crops: Two global and L local ones, each [B, 3, H, W].
             masks: Hidden patches of the global crops, all first ones before all second ones [2B, N], on the CPU.
-            temperature: The teacher's temperature.
         """
         settings = self.settings
         global_crops, num_local = torch.cat(crops[:GLOBAL_CROPS]), len(crops) - GLOBAL_CROPS

@@ -24,8 +24,7 @@ class Teacher:
         """Open it at the student's image size.
 
         Raises:
-            RecipeError: It is untrained, or has another grid of patches.
-            VitregError: It cannot be opened.
+            VitregError: It cannot be opened, is untrained, or has another grid of patches.
         """
         height, width = student.patch_embed.img_size
         vit = open_vit(name, img_size=(height, width))
@@ -53,7 +52,6 @@ class Teacher:
 
 
 Target = Callable[[Teacher, Batch], Tokens]
-"""Makes the student's target of a batch."""
 
 
 def plain_target(teacher: Teacher, batch: Batch) -> Tokens:
@@ -88,8 +86,7 @@ class DistillTask(Task[DistillNetwork]):
         """Open the teacher, and draw the projection if there is one. The student learns what `target` makes.
 
         Raises:
-            RecipeError: The teacher does not fit the student.
-            VitregError: The teacher cannot be opened.
+            VitregError: The teacher cannot be opened, or does not fit the student.
         """
         self.settings, self.target = settings, target
         self.teacher = Teacher(settings.teacher, student=backbone)
