@@ -21,6 +21,8 @@ from vitreg_hub.training.recipes.settings import (
     ScaleSettings,
     WatchSettings,
 )
+from vitreg_hub.training.schedules import Span
+from vitreg_hub.training.tasks.base import RunFacts
 from vitreg_hub.training.tasks.contrastive.settings import Contrastive
 from vitreg_hub.training.tasks.dinov2.settings import DinoV2, Head
 from vitreg_hub.training.tasks.distill.settings import Distill
@@ -31,6 +33,8 @@ NO_PICTURES = Instruments(draw_curves=lambda *_, **__: None, draw_first_batch=la
 train = partial(loop.train, instruments=NO_PICTURES)
 
 STEPS = 4
+RUN = RunFacts(span=Span(epoch_steps=1, total_steps=1), batch_size=1, seed=0)
+"""For tasks whose run matters little."""
 HEAD = Head(prototypes=32, bottleneck=16, hidden=32)
 DIGITS = DataSettings(train="digits")
 CROPS = CropAugment(scale=(0.8, 1.0))

@@ -14,17 +14,14 @@ from typing import Literal
 import torch
 from accelerate.utils import gather_object
 
-from vitreg_hub.bundle.config import read_config
-from vitreg_hub.bundle.provenance import provenance_from_json
 from vitreg_hub.errors import BundleError, RecipeError
 from vitreg_hub.licenses import settle
 from vitreg_hub.training.recipes.files import write_recipe
 from vitreg_hub.training.recipes.settings import Recipe, require_start, to_dict
 from vitreg_hub.training.run.assembly import make_accelerator
-from vitreg_hub.training.run.best import Best, read_best
 from vitreg_hub.training.run.checkpoints import clear_leftovers, find_checkpoint, restore_run, save_run
 from vitreg_hub.training.run.folders import BEST, MODEL, restore_folders
-from vitreg_hub.training.run.measured import Measured, measure
+from vitreg_hub.training.run.measured import Best, Measured, measure, read_best, told_by
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.origins import license_of
 from vitreg_hub.training.run.publisher import Publisher
@@ -66,15 +63,7 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instruments:
-    """What a run uses besides its own parts, so that tests can replace it.
-
-    Attributes:
-        publisher: Makes a publisher for a repository's id.
-        measure: Evaluates the twin of a trainer.
-        clock: Returns seconds.
-        draw_curves: Draws how a run went.
-        draw_first_batch: Draws what the network sees.
-    """
+    """What a run uses besides its own parts, so that tests can replace it."""
 
     publisher: Callable[..., Publisher] = Publisher
     measure: Callable[[Trainer], Mapping[str, float]] = measure
@@ -111,7 +100,7 @@ def train(
             the branch best.
         push_every: Whether to publish at every checkpoint ("save") or only at the end.
         private: Whether only its owner can see a new repository.
-        instruments: What else the run uses.
+        instruments: For tests.
 
     Raises:
         RecipeError: Settings contradict each other, the data, the processes, or the run in `out`.
@@ -123,7 +112,7 @@ def train(
         HubError: The Hub refuses at the start to take the run's models; or the last model could not be published, and
             `out` is complete.
     """
-    out, clock = Path(out), instruments.clock
+    out = Path(out)
     require_start(recipe)
     require_trackers(recipe.watch.trackers)
     accelerator = make_accelerator(recipe)
@@ -140,31 +129,17 @@ def train(
     if (out / MODEL).exists():
         return _finished(recipe, out, publisher)
     with torch.random.fork_rng(), publisher or nullcontext():
-        started, measured, before = clock(), Measured(), 0.0
-        trainer = Trainer(recipe, accelerator)
+        trainer = Trainer(recipe, accelerator, clock=instruments.clock)
         license_of(recipe, trainer.parts.sources, published=push is not None)
-        if checkpoint is not None:
-            measured, before = restore_run(trainer, checkpoint)
+        measured = restore_run(trainer, checkpoint) if checkpoint else Measured()
         if accelerator.is_main_process:
             write_recipe(recipe, out)
             clear_leftovers(out)
             measured = measured.beside(read_best(out, recipe), recipe, step=trainer.step)
-
-        def seconds() -> float:
-            """Wall time of the run so far, without what a killed process did after its last checkpoint."""
-            return round(before + clock() - started, 1)
-
-        writer = ModelWriter(trainer, seconds, draw_curves=instruments.draw_curves)
+        writer = ModelWriter(trainer, draw_curves=instruments.draw_curves)
+        uploads = publisher if push_every == "save" else None
         with _stop_signal() as stop:
-            measured = _go_on(
-                trainer,
-                measured,
-                writer,
-                out,
-                stop=stop,
-                publisher=publisher if push_every == "save" else None,
-                instruments=instruments,
-            )
+            measured = _go_on(writer, measured, out, stop=stop, publisher=uploads, instruments=instruments)
         if trainer.done:
             trainer.refresh_twin()  # needed if the run was killed after its last step
             if accelerator.is_main_process:
@@ -182,9 +157,8 @@ def train(
 
 
 def _go_on(
-    trainer: Trainer,
-    measured: Measured,
     writer: ModelWriter,
+    measured: Measured,
     out: Path,
     *,
     stop: threading.Event,
@@ -192,7 +166,8 @@ def _go_on(
     instruments: Instruments,
 ) -> Measured:
     """Train up to the last step, or until `stop` is set in one of the processes; returns what was measured."""
-    recipe, watch, main = trainer.recipe, trainer.recipe.watch, trainer.accelerator.is_main_process
+    trainer, recipe, watch = writer.trainer, writer.trainer.recipe, writer.trainer.recipe.watch
+    main = trainer.accelerator.is_main_process
     logbook = Logbook(
         folder=out,
         accelerator=trainer.accelerator,
@@ -213,16 +188,6 @@ def _go_on(
         logbook.note(trainer.step, measured.metrics, best=measured.is_best)
         if measured.is_best and main:
             writer.write(out / BEST, measured, run=out, as_best=True)
-
-    def save() -> Path | None:
-        run = out if publisher else None  # a published bundle shows how the run went
-        return save_run(
-            out,
-            trainer,
-            measured,
-            seconds=writer.seconds(),
-            write_model=lambda staging: writer.fill(staging, writer.bundle(measured), run=run),
-        )
 
     def due(every: int) -> bool:
         return every > 0 and trainer.step % every == 0
@@ -249,7 +214,7 @@ def _go_on(
                     note()
                     new_best = new_best or measured.is_best
                 if trainer.done or stopped or due(watch.save_every):
-                    folder = save()
+                    folder = save_run(out, writer, measured, published=publisher is not None)
                     if folder and publisher and not trainer.done:
                         publisher.submit(folder)
                         if new_best:
@@ -263,7 +228,7 @@ def _go_on(
 def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult:
     """The result of a run that was finished before; its model is published if that is asked for now."""
     logger.info("the run in %s is finished", out)
-    told = provenance_from_json(read_config(out / MODEL, called=str(out / MODEL))["vitreg"].get("provenance"))
+    told = told_by(out / MODEL)
     if told.run is None or told.run.step is None or told.run.total_steps is None:
         raise BundleError(f"{out / MODEL} does not say its steps: delete it and start the run again.")
     if publisher:
@@ -292,11 +257,11 @@ class DryRun:
     """What a run will cost, estimated from its first steps.
 
     Attributes:
-        steps: Steps of the whole run.
-        images_per_second: Speed of the last step, over all processes.
-        eta_seconds: Time for the whole run, without evaluations.
-        memory_gib: Memory in use on the device, or by this process if there is none.
-        parameters: Number of trained parameters.
+        steps: Of the whole run.
+        images_per_second: Of the last step, over all processes.
+        eta_seconds: For the whole run, without evaluations.
+        memory_gib: In use on the device, or by this process if there is none.
+        parameters: Number of trained ones.
     """
 
     steps: int

@@ -33,7 +33,7 @@ class QuickstartResult:
         figure: PNG of inputs, patch norms and attention.
         accuracy: Top-1 on the held-out digits, in [0, 1].
         doors: Largest difference in the model's outputs for each way to open it.
-        commit: Address of the commit, if the model was published.
+        commit: Its address, if the model was published.
     """
 
     model: Path

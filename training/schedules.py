@@ -32,11 +32,6 @@ class CosineSchedule:
     freeze: int = 0
 
     def __post_init__(self) -> None:
-        """Check that the parts fit.
-
-        Raises:
-            RecipeError: Warm-up and freezing are longer than the schedule.
-        """
         if self.freeze + self.warmup > self.total:
             raise RecipeError(
                 f"a schedule of {self.total} steps cannot begin with {self.freeze + self.warmup} steps of freezing and "
@@ -69,12 +64,7 @@ def linear_then_constant(value: float, *, warmup: int, start: float) -> CosineSc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """The length of a run.
-
-    Attributes:
-        epoch_steps: Steps of one epoch.
-        total_steps: Steps of the run.
-    """
+    """The length of an epoch and of a whole run in steps."""
 
     epoch_steps: int
     total_steps: int

@@ -14,7 +14,7 @@ from vitreg_hub.errors import RecipeError, TrainingError
 from vitreg_hub.training import loop
 from vitreg_hub.training.recipes.files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.recipes.named import RECIPES
-from vitreg_hub.training.run.best import Best
+from vitreg_hub.training.run.measured import Best
 from vitreg_hub.training.tasks.dinov2.settings import Head
 
 
@@ -221,6 +221,7 @@ FILE_MISTAKES = {
     "has no setting optmi: did you mean optim?": "optmi: {}",
     "optim.lr takes a number, not 'abc'.": "optim: {lr: abc}",
     "optim.lr takes a number, not null.": "optim: {lr: }",
+    "has optim.lr: give settings nested, as": "optim.lr: 3",
     "optim.lr takes a number, not 'True'.": "optim: {lr: yes}",
     "optim takes its own settings, not 3.": "optim: 3",
     "optim takes its own settings, not null.": "optim:",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import STEPS, TINY, lines, losses, with_scale
+from training_runs import RUN, STEPS, TINY, lines, losses, with_scale
 
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
@@ -304,7 +304,7 @@ def test_averaged_weights_are_timms(tmp_path):
     from vitreg_hub.training.tasks.supervised.task import SupervisedTask
 
     backbone = ModelBundle.load(START).build()
-    task = SupervisedTask(settings=Supervised(ema=0.7), backbone=backbone, seed=0)
+    task = SupervisedTask(Supervised(ema=0.7), backbone, RUN)
     reference = ModelEmaV3(task.network, decay=0.7)
     for step in range(3):
         with torch.no_grad():

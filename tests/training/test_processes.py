@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from training_runs import STEPS, TINY, in_processes, lines, losses
 
 from vitreg_hub.training.loop import train
-from vitreg_hub.training.run.best import read_best
+from vitreg_hub.training.run.measured import read_best
 
 pytestmark = pytest.mark.long
 

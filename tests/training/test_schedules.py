@@ -19,9 +19,11 @@ from vitreg_hub.training.optim.optimizer import Rates
 from vitreg_hub.training.optim.param_groups import param_groups
 from vitreg_hub.training.schedules import CosineSchedule, linear_then_constant
 from vitreg_hub.training.tasks.dinov2.head import DinoHead
+from vitreg_hub.training.tasks.dinov2.settings import Head
 
 SCHEDULES = json.loads((GOLDEN / "schedules/meta.json").read_text())
 GROUPS = json.loads((GOLDEN / "param_groups/meta.json").read_text())["result"]
+HEAD = Head(prototypes=5, hidden=6, bottleneck=3)
 OURS = {
     "base_value": "base",
     "final_value": "final",
@@ -126,7 +128,7 @@ def test_groups_of_a_backbone_are_the_official_ones(case, wrapped):
 
 @pytest.mark.parametrize("frozen_backbone", [False, True])
 def test_groups_of_a_head_are_the_official_ones(frozen_backbone):
-    network = nn.ModuleDict({"backbone": nn.Linear(2, 2), "dino_head": DinoHead(4, 5, hidden_dim=6, bottleneck_dim=3)})
+    network = nn.ModuleDict({"backbone": nn.Linear(2, 2), "dino_head": DinoHead(4, HEAD)})
     network["backbone"].requires_grad_(not frozen_backbone)
     groups = param_groups(network.named_parameters(), depth=4, rule="dinov2", layer_decay=0.9)
     groups = [group for group in groups if group["role"] == "head"]
@@ -189,7 +191,7 @@ def test_classifier_is_a_head_and_keeps_its_rate():
 
 
 def test_optimisers_take_the_groups():
-    network = nn.ModuleDict({"backbone": tiny_vit(), "dino_head": DinoHead(16, 5, hidden_dim=6, bottleneck_dim=3)})
+    network = nn.ModuleDict({"backbone": tiny_vit(), "dino_head": DinoHead(16, HEAD)})
     groups = param_groups(network.named_parameters(), depth=3, rule="dinov2", layer_decay=0.9)
     optimiser = torch.optim.AdamW(groups, lr=1e-3)
     kept = [{k: g[k] for k in ("names", "lr_scale", "wd_scale", "last_layer", "role")} for g in optimiser.param_groups]

@@ -17,13 +17,7 @@ from vitreg_hub.training.recipes.settings import Augment, CropAugment, MultiCrop
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Views:
-    """Makes one view after the other of the same image.
-
-    Draws from the global generators of Python, numpy and torch, in this order for the same picture and seeds.
-
-    Attributes:
-        transforms: One per view.
-    """
+    """Makes one view after the other of the same image, and draws from the global generators for it."""
 
     transforms: tuple[Callable[[Image.Image], Tensor], ...]
 
@@ -35,17 +29,10 @@ class Views:
 def build_augment(
     settings: Augment, *, img_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str
 ) -> Views:
-    """Make the transform of a recipe.
+    """Make the transform of a recipe, which can be pickled.
 
-    Args:
-        settings: The augmentation.
-        img_size: Side of the views in pixels; with multi-crop, of the two global ones.
-        mean: Of each channel, for normalisation.
-        std: Of each channel, for normalisation.
-        interpolation: timm's name: bicubic, bilinear, ...
-
-    Returns:
-        Makes one view, or with multi-crop two global ones and then the local ones. It can be pickled.
+    It makes one view of `img_size` pixels a side, or with multi-crop two such global ones and then the local ones.
+    The interpolation has timm's name.
 
     Raises:
         RecipeError: timm cannot read the configuration of RandAugment.

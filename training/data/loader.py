@@ -39,7 +39,7 @@ class TrainLoader:
         rank: Number of this process, from 0.
         world_size: Number of processes.
         accumulate: Parts into which a process divides a step, one after the other.
-        seed: Seed of everything random.
+        seed: Of everything random.
         repeats: How many times in succession each image is used. An epoch keeps its number of steps, so it contains
             fewer images. Source: deit/samplers.py, `RASampler`.
         num_workers: Further processes that read, 0 for none.
@@ -118,11 +118,9 @@ class TrainLoader:
         return len(self._corrupt.names)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Yield this process's `accumulate` batches of every step. Workers live as long as the iteration.
+        """Yield this process's `accumulate` batches of every step before `stop_step`.
 
-        Args:
-            start_step: First step, from 0; for a stream its current step.
-            stop_step: The step after the last one.
+        Workers live as long as the iteration. A stream can only begin at its current step.
 
         Raises:
             DataError: Too many images cannot be read, labels or captions are missing or wrong, or a stream is not at
@@ -164,10 +162,7 @@ class TrainLoader:
         }
 
     def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on where a run was.
-
-        Args:
-            states: The `state` of each of the run's processes, in their order.
+        """Go on where a run was, by the `state` of each of its processes, in their order.
 
         Raises:
             DataError: It is a stream, and the run had another number of processes or workers, or no stream.
@@ -208,15 +203,8 @@ class TrainLoader:
                 return piece, corrupt
 
     def _looked_up(self, rows: datasets.Dataset, start_step: int, stop_step: int) -> Generator[Piece | DataError]:
-        yield from DataLoader(
-            _Rows(self._reader, rows, self.seed),
-            batch_sampler=self._draws(len(rows), start_step, stop_step),
-            num_workers=self.num_workers,
-            collate_fn=handed_over,
-            worker_init_fn=outlive_sigterm,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # otherwise it would use the global one
-        )
+        draws = self._draws(len(rows), start_step, stop_step)
+        yield from _in_workers(_Rows(self._reader, rows, self.seed), self.num_workers, batch_sampler=draws)
 
     def _draws(self, num_rows: int, start_step: int, stop_step: int) -> Iterator[list[tuple[int, int, int]]]:
         """Yield (step, position, row) of all images of each piece."""
@@ -233,37 +221,38 @@ class TrainLoader:
 
     def _streamed(self, rows: datasets.IterableDataset) -> Generator[Piece | DataError]:
         """Take from the readers in turn. Each has its own torch loader, so that a run can resume at any of them."""
-        readers = [
-            iter(
-                DataLoader(
-                    Stream(
-                        self._reader,
-                        rows,
-                        batch_size=self.batch_size // (self.world_size * self.accumulate),
-                        seed=self.seed,
-                        repeats=self.repeats,
-                        rank=self.rank,
-                        world_size=self.world_size,
-                        worker=worker,
-                        num_workers=self._num_readers,
-                        position=position,
-                    ),
-                    batch_size=None,
-                    num_workers=min(1, self.num_workers),
-                    collate_fn=handed_over,
-                    worker_init_fn=outlive_sigterm,
-                    pin_memory=torch.cuda.is_available(),
-                    generator=torch.Generator(),
-                )
+        readers = []
+        for worker, position in enumerate(self._positions):
+            stream = Stream(
+                reader=self._reader,
+                rows=rows,
+                batch_size=self.batch_size // (self.world_size * self.accumulate),
+                seed=self.seed,
+                repeats=self.repeats,
+                key=(self.seed, self.rank, worker),
+                number=self.rank * self._num_readers + worker,
+                num_readers=self.world_size * self._num_readers,
+                position=position,
             )
-            for worker, position in enumerate(self._positions)
-        ]
+            readers.append(iter(_in_workers(stream, min(1, self.num_workers), batch_size=None)))
         while True:
             worker = self._num_pieces % len(readers)
             piece = next(readers[worker])
             if isinstance(piece, Piece) and piece.crops:
                 self._positions[worker], self._num_pieces = piece.position, self._num_pieces + 1
             yield piece
+
+
+def _in_workers(samples: Dataset, num_workers: int, **batching: Any) -> DataLoader:
+    return DataLoader(
+        samples,
+        num_workers=num_workers,
+        collate_fn=handed_over,
+        worker_init_fn=outlive_sigterm,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # otherwise it would use the global one
+        **batching,
+    )
 
 
 def outlive_sigterm(worker: int) -> None:
@@ -294,7 +283,7 @@ class _Rows(Dataset):
                 if isinstance(sample, Sample):
                     samples.append(sample)
                     break
-                corrupt.append(sample.name)
+                corrupt.append(sample)
             else:
                 return self.reader.piece([], corrupt, len(samples) + len(corrupt))
         return self.reader.piece(samples, corrupt, len(samples) + len(corrupt))

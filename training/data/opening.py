@@ -120,17 +120,11 @@ def open_training_data(settings: DataSettings) -> TrainingData:
     return _open(settings.train, "train", settings)
 
 
-def open_held_out(
-    settings: DataSettings, training: TrainingData | None = None, *, max_images: int | None = None
-) -> ImageSource | None:
+def open_held_out(settings: DataSettings, training: TrainingData) -> ImageSource | None:
     """Open the held-out data: `settings.test`, or the test part of an embedded set; None if there is neither.
 
-    Labels get the training data's numbers by their names. Where one side has no names, numbers stay as they are.
-
-    Args:
-        settings: Its columns are used where the held-out data have them; otherwise columns are found by name and type.
-        training: The training data, if they are open already.
-        max_images: Read at most so many.
+    Columns of the settings that they lack are found by name and type. Labels get the training data's numbers by their
+    names. Where one side has no names, numbers stay as they are.
 
     Raises:
         DataError: There are no such data, or they have classes that the training data do not have.
@@ -138,23 +132,14 @@ def open_held_out(
     name = settings.test or (settings.train if settings.train in TRAINING_SETS else None)
     if name is None:
         return None
-    training = training or open_training_data(settings)
     held_out = _open(name, "test", settings)
     if held_out.name == training.name and name not in TRAINING_SETS:  # whose parts differ
         raise DataError(f"{name} is what is trained on: give other images as data.test, or null for none.")
-    return as_image_source(_numbered_as(training, held_out), max_images=max_images)
+    return as_image_source(_numbered_as(training, held_out))
 
 
-def as_image_source(data: TrainingData, *, max_images: int | None = None) -> ImageSource:
-    """The same images in the form that evaluations take.
-
-    Args:
-        data: Training or held-out data.
-        max_images: Read at most so many: a random subset, or the first ones of a stream.
-
-    Raises:
-        DataError: max_images is less than 1.
-    """
+def as_image_source(data: TrainingData) -> ImageSource:
+    """The same images in the form that evaluations take."""
     rows = data.rows
     if rows.features:
         usual = {data.image_column: "image"}
@@ -162,7 +147,7 @@ def as_image_source(data: TrainingData, *, max_images: int | None = None) -> Ima
             usual[data.label_column] = "label"
         renamed = {old: new for old, new in usual.items() if old != new}
         rows = rows.select_columns(list(usual)).rename_columns(renamed)
-    return open_images(rows, name=data.name, max_images=max_images)
+    return open_images(rows, name=data.name)
 
 
 def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
@@ -187,12 +172,12 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
     features = features_of(rows)
 
     def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:
-        chosen = getattr(settings, setting)
+        chosen, fitting = getattr(settings, setting), [name for name in features if wanted(features[name])]
         if chosen is None or not (training or chosen in features):
-            return find_column(features, usual, wanted)
+            return find_column(fitting, usual)
         if chosen not in features:
             raise DataError(f"data.{setting} is {chosen!r}, but the columns of {called} are {', '.join(features)}.")
-        if not wanted(features[chosen]):
+        if chosen not in fitting:
             raise DataError(f"data.{setting} is {chosen!r}, but that column of {called} does not hold {kind}.")
         return chosen
 

@@ -19,14 +19,7 @@ Transform = Callable[[Image.Image], tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One image, ready to be trained on.
-
-    Attributes:
-        name: Its name.
-        views: Views of the image, each [3, H, W].
-        label: Its class, -1 if unknown.
-        text: Its caption, empty if there is none.
-    """
+    """One image in views [3, H, W], with its class (-1: unknown) and its caption (empty: none)."""
 
     name: str
     views: tuple[Tensor, ...]
@@ -34,22 +27,11 @@ class Sample:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unreadable:
-    """The name of an image that cannot be read."""
-
-    name: str
-
-
 class Piece(NamedTuple):
-    """What workers hand over; a tuple, because torch can pin its tensors.
+    """What workers hand over, as in a `Batch`; a tuple, because torch can pin its tensors.
 
     Attributes:
-        names: Names of the images.
-        crops: Views, each [b, 3, H, W]; empty if not enough images could be read.
-        labels: Classes [b], if there are any.
-        texts: Captions, if there are any.
-        corrupt: Names of images that could not be read.
+        crops: Empty if not enough images could be read.
         num_read: How many images were read or tried.
         position: Where the stream goes on after this piece.
     """
@@ -65,25 +47,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleReader:
-    """Makes samples of rows.
-
-    Attributes:
-        data: The data that the rows belong to.
-        transform: Makes views of an RGB image; draws from the global generators.
-        needs: What every row must have.
-    """
+    """Makes samples of rows; `transform` draws from the global generators."""
 
     data: TrainingData
     transform: Transform
     needs: frozenset[Need] = frozenset()
 
-    def read(self, row: dict[str, Any], number: int, key: Sequence[int]) -> Sample | Unreadable:
-        """Read a row.
+    def read(self, row: dict[str, Any], number: int, key: Sequence[int]) -> Sample | str:
+        """Read a row, whose random numbers have a key; its number is for messages.
 
-        Args:
-            row: One row.
-            number: Its number, for messages.
-            key: Key of its random numbers.
+        Returns:
+            The sample, or the name of an image that cannot be read.
 
         Raises:
             DataError: A label or caption that is needed is missing, or a label is out of range.
@@ -92,7 +66,7 @@ class SampleReader:
         try:
             image = read_rgb(row[self.data.image_column])
         except BROKEN:
-            return Unreadable(name=name)
+            return name
         with seeded(*key):
             views = tuple(self.transform(image))
         return Sample(name=name, views=views, label=self._label(row, name), text=self._text(row, name, key))

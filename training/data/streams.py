@@ -41,6 +41,7 @@ class Position:
     rows: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stream(torch.utils.data.IterableDataset):
     """One reader's share of a stream, as an endless series of pieces. Each piece carries the position after it.
 
@@ -48,38 +49,27 @@ class Stream(torch.utils.data.IterableDataset):
     otherwise each reads all rows and keeps every n-th. So every row is read by one reader, once per epoch. Shards are
     shuffled anew in each epoch; rows are shuffled in blocks.
 
-    Args:
+    Attributes:
         reader: Makes samples of rows.
         rows: All rows.
         batch_size: Images per piece.
-        seed: Seed of the order and of the transform.
+        seed: Seed of the order of shards.
         repeats: How many times in succession each row is used.
-        rank: Number of this process, from 0.
-        world_size: Number of processes.
-        worker: Number of this reader among those of its process, from 0.
-        num_workers: Number of readers per process.
+        key: Key of this reader's random numbers.
+        number: Number of this reader, from 0.
+        num_readers: Number of all readers.
         position: Where to go on, taken from a piece; None: at the start.
     """
 
-    def __init__(
-        self,
-        reader: SampleReader,
-        rows: datasets.IterableDataset,
-        *,
-        batch_size: int,
-        seed: int,
-        repeats: int,
-        rank: int,
-        world_size: int,
-        worker: int,
-        num_workers: int,
-        position: dict[str, Any] | None,
-    ) -> None:
-        self.reader, self.rows = reader, rows
-        self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
-        self.key = (seed, rank, worker)
-        self.number, self.num_readers = rank * num_workers + worker, world_size * num_workers
-        self.position = position
+    reader: SampleReader
+    rows: datasets.IterableDataset
+    batch_size: int
+    seed: int
+    repeats: int
+    key: tuple[int, ...]
+    number: int
+    num_readers: int
+    position: dict[str, Any] | None
 
     def __iter__(self) -> Iterator[Piece | DataError]:
         """Yield pieces, and errors too: raised in a worker, they would arrive with a traceback in their text."""
@@ -96,7 +86,7 @@ class Stream(torch.utils.data.IterableDataset):
             if isinstance(sample, Sample):
                 samples.append(sample)
             else:
-                corrupt.append(sample.name)
+                corrupt.append(sample)
             if len(samples) == self.batch_size:
                 yield self.reader.piece(samples, corrupt, num_read, asdict(position))
                 samples, corrupt, num_read = [], [], 0

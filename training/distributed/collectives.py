@@ -29,13 +29,8 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     """Rows of all processes in the order of their ranks; gradients return to the process that a row came from.
 
     The gradient of a row is the sum over the losses of all processes. Where gradients are averaged, as by DDP and FSDP,
-    a loss that is a mean over processes gets the same gradient as in one process with all rows.
-
-    Args:
-        x: Rows of this process [b, D]; b is the same in all of them.
-
-    Returns:
-        [world_size * b, D].
+    a loss that is a mean over processes gets the same gradient as in one process with all rows. Each process gives
+    equally many rows [b, D] and gets [world_size * b, D].
     """
     return _AllGather.apply(x) if _running() else x
 

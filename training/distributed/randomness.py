@@ -9,10 +9,9 @@ import torch
 
 
 def seed_of(*key: int) -> int:
-    """A seed of 64 bits for a key, practically independent of the seeds of other keys.
+    """A seed of 64 bits for a key of numbers from 0, practically independent of the seeds of other keys.
 
-    Args:
-        key: Numbers from 0. Keys of different lengths differ: (1, 2) is not (1, 2, 0).
+    Keys of different lengths differ: (1, 2) is not (1, 2, 0).
     """
     # used as plain entropy, short keys would be padded with zeros
     return int(np.random.SeedSequence(len(key), spawn_key=key).generate_state(1, np.uint64)[0])

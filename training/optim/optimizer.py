@@ -18,13 +18,7 @@ from vitreg_hub.training.schedules import CosineSchedule, Span
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Learning rate and weight decay of a run.
-
-    Attributes:
-        lr: Before the factors of the groups.
-        weight_decay: Before the factors of the groups.
-        hold: Steps at the start in which a kind of parameters keeps its values (`Task.hold`).
-    """
+    """Learning rate and weight decay of a run, before the factors of the groups; `hold` is the task's."""
 
     lr: CosineSchedule
     weight_decay: CosineSchedule

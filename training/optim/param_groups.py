@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from vitreg_hub.network.kinds import KINDS
-
-DecayRule = Literal["dinov2", "timm", "openclip"]
+from vitreg_hub.training.recipes.settings import DecayRule
 
 _EMBEDDINGS = {name for kind in KINDS.values() for name in kind.embeddings}  # timm's VisionTransformer.no_weight_decay
 _CLIP_EMBEDDINGS = {"positional_embedding", "class_embedding", "cls_emb", "logit_scale", "logit_bias"}
@@ -27,8 +26,8 @@ def param_groups(
     """Sort the trained parameters into groups.
 
     Args:
-        named_parameters: Those of a ViT with timm's names, or of a module whose child `backbone` is one and whose
-            other children are heads.
+        named_parameters: Those of a ViT, or of a module whose child `backbone` is one and whose other children are
+            heads.
         depth: Number of the ViT's blocks.
         rule: What has no weight decay. "dinov2": biases, norms and layer scale; tokens and positions decay. "timm":
             vectors, positions, class token and registers. "openclip": the same, and CLIP's own embeddings and scales.

@@ -1,20 +1,22 @@
 """Recipes as YAML and as typed settings by dotted name. The only reader and writer of `recipe.yaml`."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.files import RECIPE_FILE, whole_file
-from vitreg_hub.training.recipes.settings import Augment, Recipe, to_dict
+from vitreg_hub.training.recipes.settings import Augment, Recipe, flat, to_dict
 from vitreg_hub.training.tasks import TASKS
+
+T = TypeVar("T")
 
 KIND = "kind"
 """Key that says which dataclass `task` and `augment` are."""
@@ -46,59 +48,43 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 def recipe_from_yaml(text: str, *, called: str = RECIPE_FILE) -> Recipe:
     """Read what `recipe_to_yaml` wrote; settings that are missing take their defaults, if they have one.
 
-    Args:
-        text: YAML.
-        called: Name of the file, for messages.
-
     Raises:
         RecipeError: It is not a recipe.
     """
-    given = _mapping(text, called)
-    kinds = {}
+    given, kinds = _mapping(text, called), {}
     for part, known in KINDS.items():
-        kind = given[part].get(KIND) if isinstance(given.get(part), dict) else ""
+        kind = given[part].pop(KIND, "") if isinstance(given.get(part), dict) else ""
         if kind not in known:
             raise RecipeError(
                 f"{called} is not a complete recipe: its {part}.{KIND} must be one of {', '.join(known)}."
             )
         kinds[part] = known[kind]
-    given = _without_kinds(given)
-    _require_known(_dotted(given), _types(kinds), called=called)
-    return _typed_recipe(given, kinds, called=called)
+    _require_known(flat(given), _types(kinds), called=called)
+    return _made(Recipe, given, kinds, called=called)
 
 
 def updated(recipe: Recipe, text: str, *, called: str) -> Recipe:
-    """A recipe with some settings taken from YAML of the same nesting.
-
-    Args:
-        recipe: Gives all other settings.
-        text: YAML.
-        called: Name of the file, for messages.
+    """A recipe with some settings taken from YAML of the same nesting; `called` names it in messages.
 
     Raises:
         RecipeError: A setting is unknown, of the wrong type, or contradicts another.
     """
     given, kinds = _mapping(text, called), _kinds(recipe)
     for part, kind in kinds.items():
-        settings = given.get(part)
-        if isinstance(settings, dict) and settings.get(KIND, kind.__name__) != kind.__name__:
+        other = given[part].pop(KIND, kind.__name__) if isinstance(given.get(part), dict) else kind.__name__
+        if other != kind.__name__:
             raise RecipeError(
-                f"{called} has a {part} of the kind {settings[KIND]}, but that of recipe {recipe.name} is "
-                f"{kind.__name__}: take a recipe of the same kind."
+                f"{called} has a {part} of the kind {other}, but that of recipe {recipe.name} is {kind.__name__}: take "
+                "a recipe of the same kind."
             )
-    given = _without_kinds(given)
-    _require_known(_dotted(given), _types(kinds), called=called)
-    return _typed_recipe(_merged(to_dict(recipe), given), kinds, called=called)
+    _require_known(flat(given), _types(kinds), called=called)
+    return _made(Recipe, _merged(to_dict(recipe), given), kinds, called=called)
 
 
 def changed(recipe: Recipe, texts: Mapping[str, str], *, called: str, besides: Iterable[str] = ()) -> Recipe:
-    """A recipe with some settings given as text on a command line.
+    """A recipe with some settings given as text by dotted names, as on a command line.
 
-    Args:
-        recipe: Gives all other settings.
-        texts: Values by dotted names.
-        called: What has the settings, for messages.
-        besides: Other names that the user could have meant.
+    Messages say what has the settings (`called`), and suggest the nearest name, also one of `besides`.
 
     Raises:
         RecipeError: A setting is unknown, of the wrong type, or contradicts another.
@@ -113,7 +99,7 @@ def changed(recipe: Recipe, texts: Mapping[str, str], *, called: str, besides: I
         for part in reversed(name.split(".")):
             value = {part: value}
         values = _merged(values, value)
-    return _typed_recipe(values, kinds, called=called)
+    return _made(Recipe, values, kinds, called=called)
 
 
 def setting_types(recipe: Recipe) -> dict[str, Any]:
@@ -129,10 +115,7 @@ def public_settings(recipe: Recipe) -> dict[str, Any]:
 def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
     """Write `recipe.yaml` into a folder, replacing an old one.
 
-    Args:
-        recipe: The run.
-        folder: The run's folder, or that of a bundle which may be published.
-        public: Whether to write `public_settings`, which are not enough to go on with a run.
+    With `public` it holds `public_settings`, which are not enough to go on with a run.
 
     Raises:
         BundleError: It cannot be written.
@@ -145,18 +128,14 @@ def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
 
 
 def require_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """Refuse to go on with a run under settings that would change what it learns.
-
-    Args:
-        recipe: The settings now.
-        folder: The run's folder, with its `recipe.yaml`.
+    """Refuse to go on with the run in a folder under settings that would change what it learns.
 
     Raises:
         RecipeError: A setting that matters differs, or the file cannot be read.
     """
     file = Path(folder, RECIPE_FILE)
     before = recipe_from_yaml(read_text(file), called=str(file))
-    old, new = (_flat(with_kinds(r)) for r in (before, recipe))
+    old, new = (flat(with_kinds(r)) for r in (before, recipe))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)]
     if different:
         kinds = [name for name in different if name.endswith(f".{KIND}")]  # another kind explains the rest
@@ -181,7 +160,7 @@ def read_text(file: Path) -> str:
 
 
 def _require_known(names: Iterable[str], types: Mapping[str, Any], *, called: str, besides: Iterable[str] = ()) -> None:
-    """Refuse names of settings that do not exist; the message suggests the nearest name, also one of `besides`."""
+    """Refuse names of settings that do not exist."""
     candidates = [*types, *besides]
     ends = {name.rpartition(".")[2]: name for name in reversed(candidates)}
     for name in names:
@@ -193,61 +172,61 @@ def _require_known(names: Iterable[str], types: Mapping[str, Any], *, called: st
             raise RecipeError(f"{called} has no setting {name}: {hint}")
 
 
-def _types(kinds: Mapping[str, type]) -> dict[str, Any]:
-    return dict(_types_in(Recipe, kinds))
+def _types(kinds: Mapping[str, type], group: type = Recipe, prefix: str = "") -> dict[str, Any]:
+    types: dict[str, Any] = {}
+    for name, hint in _hints(group, kinds).items():
+        types[f"{prefix}{name}"] = hint
+        if inner := _group(hint):
+            types |= _types({}, inner, f"{prefix}{name}.")
+    return types
 
 
-def _types_in(group: type, kinds: Mapping[str, type], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = {**get_type_hints(group), **kinds}
-    for field in fields(group):
-        name, hint = f"{prefix}{field.name}", hints[field.name]
-        yield name, hint
-        for inner in (hint, *get_args(hint)):
-            if isinstance(inner, type) and is_dataclass(inner):
-                yield from _types_in(inner, {}, f"{name}.")
+def _hints(group: type, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The types of a dataclass's fields in their order, with `kinds` in place of what those are kinds of."""
+    hints = get_type_hints(group) | kinds
+    return {field.name: hints[field.name] for field in fields(group)}
 
 
-def _typed_recipe(values: Mapping[str, Any], kinds: Mapping[str, type], *, called: str) -> Recipe:
-    """Make a recipe of nested values.
+def _group(hint: Any) -> type | None:
+    """The dataclass in a type, which may also be null."""
+    return next((inner for inner in (hint, *get_args(hint)) if isinstance(inner, type) and is_dataclass(inner)), None)
+
+
+def _made(group: type[T], values: Mapping[str, Any], kinds: Mapping[str, type], *, called: str, prefix: str = "") -> T:
+    """Make a dataclass of nested values, whose names are known; `prefix` is its place in the recipe.
 
     Raises:
-        RecipeError: One is missing, of the wrong type, or contradicts another.
+        RecipeError: A value is missing, of the wrong type, or contradicts another.
     """
-    types = _types(kinds)
-    for name, value in _flat(values).items():
-        accepted = (types[name], *get_args(types[name]))
-        if isinstance(value, bool) and bool not in accepted:  # pydantic would take it for 0 or 1
-            raise _type_error(name, value, types, called=called)
-    parts = {part: _typed(kind, values[part], types, called=called, at=part) for part, kind in kinds.items()}
-    return _typed(Recipe, {**values, **parts}, types, called=called)
-
-
-def _typed(kind: Any, values: Any, types: Mapping[str, Any], *, called: str, at: str = "") -> Any:
-    """Make a dataclass of nested values; `at` is its place in the recipe."""
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        problems = error.errors()
-    for problem in problems:
-        if isinstance(contradiction := problem.get("ctx", {}).get("error"), RecipeError):
-            raise contradiction
-    if missing := [_join(at, *p["loc"]) for p in problems if p["type"] == "missing"]:
+    hints, made = _hints(group, kinds), {}
+    needed = [field.name for field in fields(group) if field.default is MISSING and field.default_factory is MISSING]
+    if missing := [f"{prefix}{name}" for name in needed if name not in values]:
         raise RecipeError(f"{called} is not a complete recipe: add {', '.join(missing)}.")
-    name, value = at, values
-    for part in problems[0]["loc"]:
-        if _join(name, part) not in types:  # an index of a list
-            break
-        name, value = _join(name, part), value[part]
-    raise _type_error(name, value, types, called=called)
+    for name, value in values.items():
+        if name not in hints:  # a dotted name
+            raise RecipeError(
+                f"{called} has {prefix}{name}: give settings nested, as `vitreg train RECIPE --print_config` does."
+            )
+        hint, inner = hints[name], _group(hints[name])
+        if inner and isinstance(value, dict):
+            made[name] = _made(inner, value, {}, called=called, prefix=f"{prefix}{name}.")
+            continue
+        try:
+            made[name] = _typed(hint, value)
+        except ValueError as error:
+            shown = "null" if value is None else repr(value if is_dataclass(hint) else str(value))
+            raise RecipeError(f"{called}: {prefix}{name} takes {_words(hint)}, not {shown}.") from error
+    return group(**made)
 
 
-def _join(*parts: str | int) -> str:
-    return ".".join(str(part) for part in parts if part != "")
-
-
-def _type_error(name: str, value: Any, types: Mapping[str, Any], *, called: str) -> RecipeError:
-    shown = "null" if value is None else repr(value if is_dataclass(types[name]) else str(value))
-    return RecipeError(f"{called}: {name} takes {_words(types[name])}, not {shown}.")
+def _typed(hint: Any, value: Any) -> Any:
+    """
+    Raises:
+        ValueError: It is of another type.
+    """
+    if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
+        raise ValueError("pydantic would take it for 0 or 1")
+    return TypeAdapter(hint).validate_python(value)
 
 
 def _value(text: str, hint: Any) -> Any:
@@ -301,14 +280,6 @@ def _public(value: Any) -> Any:
     return [_public(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _without_kinds(given: Mapping[str, Any]) -> dict[str, Any]:
-    plain = dict(given)
-    for part in KINDS:
-        if isinstance(given.get(part), dict):
-            plain[part] = {key: value for key, value in given[part].items() if key != KIND}
-    return plain
-
-
 def _mapping(text: str, called: str) -> dict[str, Any]:
     try:
         given = yaml.safe_load(text)
@@ -319,21 +290,3 @@ def _mapping(text: str, called: str) -> dict[str, Any]:
             f"{called} holds no settings: give them nested, as `vitreg train RECIPE --print_config` does."
         )
     return given
-
-
-def _dotted(given: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of nested values and of their groups."""
-    for key, value in given.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -158,28 +158,15 @@ def dinov2_vitl16_short(registers: int = 4) -> Recipe:
 
     Blur follows the released models, not what the code seems to say (see MultiCrop). KoLeo looks for neighbours in the
     global batch, upstream in the 64 images of a process. The run ends after exactly 100 epochs; upstream's check of the
-    last step is off by one. Source: dinov2/configs/train/vitl16_short.yaml, ssl_default_config.yaml (everything
-    else); dinov2/README.md (4 nodes: 32 processes of 64 images).
+    last step is off by one. Source: dinov2/configs/train/vitl16_short.yaml, ssl_default_config.yaml (everything else,
+    also the defaults of DinoV2 and MultiCrop); dinov2/README.md (4 nodes: 32 processes of 64 images).
     """
     return Recipe(
         name="dinov2_vitl16_short",
         model=ModelSettings(arch=arch_name("dinov2", "large", registers), img_size=224, patch_size=16, drop_path=0.3),
-        task=DinoV2(
-            dino_head=Head(prototypes=65536, bottleneck=256, hidden=2048, layers=3),
-            ibot_head=None,
-            centering="running_mean",
-            center_momentum=0.9,
-            student_temperature=0.1,
-            teacher_temperature=(0.04, 0.07),
-            teacher_temperature_epochs=30,
-            momentum=(0.992, 1.0),
-            koleo_weight=0.1,
-            mask_probability=0.5,
-            mask_ratio=(0.1, 0.5),
-            freeze_last_layer_epochs=1,
-        ),
+        task=DinoV2(centering="running_mean"),
         data=IMAGENET_1K,
-        augment=MultiCrop(local_size=96, num_local=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32)),
+        augment=MultiCrop(),
         optim=OptimSettings(
             opt="adamw",
             lr=4e-3,
@@ -189,7 +176,6 @@ def dinov2_vitl16_short(registers: int = 4) -> Recipe:
             weight_decay=0.04,
             weight_decay_end=0.4,
             decay_rule="dinov2",
-            betas=(0.9, 0.999),
             layer_decay=0.9,
             patch_embed_lr=0.2,
             clip=3.0,
@@ -217,10 +203,9 @@ def dinov2_vitl14(registers: int = 4) -> Recipe:
         model=replace(short.model, patch_size=14, drop_path=0.4),
         task=replace(
             short.task,
-            dino_head=Head(prototypes=131072, bottleneck=384, hidden=2048, layers=3),
-            ibot_head=Head(prototypes=131072, bottleneck=256, hidden=2048, layers=3),  # the yaml leaves 256 as it is
+            dino_head=Head(prototypes=131072, bottleneck=384),
+            ibot_head=Head(prototypes=131072, bottleneck=256),  # the yaml leaves 256 as it is
             centering="sinkhorn_knopp",
-            sinkhorn_iterations=3,
             momentum=(0.994, 1.0),
         ),
         data=replace(

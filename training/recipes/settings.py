@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 Trainable = Literal["all", "registers", "registers+norms"]
+DecayRule = Literal["timm", "dinov2", "openclip"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +178,7 @@ class OptimSettings:
     warmup_lr: float = 0.0
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
-    decay_rule: Literal["timm", "dinov2", "openclip"] = "timm"
+    decay_rule: DecayRule = "timm"
     betas: tuple[float, float] | None = (0.9, 0.999)
     eps: float | None = None
     layer_decay: float = 1.0
@@ -275,11 +276,7 @@ class Recipe:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse contradictions.
-
-        Raises:
-            RecipeError: Settings contradict each other or are out of range.
-        """
+        """Refuse contradictions with a RecipeError."""
         if problem := next(_problems(self), None):
             raise RecipeError(f"recipe {self.name}: {problem}")
 
@@ -300,6 +297,14 @@ def require_start(recipe: Recipe) -> None:
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The settings as JSON-safe nested dictionaries, without the kinds of `task` and `augment`."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; empty groups count as values."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if value and isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:

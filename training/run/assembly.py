@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.backbone import build_backbone
 from vitreg_hub.training.run.origins import Source, sources_of
 from vitreg_hub.training.schedules import Span
-from vitreg_hub.training.tasks.base import RunFacts, Task, build_task
+from vitreg_hub.training.tasks.base import RunFacts, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,16 +30,11 @@ class Parts:
     """What a run is made of, before it is distributed over devices.
 
     Attributes:
-        data: The training data.
         held_out: The data that scores are measured on, if any.
         eval_images: Images to evaluate: held-out ones, or else training images, but only for artifacts.
         knn_images: Training images without augmentation, among which k-NN finds the neighbours of held-out ones.
-        loader: Batches of `data`.
-        transform: The transform of images in evaluation.
-        mean: Mean of the normalisation in training and evaluation, by channel.
-        std: Standard deviation of the same, by channel.
-        span: How long the run is.
-        task: The objective with its modules.
+        transform: Of images in evaluation.
+        mean: Of each channel, in training and evaluation, as `std`.
         twin: Copy of the model that the task publishes, in evaluation mode, unsharded and on the CPU.
         sources: The models that the run starts from and learns from.
     """
@@ -81,19 +77,19 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
     """Open the data and build the network and the objective.
 
-    Args:
-        recipe: The run.
-        rank: Number of this process, from 0.
-        world_size: Number of processes.
-
     Raises:
         RecipeError: Settings contradict each other, the data, or the number of processes.
         DataError: There are no such images, or they have no labels or captions where the task needs them.
         BundleError: The start or the teacher is not a bundle.
     """
     data = open_training_data(recipe.data)
-    num_classes = _num_classes(data) if recipe.task.classifies else 0
-    backbone, _ = build_backbone(recipe.model, num_classes=num_classes, seed=recipe.seed)
+    num_classes = data.num_classes if recipe.task.classifies else 0
+    if num_classes is None:
+        raise RecipeError(
+            f"{data.name} does not say how many classes it has: give data.num_classes, or a column of class labels "
+            "(data.label_column)."
+        )
+    backbone = build_backbone(recipe.model, num_classes=num_classes, seed=recipe.seed)
     config = resolve_model_data_config(backbone)
     config["input_size"] = (3, *backbone.patch_embed.img_size)
     augment = build_augment(
@@ -119,13 +115,11 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
     held_out = open_held_out(recipe.data, data)
     epoch_steps = recipe.epoch_steps or loader.steps_per_epoch
     span = Span(epoch_steps=epoch_steps, total_steps=max(round(recipe.epochs * epoch_steps), 1))
-    label_names = held_out.label_names if held_out else None
-    run = RunFacts(
-        span=span, batch_size=recipe.batch_size, seed=recipe.seed, label_names=label_names or data.label_names
-    )
+    label_names = (held_out and held_out.label_names) or data.label_names
+    run = RunFacts(span=span, batch_size=recipe.batch_size, seed=recipe.seed, label_names=label_names)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        task = build_task(recipe.task, backbone, run)
+        task: Task = resolve_name(recipe.task.task_class)(recipe.task, backbone, run)
     twin = deepcopy(task.published).eval().requires_grad_(False)
     if recipe.scale.checkpointing:
         backbone.set_grad_checkpointing()
@@ -147,19 +141,6 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         twin=twin,
         sources=sources_of(recipe),
     )
-
-
-def _num_classes(data: TrainingData) -> int:
-    """
-    Raises:
-        RecipeError: It is unknown.
-    """
-    if data.num_classes is None:
-        raise RecipeError(
-            f"{data.name} does not say how many classes it has: give data.num_classes, or a column of class labels "
-            "(data.label_column)."
-        )
-    return data.num_classes
 
 
 def vit_of(published: nn.Module) -> VisionTransformer:

@@ -20,18 +20,10 @@ BACKBONE_STREAM = 0
 """Separates the random numbers of new weights from all others of the same seed."""
 
 
-def build_backbone(
-    settings: ModelSettings, *, num_classes: int, seed: int
-) -> tuple[VisionTransformer, ModelBundle | None]:
+def build_backbone(settings: ModelSettings, *, num_classes: int, seed: int) -> VisionTransformer:
     """Build the network, on the CPU and in training mode.
 
-    Args:
-        settings: The network.
-        num_classes: Width of its classification head, 0 for none; a start's head of another width is replaced.
-        seed: Seed of new weights.
-
-    Returns:
-        The network, and the bundle that it starts from, if any.
+    Its head has `num_classes` outputs, 0 for none; a start's head of another width is replaced.
 
     Raises:
         UnknownArchError: There is no such architecture.
@@ -39,11 +31,9 @@ def build_backbone(
         BundleError: The start is not a bundle.
     """
     get_arch(settings.arch)  # refuses unknown names
+    given = {"img_size": settings.img_size, "patch_size": settings.patch_size}
     options: dict[str, Any] = {"num_classes": num_classes, "dynamic_img_size": True}
-    if settings.img_size is not None:
-        options["img_size"] = settings.img_size
-    if settings.patch_size is not None:
-        options["patch_size"] = settings.patch_size
+    options |= {name: size for name, size in given.items() if size is not None}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, BACKBONE_STREAM))
         if settings.start is None:
@@ -51,7 +41,6 @@ def build_backbone(
                 raise RecipeError(
                     f"model.trainable is {settings.trainable}, but there is no model.start: all else would stay random."
                 )
-            bundle = None
             if settings.layer_scale is not None:
                 options["init_values"] = settings.layer_scale
             made = timm.create_model(settings.arch, **options)
@@ -67,13 +56,11 @@ def build_backbone(
     if settings.drop_path:
         set_drop_path(model, settings.drop_path)
     set_trainable(model, settings.trainable)
-    return model.train(), bundle
+    return model.train()
 
 
 def with_registers_of(arch: str, bundle: ModelBundle, *, called: str) -> ModelBundle:
-    """Give a bundle the number of registers of an architecture: new ones are drawn, surplus ones dropped.
-
-    Registers have no positions, so nothing else changes.
+    """Draw or drop registers of a bundle, which have no positions, until it has as many as an architecture.
 
     Raises:
         RecipeError: The bundle differs from the architecture in more than registers.

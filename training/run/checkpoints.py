@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from vitreg_hub.training.distributed.parallel import (
 )
 from vitreg_hub.training.recipes.files import require_same_recipe
 from vitreg_hub.training.recipes.settings import Recipe
-from vitreg_hub.training.run.best import Best
 from vitreg_hub.training.run.folders import CHECKPOINTS, MODEL, STATE, checkpoints, restore_folders, state_file
-from vitreg_hub.training.run.measured import Measured
+from vitreg_hub.training.run.measured import Best, Measured
+from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,7 @@ BACKBONE = "backbone."
 
 
 def find_checkpoint(out: Path, recipe: Recipe, resume: str) -> Path | None:
-    """Find the checkpoint that a run goes on from, and check that it belongs to this run.
-
-    Args:
-        out: The run's folder, which may not exist yet.
-        recipe: The run.
-        resume: As `train` takes it.
+    """Find the checkpoint that a run goes on from, and check that it belongs to this run; `resume` as for `train`.
 
     Raises:
         RecipeError: The folder holds a run of another recipe.
@@ -73,17 +68,10 @@ def find_checkpoint(out: Path, recipe: Recipe, resume: str) -> Path | None:
     return named
 
 
-def save_run(
-    out: Path, trainer: Trainer, measured: Measured, *, seconds: float, write_model: Callable[[Path], None]
-) -> Path | None:
+def save_run(out: Path, writer: ModelWriter, measured: Measured, *, published: bool) -> Path | None:
     """Write a checkpoint and delete the oldest ones, in all processes together.
 
-    Args:
-        out: The run's folder.
-        trainer: Its weights and its place in the data.
-        measured: What was measured so far.
-        seconds: How long the run took so far.
-        write_model: Writes the bundle of the model that would be published into the folder it is given.
+    A checkpoint that is to be published has a bundle that shows how the run went.
 
     Returns:
         The checkpoint's folder on the main process, None on the others.
@@ -92,7 +80,7 @@ def save_run(
         TrainingError: A weight is not finite; all earlier checkpoints stay.
         BundleError: It cannot be written; all earlier ones stay.
     """
-    accelerator = trainer.accelerator
+    trainer, accelerator = writer.trainer, writer.trainer.accelerator
     weights = _whole_weights(trainer)
     state = {
         "step": trainer.step,
@@ -101,7 +89,7 @@ def save_run(
             "metrics": dict(measured.metrics),
             "evaluated": measured.step,
             "best": asdict(measured.best) if measured.best else None,
-            "seconds": seconds,
+            "seconds": trainer.seconds,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
             "groups": group_counts(trainer.optimizer.optimizer),
             "length": trainer.length,
@@ -114,7 +102,7 @@ def save_run(
         folder = out / CHECKPOINTS / f"step_{trainer.step:07d}"
         if not folder.exists():  # it does when a run resumes at its last step
             with new_folder(folder) as staging:
-                write_model(staging)
+                writer.fill(staging, writer.bundle(measured), run=out if published else None)
                 _write_state(staging, weights, state)
         for old in checkpoints(out)[: -trainer.recipe.watch.keep]:
             # renamed first, so that it never looks complete when it is half deleted
@@ -123,11 +111,8 @@ def save_run(
     return folder
 
 
-def restore_run(trainer: Trainer, checkpoint: Path) -> tuple[Measured, float]:
-    """Go back to where a checkpoint was written.
-
-    Returns:
-        What had been measured by then, and the seconds it had taken.
+def restore_run(trainer: Trainer, checkpoint: Path) -> Measured:
+    """Go back to where a checkpoint was written; returns what had been measured by then.
 
     Raises:
         TrainingError: It is damaged, or of other data, another network or another number of processes.
@@ -157,9 +142,9 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> tuple[Measured, float]:
     trainer.parts.loader.load_state(loaders)
     if accelerator.scaler and extra["scaler"]:
         accelerator.scaler.load_state_dict(extra["scaler"])
-    trainer.go_on_from(step)
+    trainer.go_on_from(step, seconds=extra.get("seconds", 0.0))
     best = Best(**extra["best"]) if extra.get("best") else None
-    return Measured(step=extra["evaluated"], metrics=extra["metrics"], best=best), extra.get("seconds", 0.0)
+    return Measured(step=extra["evaluated"], metrics=extra["metrics"], best=best)
 
 
 def clear_leftovers(run: Path) -> None:
@@ -194,10 +179,10 @@ def _require_finite(weights: Mapping[str, Mapping[str, Tensor]], step: int) -> N
                 )
 
 
-def _write_state(staging: Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    (staging / STATE).mkdir()
+def _write_state(checkpoint: Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    (checkpoint / STATE).mkdir()
     for name, tensors in weights.items():
         if tensors:
             whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(whole, state_file(staging, name), metadata={"format": "pt"})
-    (staging / STATE / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            save_file(whole, state_file(checkpoint, name), metadata={"format": "pt"})
+    (checkpoint / STATE / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")

@@ -1,13 +1,33 @@
-"""What the evaluations of a run have found, and how to make one."""
+"""What the evaluations of a run have found, which model was best, and how to make an evaluation."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from vitreg_hub.bundle.config import read_config
+from vitreg_hub.bundle.provenance import Provenance, provenance_from_json
+from vitreg_hub.errors import BundleError
 from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.assembly import vit_of
-from vitreg_hub.training.run.best import Best, better
+from vitreg_hub.training.run.folders import BEST
 from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.watch.evaluate import evaluate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    """The best model of a run so far; of equal ones the first.
+
+    Attributes:
+        name: Name of the score.
+        score: Its value.
+        step: Steps done.
+    """
+
+    name: str
+    score: float
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,21 +63,50 @@ class Measured:
         return Measured(step=step, metrics=metrics, best=best, later_best=later)
 
     def beside(self, kept: Best | None, recipe: Recipe, *, step: int) -> "Measured":
-        """The same, compared from now on with the best model that the run's folder really holds.
+        """The same after `step` steps, compared from now on with the best model that the run's folder holds (`kept`).
 
         Without such a folder, only the last evaluation counts. If the folder holds a model that a process found after
         the checkpoint, the checkpoint's best model is lost. The same computation will find the later one again; from
         that step on, a model as good as the lost one may replace it.
-
-        Args:
-            kept: What the folder of the best model holds.
-            recipe: The run.
-            step: Steps done.
         """
         if kept is None:
             return replace(self, best=better(None, recipe, step=step, metrics=self.of(step)))
         written_again = self.best is not None and self.best.step == step
         return self if kept == self.best or written_again else replace(self, later_best=kept)
+
+
+def better(
+    best: Best | None, recipe: Recipe, *, step: int, metrics: Mapping[str, float], or_equal: bool = False
+) -> Best | None:
+    """The best model after one more evaluation, of a higher score or perhaps an equal one; never that of step 0."""
+    name = recipe.task.objective.score.name
+    score = metrics.get(f"eval/{name}", math.nan)
+    if step == 0 or not math.isfinite(score):
+        return best
+    if best is not None and (score < best.score or (score == best.score and not or_equal)):
+        return best
+    return Best(name=name, score=score, step=step)
+
+
+def told_by(folder: Path) -> Provenance:
+    """What a run's bundle says about its origin, read without its weights."""
+    return provenance_from_json(read_config(folder, called=str(folder))["vitreg"].get("provenance"))
+
+
+def read_best(run: Path, recipe: Recipe) -> Best | None:
+    """Read what the best model of a run says about itself, without its weights; None if there is none.
+
+    Raises:
+        BundleError: Its folder is damaged.
+    """
+    folder = run / BEST
+    if not folder.is_dir():
+        return None
+    name = recipe.task.objective.score.name
+    told = told_by(folder)
+    if name not in told.metrics or not told.run or told.run.step is None:
+        raise BundleError(f"{folder} does not say its {name} and its step: delete it and start the run again.")
+    return Best(name=name, score=told.metrics[name], step=told.run.step)
 
 
 def measure(trainer: Trainer) -> dict[str, float]:

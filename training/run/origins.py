@@ -68,11 +68,6 @@ def license_of(recipe: Recipe, sources: Sequence[Source], *, published: bool) ->
 
     Where sources have different licenses, non-commercial ones take precedence.
 
-    Args:
-        recipe: The run; its license is the one that the user gives.
-        sources: Its start and its teacher.
-        published: Whether the model is to be published, so that its license must be known.
-
     Returns:
         The Hub's identifier; None if it is unknown.
 

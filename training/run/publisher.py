@@ -78,20 +78,16 @@ class Publisher:
         self._waits, self._push, self._pause = tuple(waits), push, pause
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._newest: dict[str, _Upload] = {}
-        self._bugs: list[BaseException] = []
+        self._futures: list[Future[None]] = []
         self.commits: dict[str, str] = {}
         """Address of the last commit on each branch, even if a newer upload has failed since."""
         self.errors: dict[str, str] = {}
         """Why the newest bundle of a branch could not be published; only branches where that is so."""
 
     def ask(self, *, towers: bool = False, seconds: float = ASKING) -> None:
-        """Find out now whether anything would keep the models from being published at the end.
+        """Find out now whether anything would keep the models, and text towers, from being published at the end.
 
-        A Hub that does not answer is no reason to stop: it may be back by then.
-
-        Args:
-            towers: Whether text towers are published too, in a repository of their own.
-            seconds: How long to wait for the Hub.
+        A Hub that does not answer in so many seconds is no reason to stop: it may be back by then.
 
         Raises:
             HubRefusedError: The token is invalid or may only read, or a repository cannot become what was asked for.
@@ -112,7 +108,7 @@ class Publisher:
         The folder may be deleted right away, but its files must not be changed.
 
         Returns:
-            A future that is done when the upload has ended, well or not; None if the folder could not be copied.
+            Done when the upload has ended, well or not; None if the folder could not be copied.
         """
         older = self._newest.pop(branch, None)
         if older is not None:
@@ -126,26 +122,20 @@ class Publisher:
             return None
         outdated = Event()
         future = self._thread.submit(self._upload, copy, Path(folder).name, branch, outdated)
-        future.add_done_callback(self._note_bug)
+        self._futures.append(future)
         self._newest[branch] = _Upload(copy=copy, outdated=outdated, future=future)
         return future
 
     def close(self) -> dict[str, str]:
-        """Wait for the last uploads.
-
-        Returns:
-            Address of the last commit on each branch where the newest bundle was published.
-        """
+        """Wait for the last uploads; returns the address of the commit on each branch whose newest bundle arrived."""
         self._thread.shutdown()
-        for bug in self._bugs:
-            raise bug
+        for future in self._futures:
+            if not future.cancelled():
+                future.result()  # raises what only a bug can have raised
         return {branch: commit for branch, commit in self.commits.items() if branch not in self.errors}
 
     def publish_last(self, run: Path) -> dict[str, str]:
-        """Publish the last and the best model of a finished run, and wait until that is done.
-
-        Returns:
-            As `close`.
+        """Publish the last and the best model of a finished run, and wait and return as `close` does.
 
         Raises:
             HubError: The last model could not be published.
@@ -199,10 +189,6 @@ class Publisher:
                     return
         finally:
             shutil.rmtree(copy, ignore_errors=True)
-
-    def _note_bug(self, future: Future[None]) -> None:
-        if not future.cancelled() and (bug := future.exception()):
-            self._bugs.append(bug)
 
     def _failed(self, branch: str, why: str) -> None:
         self.errors[branch] = why

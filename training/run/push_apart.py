@@ -54,11 +54,7 @@ def push_apart(folder: Path, repo_id: str, *, seconds: float | None = None, **op
     torch's default type. The new process imports this module only; one of `multiprocessing` would import the user's
     script again, which without a guard would start another training.
 
-    Args:
-        folder: Of the bundle.
-        repo_id: ``org/name``.
-        seconds: When to give up, without another try; by default it depends on the size of the files.
-        **options: As for `hub.push`, JSON-safe.
+    It is given up after so many seconds, by default by the size of the files. Options are those of `hub.push`.
     """
     seconds = patience(folder) if seconds is None else seconds
     asked = json.dumps({"folder": str(folder), "repo_id": repo_id, **options})

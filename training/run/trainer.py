@@ -3,7 +3,8 @@
 import logging
 import math
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -37,13 +38,15 @@ class Trainer:
         names: Names of the network's parameters.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Build all parts and put them on the device.
 
         Raises:
             VitregError: As `assemble`.
         """
-        self.recipe, self.accelerator = recipe, accelerator
+        self.recipe, self.accelerator, self._clock, self._began = recipe, accelerator, clock, clock()
         self.parts: Parts = assemble(recipe, rank=accelerator.process_index, world_size=accelerator.num_processes)
         task, fsdp2 = self.parts.task, recipe.scale.sharding == "fsdp2"
         self.network = wrap(task.network, accelerator, fsdp2=fsdp2)
@@ -66,9 +69,15 @@ class Trainer:
         """What determines the schedules and the order of the images."""
         return {"images": self.parts.data.num_images, "steps": self.parts.span.total_steps}
 
-    def go_on_from(self, step: int) -> None:
-        """Continue after so many steps, whose state has been loaded."""
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, without what a killed process did after its last checkpoint."""
+        return round(self._clock() - self._began, 1)
+
+    def go_on_from(self, step: int, *, seconds: float) -> None:
+        """Continue after so many steps, which took so long and whose state has been loaded."""
         self.step, self._copied = step, -1
+        self._began -= seconds
 
     def steps(self, throughput: Throughput) -> Iterator[tuple[int, list[Batch]]]:
         """Yield each remaining step with the batches of its parts."""
@@ -92,7 +101,7 @@ class Trainer:
             batches: Its parts of this process.
             throughput: Counts operations.
             stop: Whether this process was asked to stop.
-            out: The run's folder, for messages, if there is one.
+            out: The run's folder, for messages.
 
         Returns:
             The global batch's metrics, and whether any process was asked to stop.

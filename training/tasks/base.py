@@ -4,9 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from timm.models import VisionTransformer
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.training.schedules import Span
-from vitreg_hub.training.tasks.settings import TaskSettings
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -47,12 +45,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """Losses of one part of a step.
-
-    Attributes:
-        loss: What is minimised, a mean over this process's images; its mean over processes is the global batch's.
-        metrics: Terms of the loss and other numbers, without gradients, by name.
-    """
+    """The loss of one part of a step, whose mean over processes is the global batch's, and further numbers by name."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor]
@@ -60,14 +53,7 @@ class StepOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:
-    """What a task may know about its run.
-
-    Attributes:
-        span: Length of the run.
-        batch_size: Images of a step, in all processes.
-        seed: Seed of everything random.
-        label_names: Names of the held-out images' classes, if known.
-    """
+    """What a task may know about its run; `batch_size` counts the images of a step in all processes."""
 
     span: Span
     batch_size: int
@@ -90,15 +76,11 @@ class Task(ABC, Generic[Network]):
     frozen: dict[str, nn.Module]
     hold: Mapping[str, int] = MappingProxyType({})
 
-    @classmethod
     @abstractmethod
-    def build(cls, settings: Any, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Make the objective for a ViT; new weights are drawn from torch's default generator.
+    def __init__(self, settings: Any, backbone: VisionTransformer, run: RunFacts) -> None:
+        """Make the objective for a ViT, which has a head if the objective classifies.
 
-        Args:
-            settings: Settings of the objective.
-            backbone: The ViT, with a head if its settings say that it classifies.
-            run: Facts about the run.
+        New weights are drawn from torch's default generator.
 
         Raises:
             VitregError: The settings do not fit the ViT, or something that they name is missing.
@@ -117,12 +99,9 @@ class Task(ABC, Generic[Network]):
         """What is evaluated and exported of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
 
     def write_beside(self, model: Any, bundle: ModelBundle, folder: Path) -> None:
-        """Write beside the bundle what belongs to the model but has no place in it; nothing by default.
+        """Write beside a bundle's future folder what belongs to the model but has no place in it; nothing by default.
 
-        Args:
-            model: An unsharded copy of `published`.
-            bundle: The bundle of its ViT.
-            folder: Where the bundle will be, replacing an older one.
+        `model` is an unsharded copy of `published`.
         """
 
     def scorer(self, model: Any) -> Scorer:
@@ -131,11 +110,6 @@ class Task(ABC, Generic[Network]):
         By default there are no scores but k-NN accuracy, which every model gets.
         """
         return lambda images, labels: {}
-
-
-def build_task(settings: TaskSettings, backbone: VisionTransformer, run: RunFacts) -> Task:
-    """Make the objective of its settings; no other objective is imported."""
-    return resolve_name(settings.task_class).build(settings, backbone, run)
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:

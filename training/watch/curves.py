@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,9 +46,8 @@ class Panel:
     """Curves that share an axis.
 
     Attributes:
-        title: Title of the panel.
         curves: Curves by label.
-        colours: Colours of the curves, in their order; if there are more curves, a colour map is used instead.
+        colours: Of the curves, in their order; if there are more curves, a colour map is used instead.
         log: Whether the axis is logarithmic.
         share: Whether values are shares in [0, 1].
         mark: Step of the best model, if these are scores.
@@ -64,13 +63,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """The content of `metrics.jsonl`.
-
-    Attributes:
-        training: Curves of training steps, by name.
-        evaluation: Curves of evaluations, by name.
-        best: Steps done when the best model so far was evaluated.
-    """
+    """The content of `metrics.jsonl`: curves by name, and the steps done when the best model so far was evaluated."""
 
     training: Mapping[str, Curve] = field(default_factory=dict)
     evaluation: Mapping[str, Curve] = field(default_factory=dict)
@@ -78,12 +71,7 @@ class History:
 
 
 def draw_curves(metrics: Path, file: Path, *, title: str) -> Path | None:
-    """Draw a run, replacing an older figure; returns the PNG, or None if there is nothing to draw.
-
-    Args:
-        metrics: The run's `metrics.jsonl`.
-        file: PNG to write.
-        title: Title of the figure.
+    """Draw a run by its `metrics.jsonl`, replacing an older PNG; returns that, or None if there is nothing to draw.
 
     Raises:
         BundleError: It cannot be written.
@@ -122,29 +110,23 @@ def panels_of(history: History) -> tuple[Panel, ...]:
     loss = _chosen(training, {"loss": "loss"})
     if len(terms) <= MOST_TERMS:
         loss |= terms
-    scores: dict[str, Curve] = {}
-    shares: dict[int, Curve] = {}
-    for name, curve in evaluation.items():
-        if name.startswith("eval/"):
-            scores[name.removeprefix("eval/").replace("_", " ")] = curve
-        elif match := re.fullmatch(r"artifacts/block_(\d+)/outlier_fraction", name):
-            shares[int(match[1])] = curve
+    scores = {
+        name.removeprefix("eval/").replace("_", " "): curve
+        for name, curve in evaluation.items()
+        if name.startswith("eval/")
+    }
+    shares = {int(block): curve for block, curve in _matching(evaluation, r"artifacts/block_(\d+)/outlier_fraction")}
     last = max(shares, default=0)
     block = f"artifacts/block_{last}/"
-    most: dict[int, float] = {}
-    for curve in shares.values():
-        for step, share in curve.items():
-            most[step] = max(share, most.get(step, share))
     outliers: dict[str, Curve] = {}
     if last:
+        steps = sorted({step for curve in shares.values() for step in curve})
+        most = {step: max(curve[step] for curve in shares.values() if step in curve) for step in steps}
         outliers["most of any block"] = most
     if shares:
         outliers[f"block {last}"] = shares[last]
     norms = {f"{block}norm_q100": "largest", f"{block}norm_q99": "99 % quantile", f"{block}norm_q50": "median"}
-    registers: dict[str, Curve] = {}
-    for name, curve in evaluation.items():
-        if found := re.fullmatch(rf"{block}register_(\d+)_norm", name):
-            registers[f"register {found[1]}"] = curve
+    registers = {f"register {number}": x for number, x in _matching(evaluation, rf"{block}register_(\d+)_norm")}
     return (
         Panel(title="Loss", curves=loss, colours=("#000000", NORMAL, OUTLIER, CLASS, REGISTER, GREY)),
         Panel(title="Learning rate", curves=_chosen(training, {"lr": "learning rate"}), colours=(GREY,)),
@@ -160,6 +142,13 @@ def panels_of(history: History) -> tuple[Panel, ...]:
         ),
         Panel(title=f"Norms of registers, block {last}", curves=registers),
     )
+
+
+def _matching(curves: Mapping[str, Curve], pattern: str) -> Iterator[tuple[str, Curve]]:
+    """Yield curves with what the group of the pattern finds in their names."""
+    for name, curve in curves.items():
+        if match := re.fullmatch(pattern, name):
+            yield match[1], curve
 
 
 def _chosen(curves: Mapping[str, Curve], labels: Mapping[str, str]) -> dict[str, Curve]:
@@ -212,5 +201,4 @@ def _draw(axis: Axes, panel: Panel) -> None:
 def _colours(panel: Panel) -> Callable[[int], object]:
     if len(panel.curves) <= len(panel.colours):
         return panel.colours.__getitem__
-    shades = matplotlib.colormaps["viridis"].resampled(len(panel.curves) + 1)  # without its pale end
-    return shades
+    return matplotlib.colormaps["viridis"].resampled(len(panel.curves) + 1)  # without its pale end

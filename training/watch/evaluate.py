@@ -45,11 +45,8 @@ def evaluate(
         transform: Makes the model's input of an image, without augmentation.
         device: The device of this process.
         settings: How many images, and how.
-        rank: Number of this process, from 0.
-        world_size: Number of processes.
-        seed: Seed of the choice of images, where there are too many.
-        batch_size: Images that a process computes at once.
-        num_workers: Further processes that decode.
+        seed: Chooses images, where there are too many.
+        rank, world_size, batch_size, num_workers: As for `run_pass`.
 
     Returns:
         `eval/knn_accuracy` in [0, 1], `eval/<score>`, under `EVALUATED_IMAGES` the number of images that all processes

@@ -29,14 +29,7 @@ def draw_first_batch(
     file: str | Path,
     label_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write `first_batch_figure` to a PNG.
-
-    Args:
-        batch: Augmented images.
-        mean: Mean of the normalisation, by channel.
-        std: Standard deviation of the normalisation, by channel.
-        file: PNG to write, replacing an old one.
-        label_names: Names of the classes.
+    """Write `first_batch_figure` to a PNG, replacing an old one.
 
     Raises:
         BundleError: The file cannot be written.
@@ -50,10 +43,10 @@ def draw_first_batch(
 def first_batch_figure(
     batch: Batch, *, mean: Sequence[float], std: Sequence[float], label_names: Sequence[str] | None = None
 ) -> Figure:
-    """Draw up to eight images, one per row, with their views side by side.
+    """Draw up to eight images, one per row, with their views side by side, without their normalisation.
 
     Above each row, or beside a single view, is the image's caption, label or name; below the last row are the sizes of
-    the views. Arguments are those of `draw_first_batch`.
+    the views.
     """
     rows, columns = min(len(batch.crops[0]), MOST_IMAGES), len(batch.crops)
     single = columns == 1

@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vitreg_hub.errors import BundleError, RecipeError
 from vitreg_hub.files import METRICS_FILE, whole_file
 from vitreg_hub.plotting import number
+from vitreg_hub.training.recipes.settings import flat
 from vitreg_hub.training.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Logbook:
         total_steps: Steps of the run.
         start_step: First step of this process: lines of this step and later ones from an earlier process are dropped.
         batch_size: Images of one step, over all processes.
-        name: Name of the run, which trackers use for the project.
+        name: Of the trackers' project.
         trackers: accelerate's trackers by name.
         config: Nested settings, which trackers get under dotted names.
 
@@ -116,11 +117,7 @@ class Logbook:
             self._bar.update()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write and show a step of training, with the speed since the last call.
-
-        Args:
-            step: Number of the step, from 0; `step_done` was called for it.
-            metrics: Numbers by name; "loss" and "lr" are shown.
+        """Write a step of training, numbered from 0, and show its main metrics, with the speed since the last call.
 
         Raises:
             BundleError: It cannot be written, as on a full disk.
@@ -137,14 +134,9 @@ class Logbook:
             logger.info("%s", "  ".join(words))
 
     def note(self, step: int, scores: Mapping[str, float], *, best: bool = False) -> None:
-        """Write an evaluation, and show its scores.
+        """Write an evaluation after `step` steps, and show its scores, called ``eval/name``.
 
-        The many numbers about artifacts only go to files and trackers.
-
-        Args:
-            step: Steps done.
-            scores: Numbers by name, scores as ``eval/name``.
-            best: Whether this is the best model of the run so far; only then does the line say so.
+        The many numbers about artifacts only go to files and trackers. Only the `best` model so far is called so.
 
         Raises:
             BundleError: It cannot be written, as on a full disk.
@@ -158,15 +150,11 @@ class Logbook:
                 words.append("(the best so far)")
             logger.info("%s", "  ".join([f"evaluation after {step} steps:", *words]))
 
-    def close(self) -> None:
-        """Close the bar and the trackers."""
-        self._closing.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        self._closing.close()
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._main:
@@ -212,17 +200,9 @@ def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> 
     kind = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind(project, folder / TRACKERS_FOLDER) if kind.requires_logging_directory else kind(project)
     tracker.start()
-    tracker.store_init_configuration(dict(_flat(config)))
+    plain = {name: x if isinstance(x, int | float | str | None) else str(x) for name, x in flat(config).items()}
+    tracker.store_init_configuration(plain)  # trackers take no lists
     return tracker
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str | None]]:
-    """Yield settings under dotted names; lists become text, because trackers take no lists."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, int | float | str | None) else str(value)
 
 
 def _plain(value: float) -> float | str:

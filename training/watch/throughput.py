@@ -34,11 +34,9 @@ SMOOTHING = 0.3
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Peak floating-point operations per second of a card; None if unknown.
+    """Peak floating-point operations per second of a card as CUDA names it; None if unknown.
 
-    Args:
-        name: As `torch.cuda.get_device_name` returns it.
-        precision: accelerate's `mixed_precision`: "no", "bf16" or "fp16".
+    The precision is accelerate's `mixed_precision`: "no", "bf16" or "fp16".
     """
     known = next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
     if known is None or OTHER_CARDS.search(name):
@@ -49,19 +47,11 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 class Throughput:
-    """Measures speed between one reading and the next.
+    """Measures speed between one reading and the next, in images of a `batch_size` over all processes.
 
     It does not wait for the device at every step. Times are right if the caller has just waited for it, as reading a
-    loss does. The first step is left out because it compiles, tunes and fills caches.
-
-    Args:
-        batch_size: Images of one step, over all processes.
-        total_steps: Steps of the run.
-        start_step: First step, if the run was resumed.
-        device: The device of this process.
-        precision: accelerate's `mixed_precision`.
-        peak: Peak floating-point operations per second of the device; None: looked up by its name.
-        clock: Returns seconds.
+    loss does. The first step is left out because it compiles, tunes and fills caches. The device's `peak`, in
+    floating-point operations per second, is looked up by its name and accelerate's `mixed_precision`, unless given.
     """
 
     def __init__(
@@ -95,9 +85,8 @@ class Throughput:
     def counting(self) -> Iterator[None]:
         """To be put around the forward and backward passes of every part of a step.
 
-        Counts the operations of the run's first step, if the device's peak is known, and does nothing in later ones.
-        In that step compiled modules run uncompiled, because compiled code cannot be counted. Passes that checkpointing
-        repeats count as well.
+        Counts the operations of the run's first step, if the device's peak is known. In that step compiled modules run
+        uncompiled, because compiled code cannot be counted. Passes that checkpointing repeats count as well.
         """
         if self._peak is None or self._since is not None:
             yield

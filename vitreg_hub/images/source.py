@@ -303,12 +303,12 @@ def _of_data_set(data: Rows) -> ImageSource:
     """Find the columns, and leave decoding to the reader."""
     data = data.with_format(None)
     features = features_of(data)
-    image = find_column(features, ["image"], lambda feature: isinstance(feature, datasets.Image))
+    image = find_column([name for name, kind in features.items() if isinstance(kind, datasets.Image)], ["image"])
     if image is None:
         raise DataError(
             f"the data set needs one column of images, or one called 'image', but its columns are {dict(features)}."
         )
-    label = find_column(features, ["label"], lambda feature: isinstance(feature, datasets.ClassLabel))
+    label = find_column([name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)], ["label"])
     if label is None and is_integer(features.get("label")):
         label = "label"
     if data.features:

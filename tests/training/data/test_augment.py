@@ -18,8 +18,8 @@ from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.data.augment import build_augment
 from vitreg_hub.training.distributed.randomness import seed_of, seeded
 from vitreg_hub.training.recipes.settings import CropAugment, MultiCrop, ThreeAugment
-from vitreg_hub.training.tasks.supervised.mixing import mix
 from vitreg_hub.training.tasks.supervised.settings import Supervised
+from vitreg_hub.training.tasks.supervised.task import mix
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALIZE = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]

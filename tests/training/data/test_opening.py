@@ -39,6 +39,10 @@ def refusal(train, **settings):
     return str(caught.value)
 
 
+def held_out_of(settings):
+    return open_held_out(settings, open_training_data(settings))
+
+
 @pytest.mark.parametrize(
     ("name", "streaming"), [("digits", False), ("digits", True), ("photos", False), ("scenes", False)]
 )
@@ -51,7 +55,7 @@ def test_embedded_sets(name, streaming):
     assert labels(data) == own["label"][:]
     first = next(iter(data.rows))
     assert read_rgb(first["image"]).tobytes() == own[0]["image"].tobytes()
-    held_out = open_held_out(settings, data, max_images=5)
+    held_out = open_held_out(settings, data).at_most(5, seed=0)
     assert held_out.label_names == data.label_names
     (batch,) = held_out.batches(to_tensor, batch_size=5)
     for index, image, label in zip(batch.indices, batch.images, batch.labels, strict=True):
@@ -220,7 +224,7 @@ def test_held_out_labels_are_numbered_as_the_trainings(tmp_path, streaming):
     rows = {"image": [{"bytes": png(i), "path": None} for i in range(6)], "label": [i % 2 for i in range(6)]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
     settings = DataSettings(train=str(tmp_path / "train"), test=str(tmp_path / "test.parquet"), streaming=streaming)
-    held_out = open_held_out(settings, open_training_data(settings))
+    held_out = held_out_of(settings)
     assert (held_out.label_names, held_out.num_images) == (("a", "b", "c", "d"), None if streaming else 6)
     batches = list(held_out.batches(to_tensor, batch_size=4))
     pairs = {(round(float(i[0, 0, 0]) * 255), int(n)) for b in batches for i, n in zip(b.images, b.labels, strict=True)}
@@ -229,13 +233,13 @@ def test_held_out_labels_are_numbered_as_the_trainings(tmp_path, streaming):
 
 def test_held_out_data_must_fit(tmp_path):
     train, test = write_folder(tmp_path / "train", 6), write_folder(tmp_path / "test", 6, classes=("a", "z"))
-    assert open_held_out(DataSettings(train=str(train))) is None
+    assert held_out_of(DataSettings(train=str(train))) is None
     for settings, words in (
         (DataSettings(train=str(train), test=str(test)), f"{test} has the class 'z', which {train} does not have"),
         (DataSettings(train=str(train), test=str(train)), f"{train} is what is trained on: give other images"),
     ):
         with pytest.raises(DataError) as caught:
-            open_held_out(settings)
+            held_out_of(settings)
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
     for name, highest in (("some", 2), ("more", 3)):
@@ -243,10 +247,10 @@ def test_held_out_data_must_fit(tmp_path):
         rows.to_parquet(tmp_path / f"{name}.parquet")
     files = {name: str(tmp_path / f"{name}.parquet") for name in ("some", "more")}
     with pytest.raises(DataError, match=r"has labels up to 3, but .* has 3 classes"):
-        open_held_out(DataSettings(train=files["some"], test=files["more"]))
-    assert open_held_out(DataSettings(train=files["more"], test=files["some"])).has_labels
+        held_out_of(DataSettings(train=files["some"], test=files["more"]))
+    assert held_out_of(DataSettings(train=files["more"], test=files["some"])).has_labels
     # of columns that only the training data have nothing is asked
-    assert open_held_out(DataSettings(train=files["some"], test=str(train), label_column="label")).has_labels
+    assert held_out_of(DataSettings(train=files["some"], test=str(train), label_column="label")).has_labels
 
 
 def test_pictures_that_are_opened_keep_their_names(tmp_path):

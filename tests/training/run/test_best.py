@@ -29,8 +29,8 @@ from vitreg_hub.training.loop import Instruments, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.recipes.settings import WatchSettings
 from vitreg_hub.training.run import folders, trainer
-from vitreg_hub.training.run.best import Best, better, read_best
 from vitreg_hub.training.run.folders import checkpoints, restore_folders
+from vitreg_hub.training.run.measured import Best, better, read_best
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.publisher import Publisher
 from vitreg_hub.training.run.trainer import Trainer

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from training_runs import RUN
 from training_runs import TINY as RUNS
 
 import vitreg_hub  # noqa: F401  (registers the models, also in processes that are started here)
@@ -50,7 +51,7 @@ SAVED = {"vit_nano_reg0": 32, "vit_nano_reg4": 32, "vit_base_reg2_clip": (32, 48
 def task_of(arch: str = "vit_nano_reg4", *, settings: Contrastive = SETTINGS, img_size=32) -> ContrastiveTask:
     torch.manual_seed(0)
     backbone = randomised(timm.create_model(arch, num_classes=0, img_size=img_size, **TINY))
-    task = ContrastiveTask(settings=settings, backbone=backbone, label_names=NAMES)
+    task = ContrastiveTask(settings, backbone, replace(RUN, label_names=NAMES))
     with torch.no_grad():  # its first weights are so small that all texts look alike
         task.network.text.token_embedding.weight.mul_(20)
     return task
@@ -109,7 +110,7 @@ def test_loss_and_gradients_are_open_clips(folder):
 
 def test_first_weights_are_drawn_as_open_clip_draws_them():
     settings = Contrastive(text_width=128, text_heads=2, text_layers=3, embed_dim=96, context_length=20)
-    ours = ContrastiveTask(settings=settings, backbone=timm.create_model("vit_nano_reg0", num_classes=0)).network
+    ours = ContrastiveTask(settings, timm.create_model("vit_nano_reg0", num_classes=0), RUN).network
     vision = {"layers": 1, "width": 128, "head_width": 32, "patch_size": 16, "image_size": 32}
     text = {"context_length": 20, "width": 128, "heads": 2, "layers": 3}
     theirs = open_clip.CLIP(embed_dim=96, vision_cfg=vision, text_cfg=text)
@@ -314,7 +315,7 @@ def test_zero_shot_score_is_open_clips(folder):
 
 def test_no_names_no_score():
     task = task_of()
-    unnamed = ContrastiveTask(settings=SETTINGS, backbone=task.network.backbone)
+    unnamed = ContrastiveTask(SETTINGS, task.network.backbone, RUN)
     assert unnamed.scorer(unnamed.network)(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])) == {}
 
 

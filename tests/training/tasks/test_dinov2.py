@@ -14,7 +14,7 @@ from vitreg_hub.training.distributed.parallel import average_into
 from vitreg_hub.training.optim.optimizer import build_optimizer, clip_gradients
 from vitreg_hub.training.recipes.settings import OptimSettings
 from vitreg_hub.training.schedules import Span
-from vitreg_hub.training.tasks.base import Batch
+from vitreg_hub.training.tasks.base import Batch, RunFacts
 from vitreg_hub.training.tasks.dinov2.settings import DinoV2, Head
 from vitreg_hub.training.tasks.dinov2.task import DinoV2Task
 
@@ -43,11 +43,9 @@ def official_task(**settings) -> DinoV2Task:
     head = Head(prototypes=40, bottleneck=12, hidden=24)
     settings = DinoV2(dino_head=head, centering="running_mean", **settings)
     task = DinoV2Task(
-        settings=settings,
-        backbone=backbone(),
-        span=Span(epoch_steps=STEPS, total_steps=STEPS),
-        batch_size=META["batch_images"],
-        seed=0,
+        settings,
+        backbone(),
+        RunFacts(span=Span(epoch_steps=STEPS, total_steps=STEPS), batch_size=META["batch_images"], seed=0),
     )
     task.network.load_state_dict(shaped(recorded("checkpoint", "student.")))
     teacher = shaped(recorded("checkpoint", "teacher."))
@@ -140,11 +138,9 @@ def test_registers_take_no_loss_but_learn(registers):
     model = backbone(registers)
     head = Head(prototypes=16, bottleneck=8, hidden=16)
     task = DinoV2Task(
-        settings=DinoV2(dino_head=head, ibot_head=head),
-        backbone=model,
-        span=Span(epoch_steps=1, total_steps=1),
-        batch_size=4,
-        seed=0,
+        DinoV2(dino_head=head, ibot_head=head),
+        model,
+        RunFacts(span=Span(epoch_steps=1, total_steps=1), batch_size=4, seed=0),
     )
     seen = task.network(torch.cat(crops(0)[:2]), torch.arange(5), masks=masks(0))
     assert seen["patch_logits"].shape == (5, 16)

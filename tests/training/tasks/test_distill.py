@@ -13,6 +13,7 @@ from checkpoints import GOLDEN
 from models import random_bundle, randomised
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from training_runs import RUN
 
 from vitreg_hub.errors import DataError, RecipeError, UnknownArchError
 from vitreg_hub.tokens import Tokens
@@ -40,7 +41,7 @@ def teachers(tmp_path_factory) -> Callable[..., Path]:
 def task_of(teacher: Path | str, *, arch: str = "vit_nano_reg4", seed: int = 1, **weights) -> DistillTask:
     torch.manual_seed(seed)
     backbone = randomised(timm.create_model(arch, num_classes=0, **TINY), seed=seed)
-    return DistillTask(settings=Distill(teacher=str(teacher), **weights), backbone=backbone)
+    return DistillTask(Distill(teacher=str(teacher), **weights), backbone, RUN)
 
 
 def batch_of(images: Tensor | None = None) -> Batch:
@@ -154,7 +155,7 @@ def test_a_few_steps_learn_and_leave_the_teacher(teachers, shape):
 def test_a_copy_without_new_registers_is_perfect(teachers):
     folder = teachers("32", **TINY)
     teacher = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-    task = DistillTask(settings=Distill(teacher=str(folder)), backbone=teacher)
+    task = DistillTask(Distill(teacher=str(folder)), teacher, RUN)
     output = task.training_step(task.network, batch_of())
     assert output.loss.item() == pytest.approx(0, abs=1e-6)
     assert isinstance(task.network.projection, nn.Identity)
@@ -199,7 +200,7 @@ def test_another_target_takes_the_place_of_the_teachers_tokens(teachers):
         asked.append(batch)
         return replace(teacher(batch.crops[0]), patches=torch.ones(3, 16, 32))
 
-    other = DistillTask(settings=task.settings, backbone=task.network.backbone, target=target)
+    other = DistillTask(task.settings, task.network.backbone, RUN, target=target)
     output = other.training_step(other.network, batch)
     patches = task.network.backbone.forward_features(batch.crops[0])[:, 5:]
     torch.testing.assert_close(output.metrics["mse"], (patches - 1).square().mean().detach(), rtol=1e-5, atol=0)

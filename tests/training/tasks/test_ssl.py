@@ -27,6 +27,7 @@ from vitreg_hub.training.tasks.dinov2.losses import (
     sinkhorn_knopp,
 )
 from vitreg_hub.training.tasks.dinov2.masks import BlockMasks, masked_indices_and_weights
+from vitreg_hub.training.tasks.dinov2.settings import Head
 
 close = torch.testing.assert_close
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
@@ -50,12 +51,14 @@ def with_grad(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["nlayers3", "nlayers1", "nlayers2_nobias"])
 def test_head_is_the_official_one(name):
     inputs, expected, meta = golden("dino_head")
-    settings = {k: v for k, v in meta["constructor"][name].items() if k not in ("nlayers", "mlp_bias")}
-    head = DinoHead(
-        **settings,
-        num_layers=meta["constructor"][name]["nlayers"],
-        bias=meta["constructor"][name].get("mlp_bias", True),
+    settings = meta["constructor"][name]
+    shape = Head(
+        prototypes=settings["out_dim"],
+        hidden=settings.get("hidden_dim", 1),
+        bottleneck=settings["bottleneck_dim"],
+        layers=settings["nlayers"],
     )
+    head = DinoHead(settings["in_dim"], shape, bias=settings.get("mlp_bias", True))
     weights = load_file(GOLDEN / "dino_head/checkpoint.safetensors")
     head.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
     x = with_grad(inputs["x"])
@@ -68,7 +71,7 @@ def test_head_is_the_official_one(name):
 
 
 def test_head_starts_as_the_official_one():
-    head = DinoHead(64, 300, hidden_dim=128, bottleneck_dim=32)
+    head = DinoHead(64, Head(prototypes=300, hidden=128, bottleneck=32))
     assert torch.equal(head.last_layer.weight_g, torch.ones(300, 1))
     assert head.last_layer.weight_g.requires_grad
     linears = [module for module in head.modules() if isinstance(module, torch.nn.Linear)]
@@ -82,7 +85,7 @@ def test_head_starts_as_the_official_one():
 
 
 def test_head_under_autocast_normalises_in_float32():
-    head = DinoHead(24, 40, hidden_dim=32, bottleneck_dim=16)
+    head = DinoHead(24, Head(prototypes=40, hidden=32, bottleneck=16))
     seen = []
     head.last_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,7 +95,7 @@ def test_head_under_autocast_normalises_in_float32():
 
 
 def test_copied_head_is_another_one():
-    head = DinoHead(24, 40, hidden_dim=32, bottleneck_dim=16)
+    head = DinoHead(24, Head(prototypes=40, hidden=32, bottleneck=16))
     other, x = copy.deepcopy(head), torch.randn(3, 24)
     before = head(x)
     with torch.no_grad():
@@ -343,7 +346,7 @@ def _gathered(rank: int) -> dict[str, Tensor]:
 
 def _head_step(x: Tensor, *, shard: bool) -> dict[str, Tensor]:
     torch.manual_seed(5)
-    head = DinoHead(8, 9, hidden_dim=12, bottleneck_dim=7)
+    head = DinoHead(8, Head(prototypes=9, hidden=12, bottleneck=7))
     if shard:
         mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
         distributed.fsdp.fully_shard(head, mesh=mesh)

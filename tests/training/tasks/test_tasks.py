@@ -44,12 +44,8 @@ class EvenNetwork(nn.Module):
 
 
 class EvenTask(Task):
-    def __init__(self, settings, backbone):
+    def __init__(self, settings, backbone, run):
         self.settings, self.network, self.frozen = settings, EvenNetwork(backbone), {}
-
-    @classmethod
-    def build(cls, settings, backbone, run):
-        return cls(settings, backbone)
 
     def training_step(self, network, batch):
         return StepOutput(loss=self.settings.weight * network(batch.crops[0]).std(1).mean(), metrics={})

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -61,27 +60,15 @@ class TwoTowers(nn.Module):
 class ContrastiveTask(Task[TwoTowers]):
     """Matches each image of the global batch with its caption, and each caption with its image."""
 
-    def __init__(
-        self, *, settings: Contrastive, backbone: VisionTransformer, label_names: Sequence[str] | None = None
-    ) -> None:
-        """Build the text tower and the projection from torch's default generator.
-
-        Args:
-            settings: The objective.
-            backbone: Image tower, without a classification head.
-            label_names: Names of the held-out images' classes; without them there is no score.
+    def __init__(self, settings: Contrastive, backbone: VisionTransformer, run: RunFacts) -> None:
+        """Draw the text tower and the projection. Without names of classes there will be no score.
 
         Raises:
             RecipeError: open_clip is not installed.
         """
-        self.settings, self.label_names = settings, tuple(label_names or ())
+        self.settings, self.label_names = settings, tuple(run.label_names or ())
         self.network = TwoTowers(backbone, settings)
         self.frozen = {}
-
-    @classmethod
-    def build(cls, settings: Contrastive, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Draw the text tower and the projection."""
-        return cls(settings=settings, backbone=backbone, label_names=run.label_names)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Tokens [B, context length] of texts, truncated where they are too long."""

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitreg_hub.training.tasks.dinov2.settings import Head
+
 
 class DinoHead(nn.Module):
     """An MLP to a bottleneck of unit length, and its products with prototypes of length `weight_g`.
@@ -16,28 +18,10 @@ class DinoHead(nn.Module):
     Source: dinov2/layers/dino_head.py (Apache-2.0); DINO, arXiv 2104.14294, appendix C.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        *,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        num_layers: int = 3,
-        bias: bool = True,
-    ) -> None:
-        """Draw the weights.
-
-        Args:
-            in_dim: Width of the tokens.
-            out_dim: Number of prototypes.
-            hidden_dim: Width of the MLP's hidden layers.
-            bottleneck_dim: Width of what is compared with the prototypes.
-            num_layers: Linear layers of the MLP, at least 1.
-            bias: Whether the MLP has biases; the last layer never has.
-        """
+    def __init__(self, width: int, head: Head, *, bias: bool = True) -> None:
+        """Draw the weights for tokens of so many channels; `bias` is that of the MLP, the last layer has none."""
         super().__init__()
-        widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        widths = [width, *(head.hidden for _ in range(head.layers - 1)), head.bottleneck]
         linears = [nn.Linear(width, next_width, bias=bias) for width, next_width in pairwise(widths)]
         for linear in linears:
             nn.init.trunc_normal_(linear.weight, std=0.02)
@@ -46,8 +30,8 @@ class DinoHead(nn.Module):
         layers: list[nn.Module] = [linears[0]]
         for linear in linears[1:]:
             layers += [nn.GELU(), linear]
-        self.mlp = nn.Sequential(*layers) if num_layers > 1 else linears[0]
-        self.last_layer = _Prototypes(bottleneck_dim, out_dim)
+        self.mlp = nn.Sequential(*layers) if head.layers > 1 else linears[0]
+        self.last_layer = _Prototypes(head.bottleneck, head.prototypes)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [..., K] of tokens [..., D]."""

@@ -1,7 +1,7 @@
 """The losses of DINOv2, and the targets made from a teacher's logits, over the global batch.
 
 A loss is a mean over this process's rows. Its mean over processes is that of the global batch, provided that all
-processes have equally many crops.
+processes have equally many crops. Temperatures of losses are the student's.
 """
 
 # Letters: B images of this process, S and T crops per image, M masked patches, D channels, K prototypes.
@@ -16,10 +16,7 @@ from vitreg_hub.training.distributed.collectives import all_gather_with_grad, al
 def dino_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Tensor:
     """Cross-entropy of each student crop against each teacher crop of the same image: sum over pairs, mean over images.
 
-    Args:
-        student: Logits [S, B, K].
-        teacher: Probabilities [T, B, K].
-        temperature: The student's.
+    It takes logits [S, B, K] and probabilities [T, B, K].
 
     Source: DINO, arXiv 2104.14294, section 3.1; dinov2/loss/dino_clstoken_loss.py (Apache-2.0).
     """
@@ -30,10 +27,7 @@ def dino_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> 
 def dino_local_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Tensor:
     """DINO's term for local crops: each against both global ones, divided by the number of all pairs.
 
-    Args:
-        student: Logits of the class tokens of local crops [S, B, K].
-        teacher: Probabilities for those of the global crops [2, B, K].
-        temperature: The student's.
+    It takes logits of the local crops' class tokens [S, B, K] and probabilities for those of the global ones [2, B, K].
 
     Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
     """
@@ -43,11 +37,7 @@ def dino_local_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.
 def dino_global_loss(student: Tensor, teacher: Tensor, *, num_local: int, temperature: float = 0.1) -> Tensor:
     """DINO's term for global crops: each against the other one, divided by the number of all pairs.
 
-    Args:
-        student: Logits of the class tokens of the global crops [2, B, K].
-        teacher: Probabilities for the same crops, in the same order [2, B, K].
-        num_local: Number of local crops of an image.
-        temperature: The student's.
+    It takes logits of the global crops' class tokens and probabilities for the same crops, in the same order [2, B, K].
 
     Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
     """
@@ -57,12 +47,8 @@ def dino_global_loss(student: Tensor, teacher: Tensor, *, num_local: int, temper
 def ibot_loss(student: Tensor, teacher: Tensor, weights: Tensor, *, num_crops: int, temperature: float = 0.1) -> Tensor:
     """Cross-entropy of masked patches: mean over the patches of a crop, then over crops, unmasked ones counted as 0.
 
-    Args:
-        student: Logits of masked patches [M, K]; M may be 0.
-        teacher: Probabilities for the same patches, which the teacher saw [M, K].
-        weights: For each patch, one over the number of masked patches of its crop [M].
-        num_crops: Number of this process's global crops, including unmasked ones.
-        temperature: The student's.
+    It takes logits of masked patches and probabilities for them [M, K], where M may be 0; one over the number of masked
+    patches of a patch's crop [M]; and the number of this process's global crops, including unmasked ones.
 
     Source: iBOT, arXiv 2111.07832, section 3; dinov2/loss/ibot_patch_loss.py (Apache-2.0).
     """
@@ -72,11 +58,8 @@ def ibot_loss(student: Tensor, teacher: Tensor, weights: Tensor, *, num_crops: i
 def koleo_loss(features: Tensor, *, global_batch: bool = True, eps: float = 1e-8) -> Tensor:
     """Kozachenko-Leonenko estimator: minus the mean log distance of unit vectors to their nearest neighbours.
 
-    Args:
-        features: The backbone's class tokens of one crop of each image [B, D].
-        global_batch: Whether to look for neighbours among the images of all processes, whose number then changes
-            nothing. Upstream looks among those of one process.
-        eps: Added to the difference and to the distance.
+    They are the backbone's class tokens of one crop of each image [B, D]. Neighbours are looked for among the images of
+    all processes, whose number then changes nothing, or as upstream among those of one.
 
     Source: arXiv 1806.03198, section 3; dinov2/loss/koleo_loss.py (Apache-2.0).
     """
@@ -99,13 +82,8 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, *, iterations: int = 3) -
     all logits of a prototype, so the result is a softmax. Unlike upstream, this works with logarithms, where nothing
     can overflow or vanish. Constant factors, such as upstream's number of rows, cancel out.
 
-    Args:
-        logits: The teacher's, of this process [M, K]; M may differ between processes and may be 0.
-        temperature: The teacher's.
-        iterations: Number of passes, at least 1.
-
-    Returns:
-        Probabilities [M, K] in float32.
+    Of the teacher's logits [M, K] in this process, whose M may differ from others' and be 0, it makes probabilities
+    [M, K] in float32.
 
     Source: SwAV, arXiv 2006.09882, section 3.1; dinov2/loss/dino_clstoken_loss.py (Apache-2.0).
     """
@@ -121,11 +99,7 @@ class RunningCentre(nn.Module):
     """A teacher's probabilities after subtracting a running mean from its logits.
 
     As upstream, a batch moves the centre only when the next one is centred. Both centres are buffers, so a resumed run
-    computes the same as an uninterrupted one.
-
-    Attributes:
-        center: What the last call subtracted [K].
-        next_center: What the next call will subtract [K].
+    computes the same as an uninterrupted one: what the last call subtracted [K], and what the next one will.
 
     Source: dinov2/loss/dino_clstoken_loss.py, ibot_patch_loss.py (Apache-2.0). In iBOT's centre, upstream gives equal
     weights to processes; here all patches weigh the same, so the number of processes changes nothing.

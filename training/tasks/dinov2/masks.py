@@ -42,11 +42,6 @@ class BlockMasks:
     tries: int = 10
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            RecipeError: A number is out of its range.
-        """
         if not 0 <= self.probability <= 1:
             raise RecipeError(f"mask probability is {self.probability}, give a share between 0 and 1.")
         if not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
@@ -68,14 +63,9 @@ class BlockMasks:
         return rng.permutation(targets)
 
     def mask(self, target: int, *, seed: int, step: int, position: int, crop: int) -> Tensor:
-        """Masked patches of one crop, row by row [rows * columns], bool.
+        """Masked patches of one crop, row by row [rows * columns], bool: `target` of them, or fewer if no block fits.
 
-        Args:
-            target: Number of patches to mask, from `plan`; fewer are masked if no block fits.
-            seed: Seed of the run.
-            step: Number of the step.
-            position: Place of the image in the global batch.
-            crop: Number of the crop among the image's.
+        The place of the image in the global batch is `position`.
         """
         rng = _generator(seed, _MASK, step, position, crop)
         mask = np.zeros(self.grid, dtype=bool)
@@ -104,10 +94,7 @@ class BlockMasks:
 
 
 def masked_indices_and_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the masked patches of a batch are, and their weights in the loss.
-
-    Args:
-        masks: [B, N], bool.
+    """Where the masked patches of a batch [B, N] are, and their weights in the loss.
 
     Returns:
         Indices into the flat batch of B * N patches, ascending [M], and one over the number of masked patches of the

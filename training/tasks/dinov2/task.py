@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.distributed.parallel import average_into
 from vitreg_hub.training.run.folders import state_file
-from vitreg_hub.training.schedules import CosineSchedule, Span, linear_then_constant
+from vitreg_hub.training.schedules import CosineSchedule, linear_then_constant
 from vitreg_hub.training.tasks.base import Batch, RunFacts, StepOutput, Task
 from vitreg_hub.training.tasks.dinov2.head import DinoHead
 from vitreg_hub.training.tasks.dinov2.losses import (
@@ -38,8 +37,8 @@ class DinoNetwork(nn.Module):
     def __init__(self, backbone: VisionTransformer, *, dino_head: Head, ibot_head: Head | None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.dino_head = _head(backbone.embed_dim, dino_head)
-        self.ibot_head = None if ibot_head is None else _head(backbone.embed_dim, ibot_head)
+        self.dino_head = DinoHead(backbone.embed_dim, dino_head)
+        self.ibot_head = None if ibot_head is None else DinoHead(backbone.embed_dim, ibot_head)
 
     def forward(
         self,
@@ -74,20 +73,9 @@ class DinoNetwork(nn.Module):
         return outputs
 
 
-def _head(width: int, head: Head) -> DinoHead:
-    return DinoHead(
-        width, head.prototypes, hidden_dim=head.hidden, bottleneck_dim=head.bottleneck, num_layers=head.layers
-    )
-
-
 @contextmanager
 def hidden_patches(backbone: VisionTransformer, masks: Tensor | None) -> Iterator[None]:
-    """Replace patches with the mask token, before positions are added.
-
-    Args:
-        backbone: A ViT with a parameter `mask_token` [1, D].
-        masks: Patches to replace [B, N], bool; None: none.
-    """
+    """Replace patches [B, N] with the ViT's parameter `mask_token` [1, D], before positions are added."""
     if masks is None:
         yield
         return
@@ -130,28 +118,13 @@ class DinoV2Task(Task[DinoNetwork]):
     Source: dinov2/train/ssl_meta_arch.py (Apache-2.0).
     """
 
-    def __init__(
-        self,
-        *,
-        settings: DinoV2,
-        backbone: VisionTransformer,
-        span: Span,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        """Give the student heads and a mask token, and the teacher the same weights.
-
-        Args:
-            settings: Settings of the objective.
-            backbone: The student's ViT, which the teacher copies.
-            span: Length of the run.
-            batch_size: Images of a step, in all processes.
-            seed: Seed of the masks.
+    def __init__(self, settings: DinoV2, backbone: VisionTransformer, run: RunFacts) -> None:
+        """Give the student heads, new ones or another run's, and a mask token, and the teacher the same weights.
 
         Raises:
             RecipeError: The heads of another run do not fit.
         """
-        self.settings, self.batch_size, self.seed = settings, batch_size, seed
+        self.settings, self.batch_size, self.seed, span = settings, run.batch_size, run.seed, run.span
         self.network = DinoNetwork(backbone, dino_head=settings.dino_head, ibot_head=settings.ibot_head)
         if settings.heads is not None:
             load_heads(self.network, Path(settings.heads))
@@ -177,23 +150,17 @@ class DinoV2Task(Task[DinoNetwork]):
         self.temperature = linear_then_constant(end, warmup=warmup, start=start)
         self.momentum = CosineSchedule(base=settings.momentum[0], final=settings.momentum[1], total=span.total_steps)
 
-    @classmethod
-    def build(cls, settings: DinoV2, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Draw the heads, or load those of another run."""
-        return cls(settings=settings, backbone=backbone, span=run.span, batch_size=run.batch_size, seed=run.seed)
-
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """DINO, iBOT and KoLeo losses of one batch of crops."""
         return self.losses(network, batch.crops, self._masks(batch), temperature=self.temperature(batch.step))
 
     def losses(self, network: nn.Module, crops: tuple[Tensor, ...], masks: Tensor, *, temperature: float) -> StepOutput:
-        """The losses of given crops and masks.
+        """The losses of given crops and masks, by the teacher's temperature.
 
         Args:
             network: The student.
             crops: Two global and L local ones, each [B, 3, H, W].
             masks: Hidden patches of the global crops, all first ones before all second ones [2B, N], on the CPU.
-            temperature: The teacher's temperature.
         """
         settings = self.settings
         global_crops, num_local = torch.cat(crops[:GLOBAL_CROPS]), len(crops) - GLOBAL_CROPS

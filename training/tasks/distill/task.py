@@ -1,7 +1,7 @@
 """Token-wise distillation: a student with registers learns the patch tokens of a frozen teacher."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ class Teacher:
         """Open it at the student's image size.
 
         Raises:
-            RecipeError: It is untrained, or has another grid of patches.
-            VitregError: It cannot be opened.
+            VitregError: It cannot be opened, is untrained, or has another grid of patches.
         """
         height, width = student.patch_embed.img_size
         vit = open_vit(name, img_size=(height, width))
@@ -53,7 +52,6 @@ class Teacher:
 
 
 Target = Callable[[Teacher, Batch], Tokens]
-"""Makes the student's target of a batch."""
 
 
 def plain_target(teacher: Teacher, batch: Batch) -> Tokens:
@@ -73,9 +71,8 @@ class DistillNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class tokens [B, C, D] and patch tokens [B, P, D] after the final norm, for the teacher's D."""
-        tokens = self.backbone.fc_norm(
-            self.backbone.forward_features(images)
-        )  # fc_norm is an identity unless the final norm is
+        # fc_norm is an identity unless the final norm is
+        tokens = self.backbone.fc_norm(self.backbone.forward_features(images))
         patches = tokens[:, self.backbone.num_prefix_tokens :]
         return self.projection(tokens[:, : self.num_class]), self.projection(patches)
 
@@ -83,27 +80,18 @@ class DistillNetwork(nn.Module):
 class DistillTask(Task[DistillNetwork]):
     """Patch tokens, and class tokens if they have a weight, learn from a teacher that never changes."""
 
-    def __init__(self, *, settings: Distill, backbone: VisionTransformer, target: Target = plain_target) -> None:
-        """Open the teacher, and draw the projection from torch's default generator.
-
-        Args:
-            settings: The objective.
-            backbone: The student, without a classification head.
-            target: Makes what the student learns.
+    def __init__(
+        self, settings: Distill, backbone: VisionTransformer, run: RunFacts, *, target: Target = plain_target
+    ) -> None:
+        """Open the teacher, and draw the projection if there is one. The student learns what `target` makes.
 
         Raises:
-            RecipeError: The teacher does not fit the student.
-            VitregError: The teacher cannot be opened.
+            VitregError: The teacher cannot be opened, or does not fit the student.
         """
         self.settings, self.target = settings, target
         self.teacher = Teacher(settings.teacher, student=backbone)
         self.network = DistillNetwork(backbone, teacher_dim=self.teacher.embed_dim)
         self.frozen = {}  # the teacher is not state: its name is enough to load it again
-
-    @classmethod
-    def build(cls, settings: Distill, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Open the teacher, and draw the projection if there is one."""
-        return cls(settings=settings, backbone=backbone)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Losses from cosine and squared difference of patch tokens, and from the cosine of weighted class tokens.

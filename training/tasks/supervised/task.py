@@ -1,17 +1,17 @@
 """Classification as DeiT-III trains it: mixed images, binary cross-entropy, averaged weights."""
 
 from copy import deepcopy
-from typing import Self
 
 import torch
 import torch.nn.functional as F
+from timm.data.mixup import Mixup, mixup_target
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreg_hub.errors import DataError
+from vitreg_hub.errors import DataError, RecipeError
 from vitreg_hub.training.distributed.parallel import average_into
+from vitreg_hub.training.distributed.randomness import seeded
 from vitreg_hub.training.tasks.base import Batch, RunFacts, Scorer, StepOutput, Task, correct
-from vitreg_hub.training.tasks.supervised.mixing import mix
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
 
@@ -30,17 +30,12 @@ class SupervisedNetwork(nn.Module):
 class SupervisedTask(Task[SupervisedNetwork]):
     """Images and their classes. The averaged weights are published, if there are any."""
 
-    def __init__(self, *, settings: Supervised, backbone: VisionTransformer, seed: int) -> None:
-        self.settings, self.seed = settings, seed
+    def __init__(self, settings: Supervised, backbone: VisionTransformer, run: RunFacts) -> None:
+        self.settings, self.seed = settings, run.seed
         self.network = SupervisedNetwork(backbone)
         self.frozen = {}
         if settings.ema is not None:
             self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
-
-    @classmethod
-    def build(cls, settings: Supervised, backbone: VisionTransformer, run: RunFacts) -> Self:
-        """Make the task; draws no weights."""
-        return cls(settings=settings, backbone=backbone, seed=run.seed)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Cross-entropy with the targets of mixed images, of every class separately or of all together.
@@ -81,12 +76,9 @@ class SupervisedTask(Task[SupervisedNetwork]):
 
 
 def classification_loss(logits: Tensor, targets: Tensor, *, kind: str) -> Tensor:
-    """Mean over images.
+    """Mean cross-entropy over images of logits and shares of the classes [B, classes].
 
-    Args:
-        logits: [B, classes].
-        targets: Shares of the classes [B, classes].
-        kind: "bce": every class separately, with all targets above 0 as 1 (mean over classes too), or "ce".
+    With "bce" for every class separately, with all targets above 0 as 1 (mean over classes too), else "ce".
 
     Source: deit/engine.py (`if args.bce_loss: targets = targets.gt(0.0).type(targets.dtype)`) and main.py.
     """
@@ -94,3 +86,36 @@ def classification_loss(logits: Tensor, targets: Tensor, *, kind: str) -> Tensor
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(logits, targets.gt(0).to(logits.dtype))
     return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1).mean()
+
+
+def mix(
+    images: Tensor, labels: Tensor, *, settings: Supervised, num_classes: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Mix each image with its opposite in the batch: the first with the last, the second with the one before the last.
+
+    The choice of mixup or cutmix, the share and the rectangle are drawn once per step, so that processes which hold
+    such pairs do the same as one process with all of them. The images [b, 3, H, W] and labels [b] are not changed.
+
+    Returns:
+        The mixed images [b, 3, H, W], and their targets [b, num_classes], whose rows sum to 1.
+
+    Raises:
+        RecipeError: The number of images is odd.
+    """
+    if not (settings.mixup or settings.cutmix):
+        return images, mixup_target(labels, num_classes, smoothing=settings.smoothing)
+    if len(images) % 2:
+        raise RecipeError(
+            f"a process gets {len(images)} images at a time, but mixup and cutmix take them in pairs: choose a "
+            "batch_size that is an even multiple of processes times scale.accumulate."
+        )
+    mixup = Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        prob=settings.mix_probability,
+        switch_prob=settings.switch_probability,
+        label_smoothing=settings.smoothing,
+        num_classes=num_classes,
+    )
+    with seeded(seed, step):
+        return mixup(images.clone(), labels)  # because timm changes its input
