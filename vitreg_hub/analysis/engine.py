@@ -1,7 +1,7 @@
 """One model and one set of images: a pass for the norms, and a pass for all that depends on them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from operator import or_
 from pathlib import Path
@@ -20,7 +20,7 @@ from vitreg_hub.any_vit import open_vit
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.source import Batch, open_images
 from vitreg_hub.network.layout import VitLayout
-from vitreg_hub.passes import AnyMeter, Needs, run_pass
+from vitreg_hub.passes import Needs, failing_together, gathered, observed
 from vitreg_hub.tokens import Observation
 
 Images = Tensor | Sequence[Image.Image] | str | Path | datasets.Dataset | datasets.IterableDataset
@@ -56,7 +56,10 @@ class Options(TypedDict, total=False):
 
 
 class OutlierMeter(Protocol):
-    """Measures something in the second pass. Its memory does not grow with the number of images."""
+    """Adds up what it sees in the second pass, batch by batch. Its memory does not grow with the number of images.
+
+    What it finds does not depend, beyond rounding, on how the images are cut into batches and shared by processes.
+    """
 
     @property
     def needs(self) -> Needs:
@@ -71,36 +74,6 @@ class OutlierMeter(Protocol):
 
     def result(self) -> Any:
         """What was measured."""
-
-
-class OutlierMeters:
-    """A meter of `run_pass` that tells other meters which patches are outliers.
-
-    Args:
-        meters: By name.
-        block: Index from 0 of the block whose norms count.
-        cutoff: Norm above which a patch token is an outlier.
-    """
-
-    def __init__(self, meters: Mapping[str, OutlierMeter], *, block: int, cutoff: float) -> None:
-        self.meters = meters
-        self._block, self._cutoff = block, cutoff
-
-    @property
-    def needs(self) -> Needs:
-        """What its meters need, and norms."""
-        return reduce(or_, [meter.needs for meter in self.meters.values()], Needs(norms=True))
-
-    def update(self, seen: Observation, batch: Batch) -> None:
-        """Add a batch to every meter."""
-        outliers = seen.norms[self._block, :, seen.order.num_prefix :] > self._cutoff
-        for meter in self.meters.values():
-            meter.update(seen, batch.indices, batch.labels, outliers)
-
-    def merge(self, other: Self) -> None:
-        """Add what another process saw, meter by meter."""
-        for name, meter in self.meters.items():
-            meter.merge(other.meters[name])
 
 
 class Study:
@@ -142,7 +115,13 @@ class Study:
         Raises:
             DataError: There are no images, or the model gives numbers that are not finite.
         """
-        meter = self._run("norms", NormMeter(cutoff=self.options.get("cutoff")))
+        meter = NormMeter(cutoff=self.options.get("cutoff"))
+        with failing_together(world_size=self.processes.num_processes):
+            for seen, _ in self._observed(Needs(norms=True), "norms"):
+                meter.update(seen)
+        meter, *others = gathered(meter, world_size=self.processes.num_processes)
+        for other in others:
+            meter.merge(other)
         if not meter.num_images:
             raise DataError(f"{self.source.name} holds no images.")
         if not meter.is_finite:
@@ -169,10 +148,19 @@ class Study:
         Returns:
             The meters' results under their names; the same on every process.
         """
-        merged = self._run("tokens", OutlierMeters(meters, block=self.block, cutoff=self.cutoff))
+        needs = reduce(or_, [meter.needs for meter in meters.values()], Needs(norms=True))
+        cutoff = self.cutoff
+        with failing_together(world_size=self.processes.num_processes):
+            for seen, batch in self._observed(needs, "tokens"):
+                outliers = seen.norms[self.block, :, seen.order.num_prefix :] > cutoff
+                for meter in meters.values():
+                    meter.update(seen, batch.indices, batch.labels, outliers)
+        merged, *others = gathered(meters, world_size=self.processes.num_processes)
         results = {}
         with tqdm(total=len(meters), unit="measure", disable=not self._shows_progress, leave=False) as bar:
-            for name, meter in merged.meters.items():
+            for name, meter in merged.items():
+                for other in others:
+                    meter.merge(other[name])
                 bar.set_description(f"{self.opened.name}: {name.replace('_', ' ')}")
                 results[name] = meter.result()
                 bar.update()
@@ -202,20 +190,22 @@ class Study:
             preprocessing="given as tensors" if isinstance(self.source.rows, Tensor) else self.opened.preprocessing,
         )
 
-    def _run(self, what: str, meter: AnyMeter) -> AnyMeter:
-        processes = self.processes
-        (merged,) = run_pass(
-            self.opened.model,
-            self.source,
-            [meter],
-            transform=self.opened.transform,
+    def _observed(self, needs: Needs, what: str) -> Iterator[tuple[Observation, Batch]]:
+        """Yield this process's share of the images, and what the model shows of them."""
+        world_size, num_images = self.processes.num_processes, self.source.num_images
+        batches = self.source.batches(
+            self.opened.transform,
             batch_size=self.options.get("batch_size", 8),
             num_workers=self.options.get("num_workers", 0),
-            rank=processes.process_index,
-            world_size=processes.num_processes,
-            progress=f"{self.opened.name}: {what}" if self._shows_progress else None,
+            rank=self.processes.process_index,
+            world_size=world_size,
         )
-        return merged
+        total = None if num_images is None else math.ceil(num_images / world_size)
+        title, hidden = f"{self.opened.name}: {what}", not self._shows_progress
+        with tqdm(total=total, desc=title, unit="image", disable=hidden, leave=False) as bar:
+            for seen, batch in observed(self.opened.model, batches, needs):
+                yield seen, batch
+                bar.update(len(batch.images))
 
     @property
     def _shows_progress(self) -> bool:

@@ -7,8 +7,6 @@ import numpy as np
 from vitreg_hub.analysis.meters.histogram import EDGES, bin_sums, bins_of, count_above, packed, quantiles
 from vitreg_hub.analysis.meters.outliers import find_cutoff
 from vitreg_hub.analysis.results import QUANTILES, BlockNorms, Cutoff
-from vitreg_hub.images.source import Batch
-from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
 
 
@@ -19,8 +17,6 @@ class NormMeter:
     the final norm. After it, all norms are about the square root of the width, so it must be before.
     Means and the number of norms above a given cutoff are exact; quantiles are exact to the width of a histogram's bin.
     """
-
-    needs = Needs(norms=True)
 
     def __init__(self, *, cutoff: float | None = None) -> None:
         self.cutoff = cutoff
@@ -35,8 +31,8 @@ class NormMeter:
         self._smallest = np.full((), np.inf, dtype=np.float32)  # [blocks] patch norms
         self._largest = np.full((), -np.inf, dtype=np.float32)
 
-    def update(self, seen: Observation, batch: Batch | None = None) -> None:
-        """Add a batch that was observed with `norms=True`; nothing of `batch` is needed."""
+    def update(self, seen: Observation) -> None:
+        """Add a batch that was observed with `norms=True`."""
         first = seen.order.num_prefix
         norms = seen.norms.cpu().numpy()
         by_image = norms[:, :, first:]  # [blocks, B, P]
