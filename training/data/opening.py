@@ -21,10 +21,10 @@ from vitreg_hub.images.data_sets import (
     SPLIT_FOLDERS,
     Rows,
     features_of,
-    find_column,
     hub_stream,
     image_folder,
     is_integer,
+    one_of,
 )
 from vitreg_hub.images.embedded import TRAINING_SETS, Split
 from vitreg_hub.images.source import ImageSource, file_of, open_images
@@ -189,7 +189,7 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
     def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:
         chosen = getattr(settings, setting)
         if chosen is None or not (training or chosen in features):
-            return find_column(features, usual, wanted)
+            return one_of([name for name, feature in features.items() if wanted(feature)], usual)
         if chosen not in features:
             raise DataError(f"data.{setting} is {chosen!r}, but the columns of {called} are {', '.join(features)}.")
         if not wanted(features[chosen]):

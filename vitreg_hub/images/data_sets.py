@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,9 @@ def hub_stream(repo_id: str, split: str | None, usual_splits: Sequence[str]) -> 
     return f"{repo_id}:{split}", splits[split]
 
 
-def find_column(features: Mapping[str, Any], usual: Sequence[str], wanted: Callable[[Any], bool]) -> str | None:
-    """The only column of a kind; of several, the first with a usual name."""
-    columns = [column for column, feature in features.items() if wanted(feature)]
-    if len(columns) == 1:
-        return columns[0]
-    return next((name for name in usual if name in columns), None)
+def one_of(columns: Sequence[str], usual: Sequence[str]) -> str | None:
+    """The only one of the columns of a kind; of several, the first with a usual name."""
+    return columns[0] if len(columns) == 1 else next((name for name in usual if name in columns), None)
 
 
 def is_integer(feature: Any) -> bool:
