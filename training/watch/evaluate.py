@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from vitreg_hub.analysis.telemetry import telemetry
-from vitreg_hub.evaluation.knn import class_features, knn_classes
+from vitreg_hub.evaluation.knn import knn_classes
 from vitreg_hub.images.source import ImageSource, Transform
 from vitreg_hub.network.layout import evaluating
 from vitreg_hub.passes import Needs, failing_together, gathered, in_order, observed
@@ -77,7 +78,7 @@ def evaluate(
                 labels = torch.full_like(batch.indices, -1) if batch.labels is None else batch.labels
                 columns = {"indices": batch.indices, "labels": labels}
                 if neighbours:
-                    columns["features"] = class_features(seen.normed)
+                    columns["features"] = normalize(seen.normed.cls[:, 0].float(), dim=1)
                 if scorer:
                     with evaluating(model):
                         scores = scorer(batch.images, labels.to(device))

@@ -1,16 +1,14 @@
 """One model and one set of images: a pass for the norms, and a pass for all that depends on them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property, reduce
 from operator import or_
 from pathlib import Path
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
-import datasets
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,13 +16,10 @@ from vitreg_hub.analysis.meters.norms import NormMeter
 from vitreg_hub.analysis.results import BlockNorms, ImageFacts, ModelFacts
 from vitreg_hub.any_vit import open_vit
 from vitreg_hub.errors import DataError
-from vitreg_hub.images.source import Batch, open_images
+from vitreg_hub.images.source import Batch, Images, open_images
 from vitreg_hub.network.layout import VitLayout
 from vitreg_hub.passes import Needs, failing_together, gathered, observed
 from vitreg_hub.tokens import Observation
-
-Images = Tensor | Sequence[Image.Image] | str | Path | datasets.Dataset | datasets.IterableDataset
-"""Images in any form that `open_images` takes."""
 
 
 class Options(TypedDict, total=False):
@@ -77,12 +72,7 @@ class OutlierMeter(Protocol):
 
 
 class Study:
-    """One model and one set of images. The model is not changed.
-
-    Args:
-        model: A module, or a name as in `open_vit`.
-        images: Anything that `open_images` takes.
-        **options: See `Options`.
+    """One model, opened by `open_vit`, and one set of images, opened by `open_images`. The model is not changed.
 
     Raises:
         VitregError: The model or the images cannot be opened, or an option makes no sense.
@@ -92,6 +82,7 @@ class Study:
         _require_sensible(options)
         self.options = options
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
+        self._world_size = self.processes.num_processes
         self.opened = open_vit(
             model,
             device=options.get("device") or self.processes.device,
@@ -106,6 +97,7 @@ class Study:
             )
         self.block = block % depth
         self.seed = options.get("seed", 0)
+        self._hidden = not (options.get("progress", False) and self.processes.is_main_process)
         self.source = open_images(images, max_images=options.get("max_images"), seed=self.seed)
 
     @cached_property
@@ -116,10 +108,10 @@ class Study:
             DataError: There are no images, or the model gives numbers that are not finite.
         """
         meter = NormMeter(cutoff=self.options.get("cutoff"))
-        with failing_together(world_size=self.processes.num_processes):
+        with failing_together(world_size=self._world_size):
             for seen, _ in self._observed(Needs(norms=True), "norms"):
                 meter.update(seen)
-        meter, *others = gathered(meter, world_size=self.processes.num_processes)
+        meter, *others = gathered(meter, world_size=self._world_size)
         for other in others:
             meter.merge(other)
         if not meter.num_images:
@@ -136,28 +128,18 @@ class Study:
         """Norms after each block, and which of them are outliers."""
         return self.norms.result()
 
-    @cached_property
-    def cutoff(self) -> float:
-        """Norm above which a patch token of the chosen block is an outlier; infinite where there are none."""
-        value = self.blocks[self.block].cutoff.value
-        return math.inf if value is None else value
-
     def measure(self, meters: Mapping[str, OutlierMeter]) -> dict[str, Any]:
-        """The second pass: everything that needs to know which patches are outliers.
-
-        Returns:
-            The meters' results under their names; the same on every process.
-        """
+        """The second pass: what needs to know which patches are outliers. Results are the same on every process."""
         needs = reduce(or_, [meter.needs for meter in meters.values()], Needs(norms=True))
-        cutoff = self.cutoff
-        with failing_together(world_size=self.processes.num_processes):
+        cutoff = self.blocks[self.block].cutoff.norm
+        with failing_together(world_size=self._world_size):
             for seen, batch in self._observed(needs, "tokens"):
                 outliers = seen.norms[self.block, :, seen.order.num_prefix :] > cutoff
                 for meter in meters.values():
                     meter.update(seen, batch.indices, batch.labels, outliers)
-        merged, *others = gathered(meters, world_size=self.processes.num_processes)
+        merged, *others = gathered(meters, world_size=self._world_size)
         results = {}
-        with tqdm(total=len(meters), unit="measure", disable=not self._shows_progress, leave=False) as bar:
+        with tqdm(total=len(meters), unit="measure", disable=self._hidden, leave=False) as bar:
             for name, meter in merged.items():
                 for other in others:
                     meter.merge(other[name])
@@ -165,6 +147,10 @@ class Study:
                 results[name] = meter.result()
                 bar.update()
         return results
+
+    def measure_one(self, meter: OutlierMeter) -> Any:
+        """The second pass for one meter alone; returns its result."""
+        return self.measure({"tokens": meter})["tokens"]
 
     def model_facts(self, *, step: int | None = None) -> ModelFacts:
         """What the model is. Known after the first pass."""
@@ -192,24 +178,20 @@ class Study:
 
     def _observed(self, needs: Needs, what: str) -> Iterator[tuple[Observation, Batch]]:
         """Yield this process's share of the images, and what the model shows of them."""
-        world_size, num_images = self.processes.num_processes, self.source.num_images
         batches = self.source.batches(
             self.opened.transform,
             batch_size=self.options.get("batch_size", 8),
             num_workers=self.options.get("num_workers", 0),
             rank=self.processes.process_index,
-            world_size=world_size,
+            world_size=self._world_size,
         )
-        total = None if num_images is None else math.ceil(num_images / world_size)
-        title, hidden = f"{self.opened.name}: {what}", not self._shows_progress
-        with tqdm(total=total, desc=title, unit="image", disable=hidden, leave=False) as bar:
+        num_images = self.source.num_images
+        total = None if num_images is None else math.ceil(num_images / self._world_size)
+        title = f"{self.opened.name}: {what}"
+        with tqdm(total=total, desc=title, unit="image", disable=self._hidden, leave=False) as bar:
             for seen, batch in observed(self.opened.model, batches, needs):
                 yield seen, batch
                 bar.update(len(batch.images))
-
-    @property
-    def _shows_progress(self) -> bool:
-        return self.options.get("progress", False) and self.processes.is_main_process
 
 
 def _require_sensible(options: Options) -> None:
