@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from vitreg_hub.analysis.examples import Example
 from vitreg_hub.analysis.meters.histogram import EDGES, packed
 from vitreg_hub.analysis.results import (
     QUANTILES,
@@ -12,6 +11,7 @@ from vitreg_hub.analysis.results import (
     AttentionMass,
     BlockNorms,
     Cutoff,
+    Example,
     GlobalInformation,
     ImageFacts,
     LocalInformation,

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from vitreg_hub.analysis.figures.report import token_figure
+from vitreg_hub.analysis.figures.maps import token_figure
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, TrainingError

@@ -16,9 +16,8 @@ from torch.nn.functional import cosine_similarity
 
 from vitreg_hub.analysis import measures
 from vitreg_hub.analysis.measures import analyze
-from vitreg_hub.analysis.meters.examples import ExampleMeter
-from vitreg_hub.analysis.meters.pca import pca_maps
-from vitreg_hub.analysis.report.as_json import load_reports, to_json
+from vitreg_hub.analysis.meters.examples import ExampleMeter, pca_maps
+from vitreg_hub.analysis.results import load_reports, to_json
 from vitreg_hub.analysis.telemetry import telemetry
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.embedded import digits
@@ -207,7 +206,7 @@ import vitreg_hub
 from accelerate import PartialState
 from planted import planted
 from vitreg_hub.analysis.measures import analyze
-from vitreg_hub.analysis.report.as_json import to_json
+from vitreg_hub.analysis.results import to_json
 
 torch.set_num_threads(1)
 truth = planted()

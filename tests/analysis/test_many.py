@@ -14,8 +14,8 @@ from skimage import data
 
 from vitreg_hub.analysis.many import analyze_all, expand
 from vitreg_hub.analysis.measures import patch_norms
-from vitreg_hub.analysis.report.as_json import load_reports
 from vitreg_hub.analysis.report.write import REPORT_JSON, REPORT_PAGE, draw_attention
+from vitreg_hub.analysis.results import load_reports
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Foreign
 from vitreg_hub.cli import main

@@ -430,11 +430,3 @@ def test_wrong_split_and_wrong_repository(data_set_hub):
         open_images("lab/set:nothing")
     with pytest.raises(DataError, match="there is no folder lab/nothing, and no such data set on the Hub can be read"):
         open_images("lab/nothing")
-
-
-def test_images_have_the_names_of_their_files(tmp_path):
-    fill(tmp_path, "b.png", "x/a.png")
-    (batch,) = open_images(tmp_path).batches(to_tensor, batch_size=9)
-    assert batch.names == (str(tmp_path / "b.png"), str(tmp_path / "x" / "a.png"))
-    first, last = open_images(torch.zeros(3, 3, 2, 2)).at_most(2, seed=1).batches(None, batch_size=1)
-    assert (*first.names, *last.names) == (str(first.indices.item()), str(last.indices.item()))

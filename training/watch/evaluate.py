@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from vitreg_hub.analysis.telemetry import telemetry
-from vitreg_hub.evaluation.knn import class_features, knn_classes
-from vitreg_hub.images.source import Batch, ImageSource, Transform
+from vitreg_hub.evaluation.knn import knn_classes
+from vitreg_hub.images.source import ImageSource, Transform
 from vitreg_hub.network.layout import evaluating
-from vitreg_hub.passes import Needs, PerImage, gathered, run_pass
-from vitreg_hub.tokens import Observation
+from vitreg_hub.passes import Needs, failing_together, gathered, in_order, observed
 from vitreg_hub.training.recipes.settings import WatchSettings
 from vitreg_hub.training.tasks.base import Scorer
 
@@ -61,37 +61,27 @@ def evaluate(
         """Labels, features and scores of the images of a source; empty if none are needed."""
         if not settings.eval_images or not (neighbours or scorer):
             return {}
-
-        def read(seen: Observation, batch: Batch) -> dict[str, Tensor]:
-            labels = torch.full_like(batch.indices, -1) if batch.labels is None else batch.labels
-            columns = {"labels": labels}
-            if neighbours:
-                columns["features"] = class_features(seen.normed)
-            if scorer:
-                with evaluating(model):
-                    scores = scorer(batch.images, labels.to(device))
-                columns |= {f"eval/{name}": score.float() for name, score in scores.items()}
-            return columns
-
-        (meter,) = run_pass(
-            model,
-            source.at_most(settings.eval_images, seed=seed),
-            [PerImage(read, needs=Needs(normed=neighbours))],
-            transform=transform,
+        batches = source.at_most(settings.eval_images, seed=seed).batches(
+            transform,
             batch_size=batch_size,
-            num_workers=num_workers,
             rank=rank,
             world_size=world_size,
+            num_workers=num_workers,
             skip_unreadable=True,
         )
-        return meter.result()
-
-    def artifacts() -> dict[str, float]:
-        if rank != 0 or not settings.artifact_images:
-            return {}
-        some = held_out.at_most(settings.artifact_images, seed=seed)
-        batch = next(some.batches(transform, batch_size=settings.artifact_images, skip_unreadable=True), None)
-        return {} if batch is None else telemetry(model, batch.images, cutoff=settings.cutoff).scalars()
+        parts = []
+        with failing_together(world_size=world_size):
+            for seen, batch in observed(model, batches, Needs(normed=neighbours)):
+                labels = torch.full_like(batch.indices, -1) if batch.labels is None else batch.labels
+                columns = {"indices": batch.indices, "labels": labels}
+                if neighbours:
+                    columns["features"] = normalize(seen.normed.cls[:, 0].float(), dim=1)
+                if scorer:
+                    with evaluating(model):
+                        scores = scorer(batch.images, labels.to(device))
+                    columns |= {f"eval/{name}": score.float() for name, score in scores.items()}
+                parts.append({name: column.cpu() for name, column in columns.items()})
+        return in_order(part for share in gathered(parts, world_size=world_size) for part in share)
 
     results = {}
     found = rows(held_out, scorer)
@@ -102,6 +92,13 @@ def evaluate(
             results[name] = scores.double().nanmean().item()
     if results:
         results[EVALUATED_IMAGES] = len(found["indices"])
+    artifacts = {}
+    with failing_together(world_size=world_size):
+        if rank == 0 and settings.artifact_images:
+            some = held_out.at_most(settings.artifact_images, seed=seed)
+            batch = next(some.batches(transform, batch_size=settings.artifact_images, skip_unreadable=True), None)
+            if batch is not None:
+                artifacts = telemetry(model, batch.images, cutoff=settings.cutoff).scalars()
     return results | gathered(artifacts, world_size=world_size)[0]
 
 

@@ -11,9 +11,8 @@ from vitreg_hub.analysis.measures import (
     patch_norms,
     token_examples,
 )
-from vitreg_hub.analysis.report.as_json import load_reports
 from vitreg_hub.analysis.report.write import draw_attention, write_report
-from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.analysis.results import ArtifactReport, load_reports
 from vitreg_hub.analysis.telemetry import Telemetry, telemetry
 
 __all__ = [

@@ -1,16 +1,14 @@
 """One model and one set of images: a pass for the norms, and a pass for all that depends on them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property, reduce
 from operator import or_
 from pathlib import Path
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
-import datasets
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,13 +16,10 @@ from vitreg_hub.analysis.meters.norms import NormMeter
 from vitreg_hub.analysis.results import BlockNorms, ImageFacts, ModelFacts
 from vitreg_hub.any_vit import open_vit
 from vitreg_hub.errors import DataError
-from vitreg_hub.images.source import Batch, open_images
+from vitreg_hub.images.source import Batch, Images, open_images
 from vitreg_hub.network.layout import VitLayout
-from vitreg_hub.passes import AnyMeter, Needs, run_pass
+from vitreg_hub.passes import Needs, failing_together, gathered, observed
 from vitreg_hub.tokens import Observation
-
-Images = Tensor | Sequence[Image.Image] | str | Path | datasets.Dataset | datasets.IterableDataset
-"""Images in any form that `open_images` takes."""
 
 
 class Options(TypedDict, total=False):
@@ -56,7 +51,10 @@ class Options(TypedDict, total=False):
 
 
 class OutlierMeter(Protocol):
-    """Measures something in the second pass. Its memory does not grow with the number of images."""
+    """Adds up what it sees in the second pass, batch by batch. Its memory does not grow with the number of images.
+
+    What it finds does not depend, beyond rounding, on how the images are cut into batches and shared by processes.
+    """
 
     @property
     def needs(self) -> Needs:
@@ -73,43 +71,8 @@ class OutlierMeter(Protocol):
         """What was measured."""
 
 
-class OutlierMeters:
-    """A meter of `run_pass` that tells other meters which patches are outliers.
-
-    Args:
-        meters: By name.
-        block: Index from 0 of the block whose norms count.
-        cutoff: Norm above which a patch token is an outlier.
-    """
-
-    def __init__(self, meters: Mapping[str, OutlierMeter], *, block: int, cutoff: float) -> None:
-        self.meters = meters
-        self._block, self._cutoff = block, cutoff
-
-    @property
-    def needs(self) -> Needs:
-        """What its meters need, and norms."""
-        return reduce(or_, [meter.needs for meter in self.meters.values()], Needs(norms=True))
-
-    def update(self, seen: Observation, batch: Batch) -> None:
-        """Add a batch to every meter."""
-        outliers = seen.norms[self._block, :, seen.order.num_prefix :] > self._cutoff
-        for meter in self.meters.values():
-            meter.update(seen, batch.indices, batch.labels, outliers)
-
-    def merge(self, other: Self) -> None:
-        """Add what another process saw, meter by meter."""
-        for name, meter in self.meters.items():
-            meter.merge(other.meters[name])
-
-
 class Study:
-    """One model and one set of images. The model is not changed.
-
-    Args:
-        model: A module, or a name as in `open_vit`.
-        images: Anything that `open_images` takes.
-        **options: See `Options`.
+    """One model, opened by `open_vit`, and one set of images, opened by `open_images`. The model is not changed.
 
     Raises:
         VitregError: The model or the images cannot be opened, or an option makes no sense.
@@ -119,6 +82,7 @@ class Study:
         _require_sensible(options)
         self.options = options
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
+        self._world_size = self.processes.num_processes
         self.opened = open_vit(
             model,
             device=options.get("device") or self.processes.device,
@@ -133,6 +97,7 @@ class Study:
             )
         self.block = block % depth
         self.seed = options.get("seed", 0)
+        self._hidden = not (options.get("progress", False) and self.processes.is_main_process)
         self.source = open_images(images, max_images=options.get("max_images"), seed=self.seed)
 
     @cached_property
@@ -142,7 +107,13 @@ class Study:
         Raises:
             DataError: There are no images, or the model gives numbers that are not finite.
         """
-        meter = self._run("norms", NormMeter(cutoff=self.options.get("cutoff")))
+        meter = NormMeter(cutoff=self.options.get("cutoff"))
+        with failing_together(world_size=self._world_size):
+            for seen, _ in self._observed(Needs(norms=True), "norms"):
+                meter.update(seen)
+        meter, *others = gathered(meter, world_size=self._world_size)
+        for other in others:
+            meter.merge(other)
         if not meter.num_images:
             raise DataError(f"{self.source.name} holds no images.")
         if not meter.is_finite:
@@ -157,26 +128,29 @@ class Study:
         """Norms after each block, and which of them are outliers."""
         return self.norms.result()
 
-    @cached_property
-    def cutoff(self) -> float:
-        """Norm above which a patch token of the chosen block is an outlier; infinite where there are none."""
-        value = self.blocks[self.block].cutoff.value
-        return math.inf if value is None else value
-
     def measure(self, meters: Mapping[str, OutlierMeter]) -> dict[str, Any]:
-        """The second pass: everything that needs to know which patches are outliers.
-
-        Returns:
-            The meters' results under their names; the same on every process.
-        """
-        merged = self._run("tokens", OutlierMeters(meters, block=self.block, cutoff=self.cutoff))
+        """The second pass: what needs to know which patches are outliers. Results are the same on every process."""
+        needs = reduce(or_, [meter.needs for meter in meters.values()], Needs(norms=True))
+        cutoff = self.blocks[self.block].cutoff.norm
+        with failing_together(world_size=self._world_size):
+            for seen, batch in self._observed(needs, "tokens"):
+                outliers = seen.norms[self.block, :, seen.order.num_prefix :] > cutoff
+                for meter in meters.values():
+                    meter.update(seen, batch.indices, batch.labels, outliers)
+        merged, *others = gathered(meters, world_size=self._world_size)
         results = {}
-        with tqdm(total=len(meters), unit="measure", disable=not self._shows_progress, leave=False) as bar:
-            for name, meter in merged.meters.items():
+        with tqdm(total=len(meters), unit="measure", disable=self._hidden, leave=False) as bar:
+            for name, meter in merged.items():
+                for other in others:
+                    meter.merge(other[name])
                 bar.set_description(f"{self.opened.name}: {name.replace('_', ' ')}")
                 results[name] = meter.result()
                 bar.update()
         return results
+
+    def measure_one(self, meter: OutlierMeter) -> Any:
+        """The second pass for one meter alone; returns its result."""
+        return self.measure({"tokens": meter})["tokens"]
 
     def model_facts(self, *, step: int | None = None) -> ModelFacts:
         """What the model is. Known after the first pass."""
@@ -202,24 +176,22 @@ class Study:
             preprocessing="given as tensors" if isinstance(self.source.rows, Tensor) else self.opened.preprocessing,
         )
 
-    def _run(self, what: str, meter: AnyMeter) -> AnyMeter:
-        processes = self.processes
-        (merged,) = run_pass(
-            self.opened.model,
-            self.source,
-            [meter],
-            transform=self.opened.transform,
+    def _observed(self, needs: Needs, what: str) -> Iterator[tuple[Observation, Batch]]:
+        """Yield this process's share of the images, and what the model shows of them."""
+        batches = self.source.batches(
+            self.opened.transform,
             batch_size=self.options.get("batch_size", 8),
             num_workers=self.options.get("num_workers", 0),
-            rank=processes.process_index,
-            world_size=processes.num_processes,
-            progress=f"{self.opened.name}: {what}" if self._shows_progress else None,
+            rank=self.processes.process_index,
+            world_size=self._world_size,
         )
-        return merged
-
-    @property
-    def _shows_progress(self) -> bool:
-        return self.options.get("progress", False) and self.processes.is_main_process
+        num_images = self.source.num_images
+        total = None if num_images is None else math.ceil(num_images / self._world_size)
+        title = f"{self.opened.name}: {what}"
+        with tqdm(total=total, desc=title, unit="image", disable=self._hidden, leave=False) as bar:
+            for seen, batch in observed(self.opened.model, batches, needs):
+                yield seen, batch
+                bar.update(len(batch.images))
 
 
 def _require_sensible(options: Options) -> None:

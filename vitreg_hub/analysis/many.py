@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
 
-from vitreg_hub.analysis.engine import Images, Options
+from vitreg_hub.analysis.engine import Options
 from vitreg_hub.analysis.measures import PHOTOS, Model, analyze
-from vitreg_hub.analysis.report.as_json import load_reports
-from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.analysis.results import ArtifactReport, load_reports
 from vitreg_hub.errors import DataError
 from vitreg_hub.files import CONFIG_FILE
+from vitreg_hub.images.source import Images
 from vitreg_hub.names import ModelName
 
 logger = logging.getLogger(__name__)

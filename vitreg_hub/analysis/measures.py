@@ -1,15 +1,13 @@
 """One function per thing that the paper measures, and `analyze`, which measures all of them together."""
 
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 from torch import nn
 
-from vitreg_hub.analysis.engine import Images, Options, OutlierMeter, Study
-from vitreg_hub.analysis.examples import Example
+from vitreg_hub.analysis.engine import Options, OutlierMeter, Study
 from vitreg_hub.analysis.meters.attention import AttentionMeter
 from vitreg_hub.analysis.meters.examples import ExampleMeter
 from vitreg_hub.analysis.meters.global_probe import TokenClassification
@@ -20,12 +18,14 @@ from vitreg_hub.analysis.results import (
     ArtifactReport,
     AttentionMass,
     BlockNorms,
+    Example,
     GlobalInformation,
     LocalInformation,
     OutlierPlaces,
     Redundancy,
 )
 from vitreg_hub.errors import DataError
+from vitreg_hub.images.source import Images
 
 Model = nn.Module | str | Path
 """A module of timm or transformers, or a name as in `open_vit`."""
@@ -59,7 +59,7 @@ def outlier_places(model: Model, images: Images = PHOTOS, **options: Unpack[Opti
     Positions that are interpolated without antialiasing give outliers fixed places (Darcet et al., appendix A).
     Arguments and errors as in `patch_norms`.
     """
-    return _measured(model, images, options, lambda study: PlaceMeter())
+    return Study(model, images, **options).measure_one(PlaceMeter())
 
 
 def neighbor_redundancy(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> Redundancy:
@@ -68,7 +68,7 @@ def neighbor_redundancy(model: Model, images: Images = PHOTOS, **options: Unpack
     Outliers appear in patches that are similar to their neighbours (Darcet et al., section 2.1 and figure 5a).
     Arguments and errors as in `patch_norms`.
     """
-    return _measured(model, images, options, lambda study: NeighborSimilarity())
+    return Study(model, images, **options).measure_one(NeighborSimilarity())
 
 
 def local_information(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> LocalInformation:
@@ -77,7 +77,8 @@ def local_information(model: Model, images: Images = PHOTOS, **options: Unpack[O
     Outliers have lost much of both (Darcet et al., section 2.1 and figure 5b). Tokens are those of the last block
     after the final norm. Arguments and errors as in `patch_norms`.
     """
-    return _measured(model, images, options, lambda study: LocalProbes(seed=study.seed))
+    study = Study(model, images, **options)
+    return study.measure_one(LocalProbes(seed=study.seed))
 
 
 def global_information(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> GlobalInformation:
@@ -86,7 +87,8 @@ def global_information(model: Model, images: Images = PHOTOS, **options: Unpack[
     Outliers do nearly as well as the class token (Darcet et al., section 2.1 and table 1). Tokens are those of the
     last block after the final norm; images need labels. Arguments and errors as in `patch_norms`.
     """
-    return _measured(model, images, options, lambda study: TokenClassification(seed=study.seed))
+    study = Study(model, images, **options)
+    return study.measure_one(TokenClassification(seed=study.seed))
 
 
 def attention_mass(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> tuple[AttentionMass, ...]:
@@ -95,7 +97,8 @@ def attention_mass(model: Model, images: Images = PHOTOS, **options: Unpack[Opti
     Mean over heads and images (Darcet et al., figures 1, 2 and 9, in numbers). Arguments and errors as in
     `patch_norms`.
     """
-    return _measured(model, images, options, lambda study: AttentionMeter(study.block))
+    study = Study(model, images, **options)
+    return study.measure_one(AttentionMeter(study.block))
 
 
 def token_examples(
@@ -106,7 +109,8 @@ def token_examples(
     The images are spread evenly over the data set, or are the first ones of a stream. Arguments and errors as in
     `patch_norms`.
     """
-    return _measured(model, images, options, lambda study: _example_meter(study, number))
+    study = Study(model, images, **options)
+    return study.measure_one(_example_meter(study, number))
 
 
 def analyze(
@@ -153,11 +157,6 @@ def analyze(
         versions={name: version(name) for name in LIBRARIES},
         **study.measure(meters),
     )
-
-
-def _measured(model: Model, images: Images, options: Options, make: Callable[[Study], OutlierMeter]) -> Any:
-    study = Study(model, images, **options)
-    return study.measure({"it": make(study)})["it"]
 
 
 def _example_meter(study: Study, number: int) -> ExampleMeter:

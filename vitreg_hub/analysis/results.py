@@ -1,9 +1,20 @@
 """What an analysis found: typed, frozen, and the same as JSON."""
 
-from dataclasses import dataclass, field
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
 
-from vitreg_hub.analysis.examples import Example
+import numpy as np
+
 from vitreg_hub.bundle.provenance import AttentionMass
+from vitreg_hub.errors import DataError
+from vitreg_hub.typed import read
+
+FORM = 1
+"""Version of report.json; a reader refuses others."""
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """Shares below which norms are reported; the first and the last are the exact smallest and largest norm."""
@@ -87,6 +98,11 @@ class Cutoff:
     outlier_weight: float | None = None
     normal_norm: float | None = None
     outlier_norm: float | None = None
+
+    @property
+    def norm(self) -> float:
+        """The norm as one that can be compared with: infinite if there are no outliers."""
+        return math.inf if self.value is None else self.value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +231,29 @@ class GlobalInformation:
     why_not: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Example:
+    """What one image looks like inside a model, for pictures. Rows and columns are those of the grid of patches.
+
+    Attributes:
+        image: [height, width, 3] in [0, 1].
+        norms: [rows, columns] norms of the patch tokens, before the final norm.
+        outliers: [rows, columns] bool, which of them are outliers.
+        class_attention: [heads, rows, columns] from the class token to the patches; None without a class token.
+        register_attention: [R, heads, rows, columns] from each register to the patches; R = 0 without registers.
+        components: [rows, columns, 3] in [0, 1], the first principal components as colours (`pca_maps`).
+    """
+
+    __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True}  # not stored as JSON
+
+    image: np.ndarray
+    norms: np.ndarray
+    outliers: np.ndarray
+    class_attention: np.ndarray | None
+    register_attention: np.ndarray
+    components: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactReport:
     """Everything the analysis measured of one model on one set of images. Per-block tuples have one entry per block.
@@ -266,3 +305,27 @@ class ArtifactReport:
     def first_outlier_block(self) -> int | None:
         """First block (from 0) that has outliers."""
         return next((i for i, share in enumerate(self.outlier_fraction) if share), None)
+
+
+def to_json(reports: Sequence[ArtifactReport]) -> str:
+    """Text of a report.json: all that was measured, without pictures."""
+    derived = [{"outlier_fraction": r.outlier_fraction, "first_outlier_block": r.first_outlier_block} for r in reports]
+    stored = [asdict(replace(r, examples=())) | more for r, more in zip(reports, derived, strict=True)]
+    content = {"form": FORM, "reports": stored}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def load_reports(file: str | Path) -> tuple[ArtifactReport, ...]:
+    """Read a report.json.
+
+    Raises:
+        DataError: It is not one, or has another version.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        form, reports = content["form"], content["reports"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is not a report of `vitreg analyze` ({error}): give its report.json.") from error
+    if form != FORM:
+        raise DataError(f"{file} has form {form!r}, this reads form {FORM}: analyze the models again.")
+    return read(tuple[ArtifactReport, ...], reports, called=f"{file}: reports", error=DataError, unknown="ignore")

@@ -62,8 +62,7 @@ def telemetry(model: nn.Module, images: Tensor, *, cutoff: float | None = None) 
     meter = NormMeter(cutoff=cutoff)
     meter.update(seen)
     blocks = meter.result()
-    value = blocks[-1].cutoff.value
-    outliers = seen.norms[-1, :, seen.order.num_prefix :] > (torch.inf if value is None else value)
+    outliers = seen.norms[-1, :, seen.order.num_prefix :] > blocks[-1].cutoff.norm
     attention = AttentionMeter(-1)
     attention.update(seen, torch.arange(len(images)), None, outliers)
     return Telemetry(blocks=blocks, attention=attention.result())

@@ -2,17 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
-
-from vitreg_hub.tokens import Tokens
 
 QUERIES = 1024
 """Images that are compared with all labelled ones at once."""
-
-
-def class_features(tokens: Tokens) -> Tensor:
-    """Class tokens of length 1, [B, D] float32."""
-    return normalize(tokens.cls[:, 0].float(), dim=1)
 
 
 def knn_classes(features: Tensor, *, train: Tensor, labels: Tensor, neighbors: int, temperature: float) -> Tensor:

@@ -71,9 +71,7 @@ def hub_stream(repo_id: str, split: str | None, usual_splits: Sequence[str]) -> 
 
 def find_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:
     """The only one of the columns of a kind; of several, the first with a usual name."""
-    if len(columns) == 1:
-        return columns[0]
-    return next((name for name in usual if name in columns), None)
+    return columns[0] if len(columns) == 1 else next((name for name in usual if name in columns), None)
 
 
 def is_integer(feature: Any) -> bool:

@@ -20,10 +20,10 @@ from vitreg_hub.images.data_sets import (
     ON_HUB,
     Rows,
     features_of,
-    find_column,
     hub_stream,
     image_folder,
     is_integer,
+    one_of,
 )
 from vitreg_hub.images.embedded import EMBEDDED
 from vitreg_hub.names import HUB_PREFIX
@@ -36,11 +36,10 @@ DEFAULT_SPLITS = ("test", "validation", "train")
 # What Pillow raises for a file that is broken or not an image.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
+Images = Tensor | Sequence[Image.Image] | str | Path | Rows
+"""Images in any form that `open_images` takes."""
+
 Transform = Callable[[Image.Image], Tensor]
-
-
-class UnreadableError(DataError):
-    """An image that cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +50,12 @@ class Batch:
         indices: [B] int64, of the images in the source.
         images: [B, 3, H, W].
         labels: [B] int64, -1 where one is missing; None without labels.
-        names: Each image's file, or its index if it has none.
         skipped: Why images were left out, one sentence for each.
     """
 
     indices: Tensor
     images: Tensor
     labels: Tensor | None
-    names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
 
 
@@ -69,7 +66,6 @@ class ImageSource:
     Attributes:
         name: What the images are called.
         num_images: How many there are; None for a stream.
-        has_labels: Whether the images have labels.
         label_names: Names of the classes, where they are known.
         rows: What holds the images: read by index, or by iteration if it is a stream.
         picked: Indices of the rows that are read; None for a stream.
@@ -79,12 +75,16 @@ class ImageSource:
 
     name: str
     num_images: int | None
-    has_labels: bool = False
     label_names: tuple[str, ...] | None = None
     rows: Any = field(repr=False)
     picked: Sequence[int] | None = field(default=None, repr=False)
     image_column: str | None = None
     label_column: str | None = None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the images have labels."""
+        return self.label_column is not None
 
     def batches(
         self,
@@ -98,8 +98,7 @@ class ImageSource:
     ) -> Iterator[Batch]:
         """Read this process's share: every `world_size`-th image, so that all processes together read each one once.
 
-        Only the batches in preparation are held in memory. Every process reads the whole of a stream, but decodes
-        only its share.
+        Every process reads the whole of a stream, but decodes only its share.
 
         Args:
             transform: Makes a tensor [3, H, W] of an RGB image. It is not applied to images given as tensors.
@@ -185,19 +184,21 @@ class _Reader(torch.utils.data.Dataset):
 
     def _batch(self, items: list[tuple[int, Any]]) -> Batch:
         source = self.source
-        indices, images, labels, names, skipped = [], [], [], [], []
+        indices, images, labels, skipped = [], [], [], []
         for index, row in items:
             row = source.rows[index] if row is None else row
             picture = row[source.image_column] if source.image_column else row
             try:
-                images.append(self._image(index, picture))
-            except UnreadableError as error:
+                image = picture if isinstance(picture, Tensor) else read_rgb(picture)
+            except BROKEN as error:
+                file = f" ({path})" if (path := file_of(picture)) else ""
+                sentence = f"image {index} of {source.name}{file} cannot be read: {error}."
                 if not self.skip_unreadable:
-                    raise
-                skipped.append(str(error))
+                    raise DataError(sentence) from error
+                skipped.append(sentence)
                 continue
             indices.append(index)
-            names.append(file_of(picture) or str(index))
+            images.append(image if isinstance(image, Tensor) else self.transform(image))  # pyright: ignore[reportOptionalCall]  # only tensors need none
             source._require_equal(indices[0], images[0], index, images[-1])
             if source.label_column:
                 label = row[source.label_column]
@@ -206,19 +207,8 @@ class _Reader(torch.utils.data.Dataset):
             indices=torch.tensor(indices, dtype=torch.int64),
             images=torch.stack(images) if images else torch.empty(0),
             labels=torch.tensor(labels, dtype=torch.int64) if source.has_labels else None,
-            names=tuple(names),
             skipped=tuple(skipped),
         )
-
-    def _image(self, index: int, picture: Any) -> Tensor:
-        if isinstance(picture, Tensor):
-            return picture
-        try:
-            image = read_rgb(picture)
-        except BROKEN as error:
-            file = f" ({path})" if (path := file_of(picture)) else ""
-            raise UnreadableError(f"image {index} of {self.source.name}{file} cannot be read: {error}.") from error
-        return self.transform(image)  # pyright: ignore[reportOptionalCall]  # only tensors need none
 
 
 def _unchanged(batch: Any) -> Any:
@@ -254,11 +244,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_images(
-    images: Tensor | Sequence[Image.Image] | str | Path | Rows,
-    *,
-    name: str | None = None,
-    max_images: int | None = None,
-    seed: int = 0,
+    images: Images, *, name: str | None = None, max_images: int | None = None, seed: int = 0
 ) -> ImageSource:
     """Open images in any of these forms. Data sets on the Hub are streamed: nothing is copied to the disk.
 
@@ -318,7 +304,6 @@ def _of_data_set(data: Rows) -> ImageSource:
     return ImageSource(
         name=data.info.dataset_name or "data set",
         num_images=len(data) if isinstance(data, datasets.Dataset) else None,
-        has_labels=label is not None,
         label_names=tuple(label_names) if label_names else None,
         rows=data,
         image_column=image,

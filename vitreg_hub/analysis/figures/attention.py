@@ -1,14 +1,11 @@
-"""Figures of where attention goes: in shares, and as maps over images."""
+"""The figure of where attention goes, in shares."""
 
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from vitreg_hub.analysis.examples import Example
 from vitreg_hub.analysis.figures.base import legend, panels, patch, say
-from vitreg_hub.analysis.figures.maps import Map, draw_maps
 from vitreg_hub.analysis.results import ArtifactReport, AttentionMass
-from vitreg_hub.errors import DataError
 from vitreg_hub.plotting import CLASS, NORMAL, OUTLIER, REGISTER, percent_axis
 
 TARGETS = (
@@ -66,47 +63,3 @@ def token_shares(report: ArtifactReport) -> AttentionMass:
         to_normal=(patches - outliers) / tokens,
         to_outliers=outliers / tokens,
     )
-
-
-def attention_figure(examples: Sequence[Example], *, heads: bool = False) -> Figure:
-    """Draw, per image, what the class token and each register attend to, as a mean over heads.
-
-    Every map has its own colour scale, from the smallest to the largest share of attention, given below it.
-
-    Args:
-        examples: One per image.
-        heads: Also draw the attention of the class token head by head, or that of the first register if there is no
-            class token. Heads are counted from 1.
-
-    Raises:
-        DataError: There is neither a class token nor a register.
-
-    Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figures 1 and 9.
-    """
-    return draw_maps([_attention_lines(example, heads) for example in examples], title="Attention to the patches")
-
-
-def attention_maps_of(example: Example) -> list[Map]:
-    """Attention of class token and registers, mean over heads."""
-    maps = []
-    if example.class_attention is not None:
-        maps.append(Map(title="class token", values=example.class_attention.mean(0)))
-    for number, attention in enumerate(example.register_attention, start=1):
-        maps.append(Map(title=f"register {number}", values=attention.mean(0)))
-    return maps
-
-
-def _attention_lines(example: Example, heads: bool) -> list[list[Map]]:
-    maps = attention_maps_of(example)
-    if not maps:
-        raise DataError(
-            "the model has neither class token nor registers, so there is no attention to draw; "
-            "choose a model that has one of them."
-        )
-    lines = [[Map(title="input", values=example.image), *maps]]
-    if heads:
-        name, by_head = "class", example.class_attention
-        if by_head is None:
-            name, by_head = "register 1", example.register_attention[0]
-        lines.append([Map(title=f"{name}, head {i}", values=values) for i, values in enumerate(by_head, start=1)])
-    return lines

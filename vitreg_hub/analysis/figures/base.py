@@ -22,11 +22,7 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """A figure with one panel per model, under the model's name.
 
-    Args:
-        reports: One per panel.
-        title: Of the figure.
-        height: Of a panel, in inches.
-        share: Axes that are the same in all panels: "x", "y", "both" or "none".
+    Panels have this height in inches, and share the limits of these axes: "x", "y", "both" or "none".
     """
     columns = min(len(reports), COLUMNS)
     rows = math.ceil(len(reports) / columns)

@@ -1,4 +1,4 @@
-"""Figures of token norms and of how many tokens are outliers."""
+"""Figures of token norms, and of how many tokens are outliers and where."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +29,7 @@ MERGED_BINS = 8
 """Bins of a histogram that make one bin of a figure, which is 9 % wide."""
 NORM = "norm of the token"
 BLOCK = "block (the first is 0)"
+NONE = "No outliers in block {block}."
 
 
 def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
@@ -88,7 +89,7 @@ def norm_distribution_figure(reports: Sequence[ArtifactReport]) -> Figure:
     spans = []
     for axis, report in zip(axes, reports, strict=True):
         block, cutoff = report.chosen, report.chosen.cutoff.value
-        normal, outlier = _split(block.histogram, cutoff)
+        normal, outlier = _split(block.histogram, block.cutoff.norm)
         (start, below), (_, above) = _merged(normal), _merged(outlier)
         at = EDGES[start * MERGED_BINS : (start + len(below)) * MERGED_BINS + 1 : MERGED_BINS]
         spans += [at[0], at[-1]]
@@ -127,6 +128,43 @@ def outlier_share_figure(reports: Sequence[ArtifactReport]) -> Figure:
     return figure
 
 
+def location_figure(reports: Sequence[ArtifactReport]) -> Figure:
+    """In which share of the images the patch at each place is an outlier; one scale for all models."""
+    figure, axes = panels(reports, title="Where outliers are", share="none")
+    most = max(share for report in reports for row in report.places.per_position for share in row) or 1
+    pictures = []
+    for axis, report in zip(axes, reports, strict=True):
+        if not report.outlier_fraction[report.block]:
+            say(axis, NONE.format(block=report.block))
+            continue
+        places = np.array(report.places.per_position)
+        pictures.append(axis.imshow(places, cmap=colour_map("#ffffff", OUTLIER, "#3d1a00"), vmin=0, vmax=most))
+        axis.set(xlabel="column of the grid of patches", ylabel="row")
+        axis.spines[:].set_visible(True)
+        axis.set_anchor("N")
+        whole_numbers(axis.xaxis, 8)
+        whole_numbers(axis.yaxis, 8)
+    if pictures:
+        bar = figure.colorbar(pictures[0], ax=axes, label="share of images with an outlier there", panchor=False)
+        percent_axis(bar.ax.yaxis)
+    return figure
+
+
+def outliers_per_image_figure(reports: Sequence[ArtifactReport]) -> Figure:
+    """How many images have 0, 1, 2, ... outliers."""
+    figure, axes = panels(reports, title="Outliers per image", height=2.6)
+    for axis, report in zip(axes, reports, strict=True):
+        images = report.places.per_image
+        if not report.outlier_fraction[report.block]:
+            say(axis, NONE.format(block=report.block))
+            continue
+        axis.bar(range(len(images)), images, width=0.8 if len(images) < 30 else 1.0, color=OUTLIER)
+        axis.set(xlabel=f"outliers in one image after block {report.block}", ylabel="number of images")
+        whole_numbers(axis.xaxis)
+        whole_numbers(axis.yaxis)
+    return figure
+
+
 def _merged(histogram: NormHistogram) -> tuple[int, np.ndarray]:
     """The counts in bins that are `MERGED_BINS` times wider: the index of the first bin, and the counts."""
     start, lead = divmod(histogram.first_bin, MERGED_BINS)
@@ -139,9 +177,9 @@ def _share(merged: tuple[int, np.ndarray], first: int, last: int) -> np.ndarray:
     return np.pad(counts, (start - first, last - start - len(counts))) / max(1, counts.sum())
 
 
-def _split(histogram: NormHistogram, cutoff: float | None) -> tuple[NormHistogram, NormHistogram]:
+def _split(histogram: NormHistogram, cutoff: float) -> tuple[NormHistogram, NormHistogram]:
     """Counts below and above a cutoff; the bin that holds it goes where its middle is."""
     counts, at = np.array(histogram.counts, dtype=int), edges(histogram)
-    above = np.sqrt(at[:-1] * at[1:]) > (np.inf if cutoff is None else cutoff)
+    above = np.sqrt(at[:-1] * at[1:]) > cutoff
     low, high = (tuple(np.where(side, counts, 0).tolist()) for side in (~above, above))
     return replace(histogram, counts=low), replace(histogram, counts=high)

@@ -1,25 +1,24 @@
-"""All figures of an analysis, and the figure of a few images for other places."""
+"""All figures of an analysis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
-from vitreg_hub.analysis.examples import Example
 from vitreg_hub.analysis.figures.attention import attention_mass_figure
 from vitreg_hub.analysis.figures.comparison import comparison_figure, in_training
-from vitreg_hub.analysis.figures.examples import examples_figure
-from vitreg_hub.analysis.figures.maps import Map, draw_maps
-from vitreg_hub.analysis.figures.norms import norm_distribution_figure, norms_by_block_figure, outlier_share_figure
-from vitreg_hub.analysis.figures.places import location_figure, outliers_per_image_figure
+from vitreg_hub.analysis.figures.maps import examples_figure
+from vitreg_hub.analysis.figures.norms import (
+    location_figure,
+    norm_distribution_figure,
+    norms_by_block_figure,
+    outlier_share_figure,
+    outliers_per_image_figure,
+)
 from vitreg_hub.analysis.figures.probes import global_information_figure, local_information_figure, redundancy_figure
-from vitreg_hub.analysis.meters.examples import displayable
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import names
 from vitreg_hub.plotting import png
-from vitreg_hub.tokens import observe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,15 +40,8 @@ class ReportFigure:
     png: bytes
 
 
-def report_figures(
-    reports: Sequence[ArtifactReport], examples: Sequence[Sequence[Example]] = ()
-) -> tuple[ReportFigure, ...]:
-    """Draw everything that was measured; figures without any data are left out.
-
-    Args:
-        reports: One per model, in the order in which they stand side by side.
-        examples: Per model, its example images.
-    """
+def report_figures(reports: Sequence[ArtifactReport]) -> tuple[ReportFigure, ...]:
+    """Draw everything that was measured of models, side by side; figures without any data are left out."""
     models = ", ".join(names(reports))
     drawn: list[ReportFigure] = []
 
@@ -75,37 +67,10 @@ def report_figures(
         add("global", "global_information", GLOBAL, global_information_figure(reports))
     if any(report.attention for report in reports):
         add("attention", "attention_mass", ATTENTION, attention_mass_figure(reports))
-    for index, (name, shown) in enumerate(zip(names(reports), examples, strict=False), start=1):
-        if shown:
+    for index, (name, report) in enumerate(zip(names(reports), reports, strict=True), start=1):
+        if shown := report.examples:
             add("examples", f"examples_{index}", EXAMPLES, examples_figure(shown, name=name), of=f"{len(shown)} images")
     return tuple(drawn)
-
-
-def token_figure(vit: nn.Module, images: Tensor, *, file: str | Path) -> Path:
-    """Draw, per image, the input, the norms of its patch tokens and what the class token and the registers attend to.
-
-    Norms are those after the last block, before the final norm; attention is that of the last block, mean over heads.
-    Every map has its own colour scale, from its smallest to its largest value, given below it.
-
-    Args:
-        vit: A ViT of timm or transformers.
-        images: [B, C, H, W], normalised.
-        file: PNG to write.
-    """
-    seen = observe(vit, images, norms=True, attention=(-1,))
-    patch_norms = seen.norms[-1][:, seen.order.num_prefix :].unflatten(1, seen.order.grid).cpu().numpy()
-    attention = {
-        "class": seen.attention[-1].cls.float().mean(dim=1).cpu().numpy(),
-        "register": seen.attention[-1].registers.float().mean(dim=1).cpu().numpy(),
-    }
-    lines = []
-    for index, (image, norms) in enumerate(zip(images, patch_norms, strict=True)):
-        maps = [Map(title="input", values=displayable(image).cpu().numpy()), Map(title="patch norms", values=norms)]
-        for token, values in attention.items():
-            maps += [Map(title=f"{token} {n}", values=v) for n, v in enumerate(values[index], start=1)]
-        lines.append([maps])
-    Path(file).write_bytes(png(draw_maps(lines, title="Norms and attention of the last block")))
-    return Path(file)
 
 
 COMPARISON = (

@@ -28,7 +28,6 @@ class AttentionMeter:
         self._sums = torch.zeros((), dtype=torch.float64)  # [prefix, 4]
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add a batch, or those of its images whose attention was observed; outliers [B, P]."""
         order = seen.order
         rows = seen.attention[self._block].weights[:, :, : order.num_prefix].float().mean(1)  # [B, prefix, N]
         to_patches = rows[:, :, order.num_prefix :]
@@ -44,7 +43,6 @@ class AttentionMeter:
         self._sums = self._sums + torch.stack(groups, dim=-1).cpu().double().sum(0)
 
     def merge(self, other: Self) -> None:
-        """Add what another process saw."""
         self._order = other._order if other._num_images else self._order
         self._num_images += other._num_images
         self._sums = self._sums + other._sums

@@ -3,13 +3,20 @@
 from collections.abc import Collection
 from typing import Self
 
+import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from torch import Tensor
 
-from vitreg_hub.analysis.examples import Example
-from vitreg_hub.analysis.meters.pca import pca_maps
+from vitreg_hub.analysis.results import Example
+from vitreg_hub.errors import DataError
 from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
+
+QUANTILES = (0.01, 0.99)
+"""Shares of the patches below full darkness and full brightness, so that single outliers do not flatten the rest."""
+SMALLEST_VARIANCE = 1e-12
+"""Relative to the first component; what varies less is float32 rounding."""
 
 
 class ExampleMeter:
@@ -27,7 +34,6 @@ class ExampleMeter:
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add a batch; outliers [B, P]."""
         self._order = seen.order
         attention = seen.attention[self._block]
         for i, index in enumerate(indices.tolist()):
@@ -43,7 +49,6 @@ class ExampleMeter:
                 self._kept[index] = {name: value.cpu().clone() for name, value in maps.items()}
 
     def merge(self, other: Self) -> None:
-        """Add what another process saw."""
         self._order = other._order if other._kept else self._order
         self._kept = self._kept | other._kept
 
@@ -71,3 +76,41 @@ def displayable(image: Tensor) -> Tensor:
     image = image.float()
     low, high = torch.aminmax(image)
     return ((image - low) / (high - low).clamp_min(1e-12)).permute(1, 2, 0)
+
+
+def pca_maps(patches: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """Show each patch by the first three principal components of its token, as red, green and blue.
+
+    One decomposition is fitted to the patches of all images together; thus equal colours mean similar tokens, also in
+    different images. Each component is scaled on its own, between `QUANTILES`; its sign makes its largest loading
+    positive. A component in which the tokens do not differ is 0.5 everywhere.
+
+    Args:
+        patches: [B, P, D], row by row.
+        grid: Rows and columns, P in all.
+
+    Returns:
+        [B, rows, columns, 3] in [0, 1], float32.
+
+    Raises:
+        DataError: The patches do not fill the grid, or hold values that are not finite.
+
+    Source: Oquab et al., "DINOv2", 2023, figure 1, which leaves out the background by a threshold; this does not.
+    """
+    num_images, num_patches, channels = patches.shape
+    if num_patches != grid[0] * grid[1]:
+        raise DataError(
+            f"{num_patches} patches do not fill a grid of {grid[0]} x {grid[1]}; give the model's own grid."
+        )
+    tokens = patches.detach().cpu().double().numpy().reshape(-1, channels)
+    if not np.isfinite(tokens).all():
+        raise DataError("tokens are not finite, so they have no principal components; run the model in float32.")
+    scaled = np.full((len(tokens), 3), 0.5)
+    if (tokens != tokens[0]).any():
+        pca = PCA(n_components=min(3, *tokens.shape), svd_solver="covariance_eigh").fit(tokens)
+        varies = pca.explained_variance_ > SMALLEST_VARIANCE * pca.explained_variance_[0]
+        scores = pca.transform(tokens)[:, varies]
+        low, high = np.quantile(scores, QUANTILES, axis=0)
+        spread = np.where(high > low, high - low, 1.0)
+        scaled[:, : scores.shape[1]] = np.where(high > low, (scores - low) / spread, 0.5).clip(0, 1)
+    return scaled.reshape(num_images, *grid, 3).astype(np.float32)

@@ -43,7 +43,6 @@ class TokenClassification:
         self._unlabelled = False
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add a batch that was observed with `normed`."""
         self._order = seen.order
         if labels is None:
             self._unlabelled = True
@@ -60,7 +59,6 @@ class TokenClassification:
         self._test.add(priorities.where(testing, NEVER), features, labels)
 
     def merge(self, other: "TokenClassification") -> None:
-        """Add what another process saw."""
         self._train.merge(other._train)
         self._test.merge(other._test)
         self._order = self._order if other._order == TokenOrder() else other._order
@@ -86,10 +84,11 @@ class TokenClassification:
         if len(np.unique(labels[_split(len(labels))[0]])) < 2:
             return _nothing("The images to fit regressions to are of one class.")
         classes, counts = np.unique(labels, return_counts=True)
+        names = [*self._order.class_names, NORMAL, OUTLIER, *self._order.register_names]  # in the order of `update`
         return GlobalInformation(
             tokens=tuple(
                 TokenAccuracy(token=name, accuracy=_accuracy(tokens[:, i], labels, test_tokens[:, i], test_labels))
-                for i, name in enumerate(self._names())
+                for i, name in enumerate(names)
                 if not (name == OUTLIER and why_not)
             ),
             num_classes=len(np.unique(test_labels)),
@@ -104,10 +103,6 @@ class TokenClassification:
         priorities = hashed(self._seed, indices[:, None], torch.arange(patches.shape[1]))
         chosen = priorities.where(members, NEVER).argmin(dim=1)
         return patches[torch.arange(len(patches)), chosen].unsqueeze(1)
-
-    def _names(self) -> list[str]:
-        """Names of the tokens, in the order in which they are kept."""
-        return [*self._order.class_names, NORMAL, OUTLIER, *self._order.register_names]
 
 
 def _nothing(why_not: str) -> GlobalInformation:

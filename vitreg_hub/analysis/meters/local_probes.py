@@ -1,8 +1,7 @@
 """Local information: what linear probes find out from a patch token about its own place and pixels."""
 
 import warnings
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -41,7 +40,6 @@ class LocalProbes:
         self._test = {group: Sample(test_size) for group in GROUPS}
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add a batch that was observed with `normed`."""
         grid, batch = seen.order.grid, len(indices)
         indices, outliers = indices.cpu(), outliers.cpu()
         positions = torch.arange(grid[0] * grid[1])
@@ -54,7 +52,6 @@ class LocalProbes:
                 sample.add(priorities.where(wanted.unflatten(1, grid), NEVER), *columns)
 
     def merge(self, other: "LocalProbes") -> None:
-        """Add what another process saw."""
         for group in GROUPS:
             self._train[group].merge(other._train[group])
             self._test[group].merge(other._test[group])
@@ -64,10 +61,8 @@ class LocalProbes:
         why_not = {group: _too_few(group, len(self._train[group]), len(self._test[group])) for group in GROUPS}
         groups = [group for group in GROUPS if why_not[group] is None]
         num_train = min((len(self._train[group]) for group in groups), default=0)
-        probes = {
-            group: probe(PatchTokens.of(self._train[group], first=num_train), PatchTokens.of(self._test[group]))
-            for group in groups
-        }
+        train = {group: _columns(self._train[group], first=num_train) for group in groups}
+        probes = {group: probe(train[group], _columns(self._test[group])) for group in groups}
         reasons = [reason for reason in why_not.values() if reason]
         return LocalInformation(
             normal=probes.get("normal"), outlier=probes.get("outlier"), why_not=" ".join(reasons) or None
@@ -92,42 +87,27 @@ def _too_few(group: str, num_train: int, num_test: int) -> str | None:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PatchTokens:
-    """Patch tokens, and what the probes are to find in them.
-
-    Attributes:
-        tokens: [n, D] float32.
-        cells: [n, 2] row and column of the patch.
-        pixels: [n, pixels of a patch] float32, as the network saw them.
-    """
-
-    tokens: np.ndarray
-    cells: np.ndarray
-    pixels: np.ndarray
-
-    @classmethod
-    def of(cls, sample: Sample, *, first: int | None = None) -> Self:
-        """The first tokens of a sample in its random order, or all."""
-        tokens, cells, pixels = (column[:first].flatten(1).numpy() for column in sample.result()[1:])
-        return cls(tokens=tokens, cells=cells, pixels=pixels)
+def _columns(sample: Sample, *, first: int | None = None) -> list[np.ndarray]:
+    """Tokens [n, D], cells [n, 2] and flat pixels [n, *] of a sample: all, or the first in its random order."""
+    return [column[:first].flatten(1).numpy() for column in sample.result()[1:]]
 
 
-def probe(train: PatchTokens, test: PatchTokens) -> LocalProbe:
+def probe(train: Sequence[np.ndarray], test: Sequence[np.ndarray]) -> LocalProbe:
     """Fit both probes to some tokens and score them on others. Features are standardised by the training tokens."""
-    scaler = StandardScaler().fit(train.tokens)
-    features, test_features = (np.asarray(scaler.transform(part.tokens)) for part in (train, test))
-    found = _found_cells(features, train.cells, test_features)
-    likeliest, nearest = constant_cells(train.cells)
+    (tokens, cells, pixels), (test_tokens, test_cells, test_pixels) = train, test
+    scaler = StandardScaler().fit(tokens)
+    features, test_features = np.asarray(scaler.transform(tokens)), np.asarray(scaler.transform(test_tokens))
+    found = _found_cells(features, cells, test_features)
+    likeliest, nearest = constant_cells(cells)
     return LocalProbe(
-        num_train=len(train.tokens),
-        num_test=len(test.tokens),
-        position_accuracy=_accuracy(found, test.cells),
-        position_distance=_mean_norm(found - test.cells),
-        pixel_error=_mean_norm(_rebuilt_pixels(features, train.pixels, test_features) - test.pixels),
-        chance_accuracy=_accuracy(likeliest, test.cells),
-        chance_distance=_mean_norm(nearest - test.cells),
-        chance_error=_mean_norm(train.pixels.mean(axis=0, dtype=np.float64) - test.pixels),
+        num_train=len(tokens),
+        num_test=len(test_tokens),
+        position_accuracy=_accuracy(found, test_cells),
+        position_distance=_mean_norm(found - test_cells),
+        pixel_error=_mean_norm(_rebuilt_pixels(features, pixels, test_features) - test_pixels),
+        chance_accuracy=_accuracy(likeliest, test_cells),
+        chance_distance=_mean_norm(nearest - test_cells),
+        chance_error=_mean_norm(pixels.mean(axis=0, dtype=np.float64) - test_pixels),
     )
 
 

@@ -7,8 +7,6 @@ import numpy as np
 from vitreg_hub.analysis.meters.histogram import EDGES, bin_sums, bins_of, count_above, packed, quantiles
 from vitreg_hub.analysis.meters.outliers import find_cutoff
 from vitreg_hub.analysis.results import QUANTILES, BlockNorms, Cutoff
-from vitreg_hub.images.source import Batch
-from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
 
 
@@ -19,8 +17,6 @@ class NormMeter:
     the final norm. After it, all norms are about the square root of the width, so it must be before.
     Means and the number of norms above a given cutoff are exact; quantiles are exact to the width of a histogram's bin.
     """
-
-    needs = Needs(norms=True)
 
     def __init__(self, *, cutoff: float | None = None) -> None:
         self.cutoff = cutoff
@@ -35,8 +31,8 @@ class NormMeter:
         self._smallest = np.full((), np.inf, dtype=np.float32)  # [blocks] patch norms
         self._largest = np.full((), -np.inf, dtype=np.float32)
 
-    def update(self, seen: Observation, batch: Batch | None = None) -> None:
-        """Add a batch that was observed with `norms=True`; nothing of `batch` is needed."""
+    def update(self, seen: Observation) -> None:
+        """Add a batch that was observed with `norms=True`."""
         first = seen.order.num_prefix
         norms = seen.norms.cpu().numpy()
         by_image = norms[:, :, first:]  # [blocks, B, P]
@@ -56,7 +52,6 @@ class NormMeter:
         self.merge(added)
 
     def merge(self, other: "NormMeter") -> None:
-        """Add what another meter saw."""
         self.num_images += other.num_images
         if other.num_images:
             self.order, self.image_size = other.order, other.image_size
@@ -79,11 +74,17 @@ class NormMeter:
 
     def _block(self, index: int) -> BlockNorms:
         counts, total = self._counts[index], int(self._counts[index].sum())
-        cutoff = self._cutoff(index)
-        if self.cutoff is not None:
-            outliers = self._above[index]
+        if self.cutoff is None:
+            cutoff = find_cutoff(
+                counts,
+                image_peaks=self._image_peaks[index],
+                input_logs=self._input_logs[index],
+                patches_per_image=math.prod(self.order.grid),
+            )
+            outliers = count_above(counts, cutoff.norm)
         else:
-            outliers = 0 if cutoff.value is None else count_above(counts, cutoff.value)
+            cutoff = Cutoff(value=self.cutoff, source="given", why="given")
+            outliers = self._above[index]
         smallest, largest = float(self._smallest[index]), float(self._largest[index])
         inner = [min(max(norm, smallest), largest) for norm in quantiles(counts, QUANTILES)[1:-1]]
         prefix = self._sums[index, :-1] / self.num_images
@@ -95,14 +96,4 @@ class NormMeter:
             outlier_fraction=float(outliers / total),
             class_norms=tuple(prefix[: self.order.num_class].tolist()),
             register_norms=tuple(prefix[self.order.num_class :].tolist()),
-        )
-
-    def _cutoff(self, index: int) -> Cutoff:
-        if self.cutoff is not None:
-            return Cutoff(value=self.cutoff, source="given", why="given")
-        return find_cutoff(
-            self._counts[index],
-            image_peaks=self._image_peaks[index],
-            input_logs=self._input_logs[index],
-            patches_per_image=math.prod(self.order.grid),
         )

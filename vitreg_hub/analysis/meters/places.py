@@ -21,14 +21,12 @@ class PlaceMeter:
         self._per_image = np.zeros((), dtype=np.int64)  # [patches + 1]
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add a batch; outliers [B, P]."""
         marked = outliers.cpu().numpy()
         self._num_images += len(marked)
         self._per_position = self._per_position + marked.sum(0).reshape(seen.order.grid)
         self._per_image = self._per_image + np.bincount(marked.sum(1), minlength=marked.shape[1] + 1)
 
     def merge(self, other: Self) -> None:
-        """Add what another process saw."""
         self._num_images += other._num_images
         self._per_position = self._per_position + other._per_position
         self._per_image = self._per_image + other._per_image

@@ -50,7 +50,6 @@ class NeighborSimilarity:
         self._counts = torch.zeros(2, NUM_BINS, dtype=torch.int64)
 
     def update(self, seen: Observation, indices: Tensor, labels: Tensor | None, outliers: Tensor) -> None:
-        """Add a batch that was observed with `embedded`."""
         if seen.order.grid == (1, 1):
             return  # no patch has a neighbour
         similarities = neighbor_similarity(seen.embedded, seen.order.grid).cpu()
@@ -61,7 +60,6 @@ class NeighborSimilarity:
             self._counts[group] += torch.bincount(bins[members], minlength=NUM_BINS)
 
     def merge(self, other: "NeighborSimilarity") -> None:
-        """Add what another process saw."""
         self._sums += other._sums
         self._counts += other._counts
 

@@ -1,6 +1,6 @@
 """The numbers of an analysis as tables of text, section by section, with what they mean."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vitreg_hub.analysis.results import QUANTILES, ArtifactReport, Similarities
@@ -20,8 +20,8 @@ class Table:
     """
 
     title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
     folded: bool = False
 
 
@@ -34,7 +34,7 @@ class Section:
         title: Heading.
         meaning: In one sentence, for readers who do not know the paper.
         definition: How it is measured.
-        tables: The numbers.
+        tables: The numbers; tables without rows are not shown.
         remarks: Why something is missing.
     """
 
@@ -42,8 +42,8 @@ class Section:
     title: str
     meaning: str
     definition: str
-    tables: tuple[Table, ...]
-    remarks: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    remarks: Sequence[str] = ()
 
 
 def summary(reports: Sequence[ArtifactReport]) -> Table:
@@ -65,7 +65,7 @@ def summary(reports: Sequence[ArtifactReport]) -> Table:
         ("first block with outliers", lambda r: _or("none", r.first_outlier_block)),
     )
     rows = [(name, *(read(report) for report in reports)) for name, read in facts]
-    known = tuple(row for row in rows if set(row[1:]) != {"-"})
+    known = [row for row in rows if set(row[1:]) != {"-"}]
     return Table(title="Models side by side", head=("", *names(reports)), rows=known)
 
 
@@ -82,7 +82,6 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             title="When, where and from which size",
             meaning="In the paper, outliers appear late in training, in the later blocks, and only in larger models.",
             definition="The measures of the next sections, over training steps or models.",
-            tables=(),
         ),
         Section(
             key="norms",
@@ -102,7 +101,7 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             "positions sit in the same places.",
             definition="Share of the images in which the patch at a place is an outlier, and number of outliers per "
             "image, in the chosen block.",
-            tables=_some(_places(named)),
+            tables=(_places(named),),
         ),
         Section(
             key="redundancy",
@@ -111,7 +110,7 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             definition="Mean cosine similarity of a patch to its up to four neighbours right after the patch "
             "embedding, before positions are added; patches are called outliers by their norm in the chosen "
             "block.",
-            tables=_some(_redundancy(named)),
+            tables=(_redundancy(named),),
         ),
         Section(
             key="local",
@@ -121,8 +120,8 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             "different images, on equally many tokens of both groups: a classifier of the place, and a regression of "
             "the patch's normalised pixels (L2 norm of the error). Chance is the best constant answer; a classifier "
             "that knows nothing does not lose to it in accuracy, but in distance.",
-            tables=_some(_local(named)),
-            remarks=_remarks((name, report.local_information.why_not) for name, report in named),
+            tables=(_local(named),),
+            remarks=[f"{name}: {why}" for name, r in named if (why := r.local_information.why_not)],
         ),
         Section(
             key="global",
@@ -131,8 +130,8 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             definition="Top-1 accuracy of a logistic regression on one token per image, of the last block after the "
             "final norm, fitted and scored on different images; patches are drawn at random. Chance is the accuracy "
             "of always answering the most frequent class of training.",
-            tables=_some(_global(named)),
-            remarks=_remarks((name, report.global_information.why_not) for name, report in named),
+            tables=(_global(named),),
+            remarks=[f"{name}: {why}" for name, r in named if (why := r.global_information.why_not)],
         ),
         Section(
             key="attention",
@@ -140,7 +139,7 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             meaning="Outliers and registers can attract far more attention than their number explains.",
             definition="Share of the attention of a token that goes to each kind of token in the chosen block, mean "
             "over heads and images.",
-            tables=_some(_attention(named)),
+            tables=(_attention(named),),
         ),
         Section(
             key="examples",
@@ -149,21 +148,12 @@ def sections(reports: Sequence[ArtifactReport]) -> tuple[Section, ...]:
             "objects.",
             definition="Maps of the chosen block; attention is the mean over heads. Principal components are fitted "
             "to the tokens of all images of a model together.",
-            tables=(),
         ),
     )
     return made if len(reports) > 1 else made[1:]
 
 
 Named = Sequence[tuple[str, ArtifactReport]]
-
-
-def _some(table: Table) -> tuple[Table, ...]:
-    return (table,) if table.rows else ()
-
-
-def _remarks(reasons: Iterable[tuple[str, str | None]]) -> tuple[str, ...]:
-    return tuple(f"{name}: {why}" for name, why in reasons if why)
 
 
 def _cutoffs(named: Named) -> Table:
@@ -175,7 +165,7 @@ def _cutoffs(named: Named) -> Table:
         share = percent(report.chosen.outlier_fraction)
         rows.append((name, str(report.block), number(cut.value), cut.source, *norms, share, cut.why))
     title = "The cutoff (separation: Ashman's D of the two modes; norms: at their centres)"
-    return Table(title=title, head=head, rows=tuple(rows))
+    return Table(title=title, head=head, rows=rows)
 
 
 def _norms_by_block(name: str, report: ArtifactReport) -> Table:
@@ -194,7 +184,7 @@ def _norms_by_block(name: str, report: ArtifactReport) -> Table:
         for i, block in enumerate(report.blocks)
     )
     title = f"{name}: norms by block (quantiles of patches, means of others)"
-    return Table(title=title, head=tuple(head), rows=rows, folded=True)
+    return Table(title=title, head=head, rows=rows, folded=True)
 
 
 def _places(named: Named) -> Table:
@@ -210,7 +200,7 @@ def _places(named: Named) -> Table:
         rows.append((name, percent(with_any), number(mean), str(len(counts) - 1), percent(max(cells)), percent(never)))
     of_images = ("images with any", "mean per image", "most in one image")
     head = ("model", *of_images, "most frequent place", "places without any")
-    return Table(title="Outliers in images and places", head=head, rows=tuple(rows))
+    return Table(title="Outliers in images and places", head=head, rows=rows)
 
 
 def _redundancy(named: Named) -> Table:
@@ -240,24 +230,23 @@ def _local(named: Named) -> Table:
             )
             rows.append((name, group, *cells, f"{probe.num_train:,}", f"{probe.num_test:,}"))
     head = ("model", "tokens", "place found", "distance in patches", "pixel error", "fitted to", "scored on")
-    return Table(title="Linear probes (in brackets: chance)", head=head, rows=tuple(rows))
+    return Table(title="Linear probes (in brackets: chance)", head=head, rows=rows)
 
 
 def _global(named: Named) -> Table:
     measured = [(name, report.global_information) for name, report in named if report.global_information.tokens]
-    if not measured:
-        return Table(title="Accuracy from one token", head=(), rows=())
     tokens = dict.fromkeys(token.token for _, found in measured for token in found.tokens)  # each once, in order
     accuracy = [{t.token: percent(t.accuracy) for t in found.tokens} for _, found in measured]
     rows = [(token, *(by_token.get(token, "-") for by_token in accuracy)) for token in tokens]
-    rows += [
-        ("chance", *(percent(found.chance) for _, found in measured)),
-        ("classes", *(str(found.num_classes) for _, found in measured)),
-        ("images fitted to", *(f"{found.num_train:,}" for _, found in measured)),
-        ("images scored on", *(f"{found.num_test:,}" for _, found in measured)),
-    ]
+    if measured:
+        rows += [
+            ("chance", *(percent(found.chance) for _, found in measured)),
+            ("classes", *(str(found.num_classes) for _, found in measured)),
+            ("images fitted to", *(f"{found.num_train:,}" for _, found in measured)),
+            ("images scored on", *(f"{found.num_test:,}" for _, found in measured)),
+        ]
     head = ("token", *(name for name, _ in measured))
-    return Table(title="Accuracy from one token", head=head, rows=tuple(rows))
+    return Table(title="Accuracy from one token", head=head, rows=rows)
 
 
 def _attention(named: Named) -> Table:

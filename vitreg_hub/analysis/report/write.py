@@ -8,12 +8,11 @@ from PIL import Image
 from torch import nn
 
 from vitreg_hub.analysis.engine import Options
-from vitreg_hub.analysis.figures.attention import attention_figure
+from vitreg_hub.analysis.figures.maps import attention_figure
 from vitreg_hub.analysis.figures.report import report_figures
 from vitreg_hub.analysis.measures import token_examples
-from vitreg_hub.analysis.report.as_json import to_json
 from vitreg_hub.analysis.report.page import render
-from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.analysis.results import ArtifactReport, to_json
 from vitreg_hub.errors import DataError
 from vitreg_hub.files import new_folder, require_absent, whole_file
 from vitreg_hub.images.source import BROKEN
@@ -33,7 +32,7 @@ def write_report(reports: Sequence[ArtifactReport], out: str | Path) -> Path:
     Raises:
         BundleError: The folder exists or cannot be written.
     """
-    figures = report_figures(reports, [report.examples for report in reports])
+    figures = report_figures(reports)
     with new_folder(Path(out)) as staging:
         (staging / REPORT_JSON).write_text(to_json(reports), encoding="utf-8")
         (staging / REPORT_PAGE).write_text(render(reports, figures), encoding="utf-8")
