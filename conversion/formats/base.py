@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
-from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.formats.rules import Rule
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
@@ -28,8 +26,36 @@ REGISTERS = {"reg_token": "registers"}
 DISTILLATION = {"dist_token": "distillation token"}
 """Parts that some lineages always have: the name of one of its tensors in timm, and what to call it."""
 
-UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
-"""What reading somebody else's config can raise."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What no tensor tells about a network, from a config beside the weights; None stands for unknown.
+
+    Attributes:
+        family: Key of `vitreg_hub.arch.FAMILIES`.
+        act: timm's name of the activation.
+        img_size: Height and width in pixels.
+        other_rows: Rows of the position table before those of the patches.
+        global_pool: timm's name of the pooling, token or avg.
+        residual_scale: How many times larger the residual stream is stored; see `vitreg_hub.network.residual_scale`.
+        preprocess: Fields of `Preprocess`, without the input size.
+        assumptions: What was assumed because there is no config, a sentence each.
+        shape: What the tensors tell too, for comparison: fields of `Structure`.
+    """
+
+    family: str | None = None
+    num_heads: int | None = None
+    norm_eps: float | None = None
+    act: str | None = None
+    img_size: tuple[int, int] | None = None
+    other_rows: int | None = None
+    global_pool: str | None = None
+    positions: PositionRule | None = None
+    residual_scale: float = 1.0
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    label_names: tuple[str, ...] | None = None
+    assumptions: tuple[str, ...] = ()
+    shape: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +80,6 @@ class CheckpointFormat:
         other_rows: Rows of the position table before those of the patches, None where its length tells.
         positions: How the lineage resamples positions.
         registers_positions: The same for checkpoints with registers, where it differs.
-        mean: Channel means of the normalisation.
-        std: Channel standard deviations of the normalisation.
         crop_pct: Share of the resized image that the evaluation's centre crop keeps.
         head_is_projection: Whether the head has no bias and makes embeddings in a space shared with texts.
         has_text_tower: Whether OpenCLIP's text tower may stand beside the tower.
@@ -63,7 +87,6 @@ class CheckpointFormat:
         alone_when_bare: Whether nothing may stand beside a tower whose names have no prefix.
         notes: What a user should know about every bundle made from such a checkpoint, a sentence each.
         no_reference: Why nobody else's code can run such a checkpoint, "" where it can.
-        is_exported: Whether bundles can be written in this format.
         needs: Parts that every network of this lineage has; see `LAYER_SCALE`.
         writes_prefix: Whether all exports have the first of the prefixes.
         mask_token: Name of a token that only training uses; exports hold zeros for it.
@@ -103,49 +126,48 @@ class CheckpointFormat:
     is_folder: ClassVar[bool] = False
     keeps_residual_scale: ClassVar[bool] = False
 
-    def prefix_in(self, names: Mapping[str, object]) -> str:
+    def prefix_in(self, names: Collection[str]) -> str:
         """The prefix that the tower's names have in a checkpoint."""
         return next((p for p in self.prefixes if any(name.startswith(p) for name in names)), "")
 
-    def spelled(self, name: str, prefix: str) -> str:
+    def _spelled(self, name: str, prefix: str) -> str:
         """A name of the tower without its prefix, in the spelling of the rules."""
         name = name.removeprefix(prefix)
         for pattern, replacement in self.respell:
             name = re.sub(pattern, replacement, name)
         return name
 
-    def rules_for(self, name: str, prefix: str) -> list[Rule]:
-        """All rules that match a name: exactly one for a checkpoint of this format."""
-        if name.startswith(prefix):
-            spelled = self.spelled(name, prefix)
-            found = [rule for rule in self.rules if rule.matches(spelled)]
-            if found or prefix or self.alone_when_bare:
-                return found
-        return [rule for rule in self.outside if rule.matches(name)]
-
-    def num_known(self, names: Mapping[str, object]) -> int:
-        """How many of the names have a rule."""
+    def rules_of(self, names: Collection[str]) -> Iterator[tuple[str, list[tuple[Rule, str]]]]:
+        """Every name with all rules that match it, and timm's name by each; one rule in a checkpoint of this format."""
         prefix = self.prefix_in(names)
-        if self.needs_prefix and not prefix:
+        for name in names:
+            is_inside = name.startswith(prefix)
+            found = _matching(self.rules, self._spelled(name, prefix)) if is_inside else []
+            may_be_outside = not (is_inside and (prefix or self.alone_when_bare))
+            yield name, found or (_matching(self.outside, name) if may_be_outside else [])
+
+    def num_known(self, names: Collection[str]) -> int:
+        """How many of the names have a rule."""
+        if self.needs_prefix and not self.prefix_in(names):
             return 0
-        return sum(len(self.rules_for(name, prefix)) == 1 for name in names)
+        return sum(len(found) == 1 for _, found in self.rules_of(names))
 
     def tower_weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The weights under the lineage's names, without prefix and containers."""
         prefix = self.prefix_in(checkpoint.infos)
         names = [name for name in checkpoint.infos if name.startswith(prefix)]
-        return {self.spelled(name, prefix): checkpoint.read(name) for name in names}
+        return {self._spelled(name, prefix): checkpoint.read(name) for name in names}
 
     def is_declared(self, checkpoint: Checkpoint) -> bool:
         """Whether the container or the config says that a checkpoint has this format."""
         return False
 
-    def is_marked(self, names: Mapping[str, object]) -> bool:
+    def is_marked(self, names: Collection[str]) -> bool:
         """Whether the names bear all marks of the format."""
         prefix = self.prefix_in(names)
         if self.needs_prefix and not prefix:
             return False
-        inside = [self.spelled(name, prefix) for name in names if name.startswith(prefix)]
+        inside = [self._spelled(name, prefix) for name in names if name.startswith(prefix)]
         return bool(self.marks) and all(any(re.fullmatch(mark, name) for name in inside) for mark in self.marks)
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
@@ -155,29 +177,6 @@ class CheckpointFormat:
             ConversionError: Something that no bundle can hold, or no config where one is needed.
         """
         return Facts()
-
-    def facts_of(self, checkpoint: Checkpoint) -> Facts:
-        """What the configs beside the weights tell, and for what they leave out, what the lineage always has.
-
-        Raises:
-            ConversionError: A config contradicts itself or describes something else.
-        """
-        try:
-            facts = self.read_config(checkpoint)
-        except ConversionError:
-            raise
-        except UNREADABLE as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise ConversionError(
-                f"the config beside {checkpoint.called} cannot be read as {self.title}'s ({reason})."
-            ) from error
-        return dataclasses.replace(
-            facts,
-            norm_eps=self.norm_eps if facts.norm_eps is None else facts.norm_eps,
-            act=self.act if facts.act is None else facts.act,
-            other_rows=self.other_rows if facts.other_rows is None else facts.other_rows,
-            preprocess={"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct, **facts.preprocess},
-        )
 
     def position_rule(self, *, has_registers: bool) -> PositionRule:
         """How the lineage resamples positions."""
@@ -238,3 +237,16 @@ class CheckpointFormat:
             ConversionError: The configs cannot describe the bundle.
         """
         return {}
+
+
+def _matching(rules: Iterable[Rule], name: str) -> list[tuple[Rule, str]]:
+    """The rules about a name, with timm's name."""
+    return [(rule, target) for rule in rules if (target := rule.timm_name(name)) is not None]
+
+
+def height_and_width(size: Any) -> tuple[int, int] | None:
+    """Both sides of an image or patch, which configs give as one number or as two."""
+    if size is None:
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)

@@ -10,12 +10,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vitreg_hub.arch import CLIP_MEAN, CLIP_STD
-from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat
-from vitreg_hub.conversion.formats.facts import Facts, height_and_width
+from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat, Facts, height_and_width
 from vitreg_hub.conversion.formats.rules import Reshape, Rule, drop, keep, qkv, same
-from vitreg_hub.conversion.formats.timm_format import bare_facts, usual_images
+from vitreg_hub.conversion.formats.timm_format import NO_ANTIALIAS, TOWER, bare_facts, usual_images
 from vitreg_hub.conversion.formats.transformers_format import TransformersFormat
-from vitreg_hub.conversion.formats.vit import NO_ANTIALIAS, TOWER
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.position_rule import PositionRule
 

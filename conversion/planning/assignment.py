@@ -90,18 +90,16 @@ class Assignment:
 
 def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
     """Find the rule of every tensor. Nothing is read; problems are collected, not raised."""
-    prefix = fmt.prefix_in(checkpoint.infos)
     parts: dict[str, dict[int, tuple[str, Rule]]] = {}
     dropped: dict[str, list[str]] = {}
     problems: list[str] = []
-    for name, info in checkpoint.infos.items():
-        rules = fmt.rules_for(name, prefix)
-        if len(rules) != 1:
-            problems.append(f"{name} {list(info.shape)} {'fits several rules' if rules else 'is unknown'}")
+    for name, matching in fmt.rules_of(checkpoint.infos):
+        info = checkpoint.infos[name]
+        if len(matching) != 1:
+            problems.append(f"{name} {list(info.shape)} {'fits several rules' if matching else 'is unknown'}")
             continue
-        (rule,) = rules
-        target = rule.timm_name(fmt.spelled(name, prefix)) or rule.timm_name(name)
-        if target is None:
+        rule, target = matching[0]
+        if not target:
             dropped.setdefault(rule.why, []).append(name)
             continue
         if info.dtype not in FLOATS:
