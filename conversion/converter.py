@@ -74,14 +74,11 @@ def convert(
     """
     start = time.perf_counter()
     target = None if out is None else Path(out)
-    beside = None
-    if target is not None:
-        require_absent(target)
-    if text_tower:
-        if target is None:
-            raise ConversionError("a text tower is kept beside the bundle: give `out`.")
-        beside = target.with_name(f"{target.name}{TOWER_SUFFIX}")
-        require_absent(beside)
+    if text_tower and target is None:
+        raise ConversionError("a text tower is kept beside the bundle: give `out`.")
+    beside = target.with_name(f"{target.name}{TOWER_SUFFIX}") if text_tower and target else None
+    for folder in filter(None, (target, beside)):
+        require_absent(folder)
     holds_both_towers = text_tower or (format != "auto" and find_format(format).has_text_tower)
     checkpoint = open_checkpoint(source, prefer="open_clip" if holds_both_towers else "")
     request = Request(

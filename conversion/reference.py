@@ -17,11 +17,7 @@ REFERENCE = "reference"
 
 @torch.inference_mode()
 def measure(plan: Plan, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Run a checkpoint in another implementation and compare, at its own image size and without new registers.
-
-    Args:
-        plan: What it becomes.
-        state_dict: The weights of the bundle, which are compared if they have its own image size and registers.
+    """Compare a bundle's weights with another implementation; a bundle as the checkpoint is, where the plan changes it.
 
     Returns:
         Largest absolute difference by output, with the implementation under "reference"; where none can run, only the

@@ -29,15 +29,10 @@ DISTILLATION = {"dist_token": "distillation token"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What no tensor tells about a network, from a config beside the weights; None stands for unknown.
+    """What no tensor tells about a network, in the words of `CheckpointFormat` and `BundleConfig`; None is unknown.
 
     Attributes:
-        family: Key of `vitreg_hub.arch.FAMILIES`.
-        act: timm's name of the activation.
         img_size: Height and width in pixels.
-        other_rows: Rows of the position table before those of the patches.
-        global_pool: timm's name of the pooling, token or avg.
-        residual_scale: How many times larger the residual stream is stored; see `vitreg_hub.network.residual_scale`.
         preprocess: Fields of `Preprocess`, without the input size.
         assumptions: What was assumed because there is no config, a sentence each.
         shape: What the tensors tell too, for comparison: fields of `Structure`.
@@ -67,17 +62,15 @@ class CheckpointFormat:
 
     Attributes:
         name: The value of `--format`.
-        title: Whose checkpoints these are.
         rules: Tensors of the vision tower, without prefix.
         outside: Tensors that may stand beside the tower, with their full names.
         prefixes: Prefixes that the tower's names may have; the first that occurs counts, other names are outside.
         respell: (pattern, replacement) for other spellings of the same name.
         marks: Patterns of names without prefix; a checkpoint in which each of them occurs has this format.
-        family: Key of `vitreg_hub.arch.FAMILIES`, where the format decides it.
-        norm_eps: LayerNorm epsilon, None where only a config tells.
-        act: timm's name of the activation, None where only a config or the user tells.
+        family: Key of `vitreg_hub.arch.FAMILIES`; here and below, None where only a config, tensors or the user tell.
+        act: timm's name of the activation.
         heads: Attention heads by width.
-        other_rows: Rows of the position table before those of the patches, None where its length tells.
+        other_rows: Rows of the position table before those of the patches.
         positions: How the lineage resamples positions.
         registers_positions: The same for checkpoints with registers, where it differs.
         crop_pct: Share of the resized image that the evaluation's centre crop keeps.
@@ -194,8 +187,7 @@ class CheckpointFormat:
             other_rows: Rows of the checkpoint's position table before those of the patches.
 
         Returns:
-            The implementation's name, and what it computed: some of tokens [B, N, D], class token [B, D] and output
-            [B, E].
+            The implementation's name, and some of tokens [B, N, D], class token [B, D] and output [B, E].
 
         Raises:
             ConversionError: No implementation can run it, and why.

@@ -79,7 +79,6 @@ class OpenClipFormat(ClipFormat):
     positions: PositionRule = OPENCLIP_RULE
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
-        """What open_clip_config.json tells."""
         if not checkpoint.openclip_config:
             return Facts(assumptions=(usual_images(self.title),))
         model = checkpoint.openclip_config.get("model_cfg", {})
@@ -104,7 +103,6 @@ class OpenClipFormat(ClipFormat):
         )
 
     def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
-        """Run a checkpoint in OpenCLIP's own tower."""
         if find_spec("open_clip") is None:
             raise ConversionError("open_clip is not installed: pip install 'vitreg_hub[clip]'")
         from open_clip.transformer import VisionTransformer

@@ -42,7 +42,6 @@ class TimmFormat(CheckpointFormat):
     keeps_residual_scale: ClassVar[bool] = True
 
     def is_declared(self, checkpoint: Checkpoint) -> bool:
-        """Whether there is timm's config and all names are timm's."""
         names = checkpoint.infos
         return "architecture" in checkpoint.config and self.num_known(names) == len(names)
 
@@ -72,7 +71,6 @@ class TimmFormat(CheckpointFormat):
         )
 
     def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
-        """Run a checkpoint in the network that its config names, if there is one."""
         config = checkpoint.config
         if "architecture" not in config:
             return super().run_reference(checkpoint, bundle, images, other_rows)

@@ -78,14 +78,7 @@ def run_timm(
     *,
     norm_eps: float | None = None,
 ) -> tuple[str, Mapping[str, Tensor]]:
-    """Run weights under the lineage's names in timm's network, through timm's own filter of checkpoints.
-
-    Args:
-        architecture: timm's name of the network.
-        args: Its arguments.
-        weights: Tensors of the tower.
-        images: [B, C, H, W].
-        norm_eps: Epsilon of the LayerNorms, where it is not the architecture's own.
+    """Run weights under the lineage's names on images [B, C, H, W], through timm's own filter of checkpoints.
 
     Returns:
         The library, and tokens [B, N, D] and, with a head, output [B, E].

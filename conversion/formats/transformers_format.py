@@ -32,10 +32,8 @@ class TransformersFormat(CheckpointFormat):
 
     Attributes:
         config_class: The configuration, whose defaults fill in what a config.json leaves out.
-        model_class: The model without a head.
         head_class: The model with a head, "" where no bundle can hold its head.
         needs_config: Whether checkpoints are only read with a config.json beside the weights.
-        image_processor: The image processor that exports name.
         image_defaults: What the usual image processor does by default, as fields of `Preprocess`.
         one_side_is_shorter: Whether a single number as the size of images means the shorter side.
     """
@@ -50,7 +48,6 @@ class TransformersFormat(CheckpointFormat):
     is_folder: ClassVar[bool] = True
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
-        """What config.json and preprocessor_config.json tell."""
         images = dict(self._read_images(checkpoint.preprocessor))
         if not checkpoint.config:
             if self.needs_config:
@@ -107,7 +104,6 @@ class TransformersFormat(CheckpointFormat):
         yield "crop_pct", (crop or side) / side
 
     def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
-        """Run a folder in transformers' own model."""
         import torch
         import transformers
 
@@ -125,7 +121,6 @@ class TransformersFormat(CheckpointFormat):
         return self.head_class if self.head_class and bundle.num_classes else self.model_class
 
     def _outputs(self, model: Any, images: Tensor) -> dict[str, Tensor]:
-        """What a model computes, under our names."""
         found = model(images)
         if "logits" in found:
             return {"tokens": model.base_model(images).last_hidden_state, "output": found.logits}
@@ -136,7 +131,6 @@ class TransformersFormat(CheckpointFormat):
         return {"tokens": found.last_hidden_state}
 
     def config_files(self, bundle: ModelBundle) -> Mapping[str, Mapping[str, Any]]:
-        """config.json by transformers' own class, and preprocessor_config.json."""
         args, act = bundle.model_args, bundle.activation
         common = dict(
             hidden_size=args["embed_dim"],

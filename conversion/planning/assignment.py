@@ -55,12 +55,7 @@ class Assignment:
         return next((own for own in found if own), name)
 
     def require_fit(self, wanted: Mapping[str, tuple[int, ...]], *, made: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a checkpoint whose tensors are not those of a network.
-
-        Args:
-            wanted: Shapes of the network's tensors.
-            made: Shapes of tensors that the conversion makes itself, from others or anew.
-        """
+        """Refuse a checkpoint that, with the tensors that the conversion makes itself, has not those of a network."""
         problems = []
         for name in sorted(wanted.keys() - made.keys() - self.parts.keys()):
             problems.append(f"{self.lineage_name(name)} is missing")

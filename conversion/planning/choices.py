@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choices:
-    """Decisions about one checkpoint, each based on tensors, config, format and request, in this order."""
+    """Decisions about the bundle, each based on tensors, config, format and request, in this order."""
 
     tensors: Assignment
     structure: Structure
@@ -58,7 +58,6 @@ class Choices:
         return get_arch(self.request.arch) if self.request.arch else None
 
     def num_registers(self) -> int:
-        """Registers of the result."""
         own, wanted = self.structure.num_registers, self.request.num_registers
         if wanted is None or wanted == own:
             return own
@@ -69,7 +68,6 @@ class Choices:
         return wanted
 
     def family(self) -> str:
-        """Key of `vitreg_hub.arch.FAMILIES`."""
         has = self.structure
         if has.swiglu and (not has.layer_scale or has.pre_norm or has.distilled or self.tensors.fmt.family == "deit3"):
             self._refuse("has a SwiGLU MLP in a network for which timm has none")
@@ -86,7 +84,6 @@ class Choices:
         return "dinov2" if has_class_row or has.swiglu else "deit3"
 
     def act(self) -> str:
-        """timm's name of the activation."""
         known, asked = self.facts.act, self.request.act
         if known is None and not self.structure.pre_norm:
             known = "gelu"  # of timm's VisionTransformer
@@ -102,7 +99,6 @@ class Choices:
         )
 
     def num_heads(self) -> int:
-        """Attention heads."""
         width, from_config, asked = self.structure.embed_dim, self.facts.num_heads, self.request.num_heads
         if None not in (from_config, asked) and from_config != asked:
             self._refuse(f"has {from_config} heads as the config beside it says, not {asked}: leave --num-heads out")

@@ -142,22 +142,18 @@ class Plan:
         return tensor.contiguous()
 
     def _make(self, name: str) -> Tensor:
-        if name == "pos_embed":
-            table = self.tensors.read("pos_embed")
-            if "dist_token" not in self.wanted:
-                table = table[:, self.other_rows :]
-            return self.config.positions.resample(table, old=self.native, new=self.config.grid)
         if name == "reg_token" and self.num_new_registers:
             return self._new_registers()
         if name == "head.bias" and name not in self.tensors:
             return torch.zeros(self.wanted[name])
         tensor = self.tensors.read(name)
-        if "dist_token" in self.wanted:
-            return tensor
-        if name == "cls_token" and self.other_rows:
+        folded = 0 if "dist_token" in self.wanted else self.other_rows  # positions that are added to their tokens
+        if name == "pos_embed":
+            return self.config.positions.resample(tensor[:, folded:], old=self.native, new=self.config.grid)
+        if name == "cls_token" and folded:
             return tensor + self.tensors.read("pos_embed")[:, :1]
-        if name == "reg_token" and self.other_rows > 1:
-            return tensor + self.tensors.read("pos_embed")[:, 1 : self.other_rows]
+        if name == "reg_token" and folded > 1:
+            return tensor + self.tensors.read("pos_embed")[:, 1:folded]
         return tensor
 
     def _new_registers(self) -> Tensor:

@@ -8,17 +8,12 @@ from vitreg_hub.conversion.planning.assignment import Assignment
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Structure:
-    """What tensors tell.
+    """What tensors tell: sizes, and which parts there are.
 
     Attributes:
-        patch_size: Height and width in pixels.
         hidden: Outputs of the MLP's first layer.
         swiglu: Whether these outputs are gate and value.
-        pre_norm: Whether there is a norm before the first block.
         proj_bias: Whether layers other than queries, keys and values have a bias.
-        distilled: Whether there is a distillation token.
-        position_rows: Rows of the position table.
-        num_classes: Outputs of the head, 0 without one.
         average: Whether the norm follows the pooling, as in models that average patches.
     """
 
