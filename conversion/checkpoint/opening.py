@@ -170,10 +170,8 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
 
 def _choose(names: Iterable[str], called: str, prefer: str) -> str:
     names = set(names)
-    usual = [name for name in WEIGHT_NAMES if name in names]
-    preferred = [name for name in usual if prefer and name.startswith(prefer)]
-    if usual:
-        return (preferred or usual)[0]
+    if usual := [name for name in WEIGHT_NAMES if name in names]:
+        return min(usual, key=lambda name: not name.startswith(prefer))
     others = sorted(name for name in names if name.endswith(SUFFIXES) and "/" not in name)
     if len(others) == 1:
         return others[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
 from vitreg_hub.conversion.formats.rules import Rule
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 
-    Outputs = tuple[str, Mapping[str, Tensor]]
+Outputs: TypeAlias = "tuple[str, Mapping[str, Tensor]]"
+"""Of a reference implementation: its name, and what it computed."""
 
 LAYER_SCALE = {"blocks.0.ls1.gamma": "LayerScale"}
 PRE_NORM = {"norm_pre.weight": "norm before the first block"}

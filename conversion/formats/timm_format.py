@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from vitreg_hub.arch import ARCHS
-from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat, Facts
+from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat, Facts, Outputs
 from vitreg_hub.conversion.formats.rules import drop, keep, same
 from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-    from vitreg_hub.conversion.formats.base import Outputs
 
 WIDTH_64 = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
 """Heads of 64 channels, at the widths that Meta and Google released; at width 1280 lineages differ."""

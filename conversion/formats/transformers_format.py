@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vitreg_hub.conversion.formats.base import CheckpointFormat, Facts, height_and_width
+from vitreg_hub.conversion.formats.base import CheckpointFormat, Facts, Outputs, height_and_width
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import CONFIG_FILE, PREPROCESSOR_FILE
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-    from vitreg_hub.conversion.formats.base import Outputs
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 ACTIVATIONS |= {"gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -33,7 +32,6 @@ class TransformersFormat(CheckpointFormat):
     Attributes:
         config_class: The configuration, whose defaults fill in what a config.json leaves out.
         head_class: The model with a head, "" where no bundle can hold its head.
-        needs_config: Whether checkpoints are only read with a config.json beside the weights.
         image_defaults: What the usual image processor does by default, as fields of `Preprocess`.
         one_side_is_shorter: Whether a single number as the size of images means the shorter side.
     """
@@ -41,7 +39,6 @@ class TransformersFormat(CheckpointFormat):
     config_class: str
     model_class: str
     head_class: str = ""
-    needs_config: bool = False
     image_processor: str = "BitImageProcessor"
     image_defaults: Mapping[str, Any] = field(default_factory=dict)
     one_side_is_shorter: bool = False
@@ -50,7 +47,7 @@ class TransformersFormat(CheckpointFormat):
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         images = dict(self._read_images(checkpoint.preprocessor))
         if not checkpoint.config:
-            if self.needs_config:
+            if self.norm_eps is None:
                 raise ConversionError(
                     f"{checkpoint.called} is {self.title}, whose epsilon, activation and heads stand in config.json: "
                     "put that beside the weights, or give the folder."

@@ -8,8 +8,7 @@ from timm.models import VisionTransformer
 
 from vitreg_hub.arch import ARCHS, REGISTER_COUNTS, ArchSpec, get_arch, row
 from vitreg_hub.conversion.formats.base import Facts
-from vitreg_hub.conversion.planning.assignment import Assignment
-from vitreg_hub.conversion.planning.structure import Structure
+from vitreg_hub.conversion.planning.assignment import Assignment, Structure
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.kinds import kind_of
 from vitreg_hub.network.position_rule import Grid

@@ -15,9 +15,8 @@ from vitreg_hub.bundle.rules import rule_problems
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.formats.base import CheckpointFormat, Facts
 from vitreg_hub.conversion.formats.detect import detect, find_format, refuse_look_alikes
-from vitreg_hub.conversion.planning.assignment import Assignment, assign
+from vitreg_hub.conversion.planning.assignment import Assignment, Structure, assign
 from vitreg_hub.conversion.planning.choices import Choices, Request
-from vitreg_hub.conversion.planning.structure import Structure
 from vitreg_hub.errors import BundleError, ConversionError, DataError
 from vitreg_hub.network.position_rule import Grid
 from vitreg_hub.network.residual_scale import WRITES_TO_STREAM, can_scale
