@@ -33,7 +33,7 @@ def measure(plan: Plan, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     bundle = ModelBundle.of(own.config, weights)
     images = torch.randn(2, *own.config.preprocess.input_size, generator=torch.Generator().manual_seed(0))
     try:
-        name, theirs = plan.tensors.fmt.run_reference(checkpoint, bundle, images, own.other_rows)
+        name, theirs = plan.tensors.fmt.run_reference(checkpoint, bundle, images)
     except ConversionError as error:
         return {REFERENCE: str(error)}
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -178,14 +179,13 @@ class CheckpointFormat:
             return self.registers_positions
         return self.positions
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
         """Run a checkpoint in somebody else's implementation, here timm's with its own filter of checkpoints.
 
         Args:
             checkpoint: A checkpoint of this format.
             bundle: What it became, with its own image size and registers.
             images: [B, C, H, W].
-            other_rows: Rows of the checkpoint's position table before those of the patches.
 
         Returns:
             The implementation's name, and some of tokens [B, N, D], class token [B, D] and output [B, E].
@@ -197,8 +197,9 @@ class CheckpointFormat:
             raise ConversionError(self.no_reference)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
-        args = {**bundle.model_args, "no_embed_class": not other_rows, "num_classes": bundle.num_classes}
         weights = self.tower_weights(checkpoint)
+        has_patches_only = weights["pos_embed"].shape[1] == math.prod(bundle.grid)
+        args = {**bundle.model_args, "no_embed_class": has_patches_only, "num_classes": bundle.num_classes}
         return run_timm(bundle.spec.base, args, weights, images, norm_eps=bundle.norm_eps)
 
     def obstacles(self, bundle: ModelBundle) -> Iterator[str]:

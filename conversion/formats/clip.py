@@ -91,7 +91,7 @@ class OpenClipFormat(CheckpointFormat):
             shape={"embed_dim": width, "depth": layers, "patch_size": height_and_width(vision.get("patch_size"))},
         )
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
         if find_spec("open_clip") is None:
             raise ConversionError("open_clip is not installed: pip install 'vitreg_hub[clip]'")
         from open_clip.transformer import VisionTransformer
@@ -172,7 +172,7 @@ OPENAI = OpenAIFormat(
     outside=(*TEXT, *drop(*ARCHIVE_NUMBERS, why="a number of OpenAI's archive, not a weight")),
     notes=(CLASS_TOKEN_ONLY,),
     is_exported=False,
-    **OWN_TOWER | {"act": "quick_gelu"},
+    **dict(OWN_TOWER, act="quick_gelu"),
 )
 
 OPENCLIP_TIMM = OpenClipTimmFormat(

@@ -69,10 +69,10 @@ class TimmFormat(CheckpointFormat):
             label_names=tuple(map(str, labels)) if isinstance(labels, list) else None,
         )
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
         config = checkpoint.config
         if "architecture" not in config:
-            return super().run_reference(checkpoint, bundle, images, other_rows)
+            return super().run_reference(checkpoint, bundle, images)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
         args = {"img_size": bundle.model_args["img_size"]} | dict(config.get("model_args") or {})

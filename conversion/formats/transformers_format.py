@@ -100,7 +100,7 @@ class TransformersFormat(CheckpointFormat):
         yield "crop_mode", "center" if keeps_ratio else "squash"
         yield "crop_pct", (crop or side) / side
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
         import torch
         import transformers
 
