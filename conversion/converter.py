@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vitreg_hub.conversion.planning.choices import Request
 from vitreg_hub.conversion.planning.plan import Plan, make_plan
 from vitreg_hub.conversion.reference import measure
 from vitreg_hub.conversion.report import ConversionReport
-from vitreg_hub.conversion.text_tower import TextTower
+from vitreg_hub.conversion.text_tower import tower_config, write_towers
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE, new_folder, require_absent
 from vitreg_hub.licenses import settle, stated_licenses
@@ -73,14 +74,11 @@ def convert(
     """
     start = time.perf_counter()
     target = None if out is None else Path(out)
-    beside = None
-    if target is not None:
-        require_absent(target)
-    if text_tower:
-        if target is None:
-            raise ConversionError("a text tower is kept beside the bundle: give `out`.")
-        beside = target.with_name(f"{target.name}{TOWER_SUFFIX}")
-        require_absent(beside)
+    if text_tower and target is None:
+        raise ConversionError("a text tower is kept beside the bundle: give `out`.")
+    beside = target.with_name(f"{target.name}{TOWER_SUFFIX}") if text_tower and target else None
+    for folder in filter(None, (target, beside)):
+        require_absent(folder)
     holds_both_towers = text_tower or (format != "auto" and find_format(format).has_text_tower)
     checkpoint = open_checkpoint(source, prefer="open_clip" if holds_both_towers else "")
     request = Request(
@@ -93,41 +91,42 @@ def convert(
     )
     with checksums(checkpoint.files) as sha256:
         plan = make_plan(checkpoint, request)
-        tower = TextTower.of(plan) if text_tower else None
+        towers = tower_config(plan) if text_tower else None
         told = stated_licenses(checkpoint.config, checkpoint.folder / CARD_FILE, header=checkpoint.metadata)
         license = settle(told, license, called=checkpoint.called)
 
         def finished(state_dict: Mapping[str, Tensor]) -> ModelBundle:
-            dropped = {**plan.assembly.tensors.dropped, **plan.assembly.lost()}
-            if tower:
+            dropped = plan.dropped()
+            if towers:
                 dropped = {KEPT_TOWER if why == TEXT_TOWER else why: names for why, names in dropped.items()}
             report = ConversionReport(
                 source=checkpoint.source,
                 sha256=_sorted(sha256()),
-                format=plan.fmt.name,
+                format=plan.tensors.fmt.name,
                 arch=plan.config.arch,
                 num_mapped=len(checkpoint.infos) - sum(map(len, dropped.values())),
                 dropped=_sorted(dropped),
                 network=_sorted(plan.network()),
                 license=license,
-                notes=(*plan.notes, *_license_notes(told, license)),
-                untrained_registers=plan.assembly.num_untrained_registers,
+                notes=(*plan.notes(), *_license_notes(told, license)),
+                untrained_registers=plan.num_untrained_registers,
                 measured=_sorted(measure(plan, state_dict)) if verify else {},
             )
-            bundle = plan.bundle(state_dict, _provenance(plan, report, seconds=time.perf_counter() - start))
+            provenance = _provenance(plan, report, seconds=time.perf_counter() - start)
+            bundle = ModelBundle.of(replace(plan.config, provenance=provenance), state_dict)
             bundle.require_consistent()
             return bundle
 
         if target is None:
-            return finished({name: plan.assembly.make(name).clone() for name in plan.assembly.wanted})
+            return finished({name: plan.make(name).clone() for name in plan.wanted})
 
         with new_folder(target) as staging:
-            write_safetensors(staging / WEIGHTS_FILE, plan.assembly.wanted, plan.assembly.make)
+            write_safetensors(staging / WEIGHTS_FILE, plan.wanted, plan.make)
             bundle = finished(load_file(staging / WEIGHTS_FILE))
             (staging / CONFIG_FILE).write_text(bundle.text(), encoding="utf-8")
             (staging / CARD_FILE).write_text(render(bundle), encoding="utf-8")
-            if tower and beside:  # last: both folders appear, or none
-                tower.write(beside)
+            if towers and beside:  # last: both folders appear, or none
+                write_towers(beside, checkpoint, towers)
     return ModelBundle.load(target)
 
 
@@ -145,7 +144,7 @@ def _license_notes(told: Sequence[str], license: str | None) -> Iterator[str]:
 
 def _provenance(plan: Plan, report: ConversionReport, *, seconds: float) -> Provenance:
     return Provenance(
-        origin=f"converted from {report.source} ({plan.fmt.title})",
+        origin=f"converted from {report.source} ({plan.tensors.fmt.title})",
         license=report.license,
         made=report,
         versions=environment.versions("safetensors"),

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Export:
-    """One bundle in the names of one format: `places` tells for each the bundle's tensor, and the rule."""
+    """One bundle in the names of one format; `places` tells for each the bundle's tensor and the rule."""
 
     def __init__(self, bundle: ModelBundle, fmt: CheckpointFormat) -> None:
         self.bundle, self.fmt = bundle, fmt

@@ -8,7 +8,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.conversion.planning.plan import Plan, make_plan
 from vitreg_hub.errors import ConversionError
 
@@ -17,27 +17,23 @@ REFERENCE = "reference"
 
 @torch.inference_mode()
 def measure(plan: Plan, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Run a checkpoint in another implementation and compare, at its own image size and without new registers.
-
-    Args:
-        plan: What it becomes.
-        state_dict: The weights of the bundle, which are compared if they have its own image size and registers.
+    """Compare a bundle's weights with another implementation; a bundle as the checkpoint is, where the plan changes it.
 
     Returns:
         Largest absolute difference by output, with the implementation under "reference"; where none can run, only the
         reason under "reference".
     """
-    checkpoint = plan.checkpoint
     own, weights, changes = plan, state_dict, ""
-    if plan.assembly.num_new_registers or plan.assembly.native != plan.assembly.grid:
-        size = plan.request.img_size if plan.assembly.native == plan.assembly.grid else None
-        own = make_plan(checkpoint, dataclasses.replace(plan.request, num_registers=None, img_size=size))
-        weights = {name: own.assembly.make(name).clone() for name in own.assembly.wanted}
-        changes = ", without new registers" if plan.assembly.num_new_registers else ""
-    bundle = own.bundle(weights, Provenance(origin=checkpoint.called))
+    checkpoint, request, is_native = plan.tensors.checkpoint, plan.choices.request, plan.native == plan.config.grid
+    if plan.num_new_registers or not is_native:
+        size = request.img_size if is_native else None
+        own = make_plan(checkpoint, dataclasses.replace(request, num_registers=None, img_size=size))
+        weights = {name: own.make(name).clone() for name in own.wanted}
+        changes = ", without new registers" if plan.num_new_registers else ""
+    bundle = ModelBundle.of(own.config, weights)
     images = torch.randn(2, *own.config.preprocess.input_size, generator=torch.Generator().manual_seed(0))
     try:
-        name, theirs = plan.fmt.run_reference(checkpoint, bundle, images, own.assembly.other_rows)
+        name, theirs = plan.tensors.fmt.run_reference(checkpoint, bundle, images)
     except ConversionError as error:
         return {REFERENCE: str(error)}
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError) as error:

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
+from vitreg_hub.bundle.config import shapes_of
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
 from vitreg_hub.conversion.formats.clip import ARCHIVE_NUMBERS
@@ -17,71 +17,63 @@ from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, new_folder
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextTower:
-    """An OpenCLIP model with both towers, which `open_clip` loads as ``local-dir:FOLDER``.
+def tower_config(plan: Plan) -> Mapping[str, Any]:
+    """The open_clip_config.json of a checkpoint with both towers, which fit open_clip's own class.
 
-    Attributes:
-        checkpoint: Where it comes from.
-        names: Names of its tensors that open_clip's class has.
-        config: Content of open_clip_config.json.
+    Raises:
+        ConversionError: open_clip is not installed, the checkpoint has no text tower, or its heads are unknown.
     """
+    checkpoint, fmt = plan.tensors.checkpoint, plan.tensors.fmt
+    if find_spec("open_clip") is None:
+        raise ConversionError("--text-tower needs open_clip: pip install 'vitreg_hub[clip]'.")
+    if not fmt.has_text_tower:
+        raise ConversionError(f"{checkpoint.called} is {fmt.title}: only OpenCLIP's text towers are kept.")
+    if not any("token_embedding" in name for name in checkpoint.infos):
+        raise ConversionError(f"{checkpoint.called} has no text tower.")
+    config = checkpoint.openclip_config or _config(plan)
+    found, wanted = _shapes(checkpoint), _wanted_shapes(checkpoint, config["model_cfg"])
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        raise ConversionError(
+            f"{checkpoint.called} does not fit open_clip's model: {len(wrong)} tensors differ, first {wrong[0]}; put "
+            f"its {OPENCLIP_CONFIG} beside the weights."
+        )
+    return config
 
-    checkpoint: Checkpoint = field(repr=False)
-    names: tuple[str, ...]
-    config: Mapping[str, Any]
 
-    @classmethod
-    def of(cls, plan: Plan) -> Self:
-        """Describe the model of a checkpoint, and check it against open_clip's own class.
+def write_towers(folder: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Write both towers to a new folder, which `open_clip` loads as ``local-dir:FOLDER``.
 
-        Raises:
-            ConversionError: open_clip is not installed, the checkpoint has no text tower, or its heads are unknown.
-        """
-        checkpoint = plan.checkpoint
-        if find_spec("open_clip") is None:
-            raise ConversionError("--text-tower needs open_clip: pip install 'vitreg_hub[clip]'.")
-        if not plan.fmt.has_text_tower:
-            raise ConversionError(f"{checkpoint.called} is {plan.fmt.title}: only OpenCLIP's text towers are kept.")
-        if not any("token_embedding" in name for name in checkpoint.infos):
-            raise ConversionError(f"{checkpoint.called} has no text tower.")
-        names = tuple(sorted(checkpoint.infos.keys() - set(ARCHIVE_NUMBERS)))
-        tower = cls(checkpoint=checkpoint, names=names, config=checkpoint.openclip_config or _config(plan))
-        tower._require_fit()
-        return tower
+    Raises:
+        BundleError: The folder exists or cannot be written.
+    """
+    with new_folder(folder) as staging:
+        (staging / OPENCLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shapes = _shapes(checkpoint)
+        write_safetensors(staging / OPENCLIP_WEIGHTS, shapes, lambda name: checkpoint.read(name).contiguous())
 
-    def _require_fit(self) -> None:
-        import open_clip  # an extra
 
-        kind = open_clip.CustomTextCLIP if "text.ln_final.weight" in self.names else open_clip.CLIP
-        args = {key: value for key, value in self.config["model_cfg"].items() if key != "custom_text"}
-        try:
-            with torch.device("meta"):
-                model = kind(**args)
-        except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, OSError, ImportError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ConversionError(f"open_clip cannot build the model of {self.checkpoint.called}: {reason}.") from error
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: self.checkpoint.infos[name].shape for name in self.names}
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        if wrong:
-            raise ConversionError(
-                f"{self.checkpoint.called} does not fit open_clip's model: {len(wrong)} tensors differ, first "
-                f"{wrong[0]}; put its {OPENCLIP_CONFIG} beside the weights."
-            )
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that open_clip's class has too."""
+    return {name: info.shape for name, info in sorted(checkpoint.infos.items()) if name not in ARCHIVE_NUMBERS}
 
-    def write(self, folder: Path) -> Path:
-        """Write the model to a new folder; a BundleError says that it exists or cannot be written."""
-        with new_folder(folder) as staging:
-            (staging / OPENCLIP_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-            shapes = {name: self.checkpoint.infos[name].shape for name in self.names}
-            write_safetensors(staging / OPENCLIP_WEIGHTS, shapes, lambda name: self.checkpoint.read(name).contiguous())
-        return folder
+
+def _wanted_shapes(checkpoint: Checkpoint, model_cfg: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    import open_clip  # an extra
+
+    kind = open_clip.CustomTextCLIP if "text.ln_final.weight" in checkpoint.infos else open_clip.CLIP
+    try:
+        with torch.device("meta"):
+            model = kind(**{key: value for key, value in model_cfg.items() if key != "custom_text"})
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, OSError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConversionError(f"open_clip cannot build the model of {checkpoint.called}: {reason}.") from error
+    return shapes_of(model.state_dict())
 
 
 def _config(plan: Plan) -> dict[str, Any]:
     """open_clip's configuration of a bare checkpoint; all of open_clip's text towers have heads of 64 channels."""
-    checkpoint, args, images = plan.checkpoint, plan.config.model_args, plan.config.preprocess
+    checkpoint, args, images = plan.tensors.checkpoint, plan.config.model_args, plan.config.preprocess
     infos = checkpoint.infos
     if "token_embedding.weight" not in infos or "text_projection" not in infos:
         raise ConversionError(
@@ -93,7 +85,7 @@ def _config(plan: Plan) -> dict[str, Any]:
             f"{checkpoint.called} has a text tower of width {width}, and no tensor tells its heads: put its "
             f"{OPENCLIP_CONFIG} beside the weights."
         )
-    height, width_in_pixels = (rows * args["patch_size"] for rows in plan.assembly.native)
+    height, width_in_pixels = (rows * args["patch_size"] for rows in plan.native)
     model = dict(
         embed_dim=infos["text_projection"].shape[1],
         quick_gelu=plan.config.activation == "quick_gelu",

@@ -50,17 +50,13 @@ class Checkpoint:
     """An open checkpoint.
 
     Attributes:
-        called: What the user called it.
         source: The repository with its commit, or the name of the file or folder without the path to it.
-        files: Weights files.
         infos: Shape and type of every tensor, by name without what wrappers such as DDP add.
         places: The open file that holds a tensor, and the tensor's name in there.
         container: Key of the dictionary that held the weights, "torchscript" for an archive.
         left_out: What a file holds beside the weights.
         metadata: Texts by name in the header of a .safetensors file.
-        config: config.json beside the weights; this and the other configs are empty where there is no such file.
-        openclip_config: open_clip_config.json beside the weights.
-        preprocessor: preprocessor_config.json beside the weights.
+        config: config.json beside the weights; this and the other two are empty where there is no such file.
     """
 
     called: str
@@ -98,11 +94,7 @@ class Checkpoint:
 
 @contextmanager
 def checksums(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, str]]]:
-    """Compute the sha256 of files in the background while the block runs.
-
-    Yields:
-        A function that waits for the checksums and returns them by file name.
-    """
+    """Yield a function that waits for the sha256 of files by name; they are computed while the block runs."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         sums = pool.submit(lambda: {path.name: _sha256(path, stop) for path in files})
@@ -178,10 +170,8 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
 
 def _choose(names: Iterable[str], called: str, prefer: str) -> str:
     names = set(names)
-    usual = [name for name in WEIGHT_NAMES if name in names]
-    preferred = [name for name in usual if prefer and name.startswith(prefer)]
-    if usual:
-        return (preferred or usual)[0]
+    if usual := [name for name in WEIGHT_NAMES if name in names]:
+        return min(usual, key=lambda name: not name.startswith(prefer))
     others = sorted(name for name in names if name.endswith(SUFFIXES) and "/" not in name)
     if len(others) == 1:
         return others[0]
@@ -230,10 +220,7 @@ def _unwrapped(stored: Collection[str]) -> dict[str, str]:
     names = {name.replace("_fsdp_wrapped_module.", ""): name for name in stored}
     if len(names) < len(stored):
         raise ConversionError("the checkpoint holds a tensor twice, with and without FSDP's '_fsdp_wrapped_module.'.")
-    while names:
-        wrapper = next((wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in names)), None)
-        if wrapper is None:
-            break
+    while names and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in names)), None)):
         names = {new.removeprefix(wrapper): old for new, old in names.items()}
     return names
 

@@ -42,17 +42,8 @@ HARMLESS: tuple[Global | tuple[Global, str], ...] = (
 )
 """What training code pickles beside the weights and what holds nothing but data; anything else is refused."""
 
-BROKEN_FILE = (OSError, EOFError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)
-BROKEN_PICKLE = (
-    *BROKEN_FILE,
-    RuntimeError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-)
+BROKEN_PICKLE = (OSError, EOFError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)
+BROKEN_PICKLE += (RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError)
 """What reading a damaged pickle can raise."""
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
-from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.formats.rules import Rule
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 
-    Outputs = tuple[str, Mapping[str, Tensor]]
+Outputs: TypeAlias = "tuple[str, Mapping[str, Tensor]]"
+"""Of a reference implementation: its name, and what it computed."""
 
 LAYER_SCALE = {"blocks.0.ls1.gamma": "LayerScale"}
 PRE_NORM = {"norm_pre.weight": "norm before the first block"}
@@ -28,8 +28,31 @@ REGISTERS = {"reg_token": "registers"}
 DISTILLATION = {"dist_token": "distillation token"}
 """Parts that some lineages always have: the name of one of its tensors in timm, and what to call it."""
 
-UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
-"""What reading somebody else's config can raise."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What no tensor tells about a network, in the words of `CheckpointFormat` and `BundleConfig`; None is unknown.
+
+    Attributes:
+        img_size: Height and width in pixels.
+        preprocess: Fields of `Preprocess`, without the input size.
+        assumptions: What was assumed because there is no config, a sentence each.
+        shape: What the tensors tell too, for comparison: fields of `Structure`.
+    """
+
+    family: str | None = None
+    num_heads: int | None = None
+    norm_eps: float | None = None
+    act: str | None = None
+    img_size: tuple[int, int] | None = None
+    other_rows: int | None = None
+    global_pool: str | None = None
+    positions: PositionRule | None = None
+    residual_scale: float = 1.0
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    label_names: tuple[str, ...] | None = None
+    assumptions: tuple[str, ...] = ()
+    shape: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +64,17 @@ class CheckpointFormat:
 
     Attributes:
         name: The value of `--format`.
-        title: Whose checkpoints these are.
         rules: Tensors of the vision tower, without prefix.
         outside: Tensors that may stand beside the tower, with their full names.
         prefixes: Prefixes that the tower's names may have; the first that occurs counts, other names are outside.
         respell: (pattern, replacement) for other spellings of the same name.
         marks: Patterns of names without prefix; a checkpoint in which each of them occurs has this format.
-        family: Key of `vitreg_hub.arch.FAMILIES`, where the format decides it.
-        norm_eps: LayerNorm epsilon, None where only a config tells.
-        act: timm's name of the activation, None where only a config or the user tells.
+        family: Key of `vitreg_hub.arch.FAMILIES`; here and below, None where only a config, tensors or the user tell.
+        act: timm's name of the activation.
         heads: Attention heads by width.
-        other_rows: Rows of the position table before those of the patches, None where its length tells.
+        other_rows: Rows of the position table before those of the patches.
         positions: How the lineage resamples positions.
         registers_positions: The same for checkpoints with registers, where it differs.
-        mean: Channel means of the normalisation.
-        std: Channel standard deviations of the normalisation.
         crop_pct: Share of the resized image that the evaluation's centre crop keeps.
         head_is_projection: Whether the head has no bias and makes embeddings in a space shared with texts.
         has_text_tower: Whether OpenCLIP's text tower may stand beside the tower.
@@ -63,7 +82,6 @@ class CheckpointFormat:
         alone_when_bare: Whether nothing may stand beside a tower whose names have no prefix.
         notes: What a user should know about every bundle made from such a checkpoint, a sentence each.
         no_reference: Why nobody else's code can run such a checkpoint, "" where it can.
-        is_exported: Whether bundles can be written in this format.
         needs: Parts that every network of this lineage has; see `LAYER_SCALE`.
         writes_prefix: Whether all exports have the first of the prefixes.
         mask_token: Name of a token that only training uses; exports hold zeros for it.
@@ -103,49 +121,48 @@ class CheckpointFormat:
     is_folder: ClassVar[bool] = False
     keeps_residual_scale: ClassVar[bool] = False
 
-    def prefix_in(self, names: Mapping[str, object]) -> str:
+    def prefix_in(self, names: Collection[str]) -> str:
         """The prefix that the tower's names have in a checkpoint."""
         return next((p for p in self.prefixes if any(name.startswith(p) for name in names)), "")
 
-    def spelled(self, name: str, prefix: str) -> str:
+    def _spelled(self, name: str, prefix: str) -> str:
         """A name of the tower without its prefix, in the spelling of the rules."""
         name = name.removeprefix(prefix)
         for pattern, replacement in self.respell:
             name = re.sub(pattern, replacement, name)
         return name
 
-    def rules_for(self, name: str, prefix: str) -> list[Rule]:
-        """All rules that match a name: exactly one for a checkpoint of this format."""
-        if name.startswith(prefix):
-            spelled = self.spelled(name, prefix)
-            found = [rule for rule in self.rules if rule.matches(spelled)]
-            if found or prefix or self.alone_when_bare:
-                return found
-        return [rule for rule in self.outside if rule.matches(name)]
-
-    def num_known(self, names: Mapping[str, object]) -> int:
-        """How many of the names have a rule."""
+    def rules_of(self, names: Collection[str]) -> Iterator[tuple[str, list[tuple[Rule, str]]]]:
+        """Every name with all rules that match it, and timm's name by each; one rule in a checkpoint of this format."""
         prefix = self.prefix_in(names)
-        if self.needs_prefix and not prefix:
+        for name in names:
+            is_inside = name.startswith(prefix)
+            found = _matching(self.rules, self._spelled(name, prefix)) if is_inside else []
+            may_be_outside = not (is_inside and (prefix or self.alone_when_bare))
+            yield name, found or (_matching(self.outside, name) if may_be_outside else [])
+
+    def num_known(self, names: Collection[str]) -> int:
+        """How many of the names have a rule."""
+        if self.needs_prefix and not self.prefix_in(names):
             return 0
-        return sum(len(self.rules_for(name, prefix)) == 1 for name in names)
+        return sum(len(found) == 1 for _, found in self.rules_of(names))
 
     def tower_weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The weights under the lineage's names, without prefix and containers."""
         prefix = self.prefix_in(checkpoint.infos)
         names = [name for name in checkpoint.infos if name.startswith(prefix)]
-        return {self.spelled(name, prefix): checkpoint.read(name) for name in names}
+        return {self._spelled(name, prefix): checkpoint.read(name) for name in names}
 
     def is_declared(self, checkpoint: Checkpoint) -> bool:
         """Whether the container or the config says that a checkpoint has this format."""
         return False
 
-    def is_marked(self, names: Mapping[str, object]) -> bool:
+    def is_marked(self, names: Collection[str]) -> bool:
         """Whether the names bear all marks of the format."""
         prefix = self.prefix_in(names)
         if self.needs_prefix and not prefix:
             return False
-        inside = [self.spelled(name, prefix) for name in names if name.startswith(prefix)]
+        inside = [self._spelled(name, prefix) for name in names if name.startswith(prefix)]
         return bool(self.marks) and all(any(re.fullmatch(mark, name) for name in inside) for mark in self.marks)
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
@@ -156,47 +173,22 @@ class CheckpointFormat:
         """
         return Facts()
 
-    def facts_of(self, checkpoint: Checkpoint) -> Facts:
-        """What the configs beside the weights tell, and for what they leave out, what the lineage always has.
-
-        Raises:
-            ConversionError: A config contradicts itself or describes something else.
-        """
-        try:
-            facts = self.read_config(checkpoint)
-        except ConversionError:
-            raise
-        except UNREADABLE as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise ConversionError(
-                f"the config beside {checkpoint.called} cannot be read as {self.title}'s ({reason})."
-            ) from error
-        return dataclasses.replace(
-            facts,
-            norm_eps=self.norm_eps if facts.norm_eps is None else facts.norm_eps,
-            act=self.act if facts.act is None else facts.act,
-            other_rows=self.other_rows if facts.other_rows is None else facts.other_rows,
-            preprocess={"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct, **facts.preprocess},
-        )
-
     def position_rule(self, *, has_registers: bool) -> PositionRule:
         """How the lineage resamples positions."""
         if has_registers and self.registers_positions:
             return self.registers_positions
         return self.positions
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
         """Run a checkpoint in somebody else's implementation, here timm's with its own filter of checkpoints.
 
         Args:
             checkpoint: A checkpoint of this format.
             bundle: What it became, with its own image size and registers.
             images: [B, C, H, W].
-            other_rows: Rows of the checkpoint's position table before those of the patches.
 
         Returns:
-            The implementation's name, and what it computed: some of tokens [B, N, D], class token [B, D] and output
-            [B, E].
+            The implementation's name, and some of tokens [B, N, D], class token [B, D] and output [B, E].
 
         Raises:
             ConversionError: No implementation can run it, and why.
@@ -205,8 +197,9 @@ class CheckpointFormat:
             raise ConversionError(self.no_reference)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
-        args = {**bundle.model_args, "no_embed_class": not other_rows, "num_classes": bundle.num_classes}
         weights = self.tower_weights(checkpoint)
+        has_patches_only = weights["pos_embed"].shape[1] == math.prod(bundle.grid)
+        args = {**bundle.model_args, "no_embed_class": has_patches_only, "num_classes": bundle.num_classes}
         return run_timm(bundle.spec.base, args, weights, images, norm_eps=bundle.norm_eps)
 
     def obstacles(self, bundle: ModelBundle) -> Iterator[str]:
@@ -238,3 +231,16 @@ class CheckpointFormat:
             ConversionError: The configs cannot describe the bundle.
         """
         return {}
+
+
+def _matching(rules: Iterable[Rule], name: str) -> list[tuple[Rule, str]]:
+    """The rules about a name, with timm's name."""
+    return [(rule, target) for rule in rules if (target := rule.timm_name(name)) is not None]
+
+
+def height_and_width(size: Any) -> tuple[int, int] | None:
+    """Both sides of an image or patch, which configs give as one number or as two."""
+    if size is None:
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)

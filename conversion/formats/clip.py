@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vitreg_hub.arch import CLIP_MEAN, CLIP_STD
-from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat
-from vitreg_hub.conversion.formats.facts import Facts, height_and_width
-from vitreg_hub.conversion.formats.rules import Reshape, Rule, drop, keep, qkv, same
-from vitreg_hub.conversion.formats.timm_format import bare_facts, usual_images
+from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat, Facts, Outputs, height_and_width
+from vitreg_hub.conversion.formats.rules import Reshape, drop, keep, qkv, same
+from vitreg_hub.conversion.formats.timm_format import NO_ANTIALIAS, TOWER, bare_facts, usual_images
 from vitreg_hub.conversion.formats.transformers_format import TransformersFormat
-from vitreg_hub.conversion.formats.vit import NO_ANTIALIAS, TOWER
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.position_rule import PositionRule
 
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-    from vitreg_hub.conversion.formats.base import Outputs
 
 TEXT_TOWER = "text tower; --text-tower keeps it"
 ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
@@ -51,37 +47,27 @@ TEXT = (
     *drop("text_projection", "text_projection.{x}", "text.{rest}", "logit_scale", "logit_bias", why=TEXT_TOWER),
 )
 
-HEADS = {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1408: 16, 1664: 16, 1792: 16}
-"""open_clip/model_configs/*.json (width over head_width), without 1280, which has 16 there and 20 elsewhere."""
+CLIP: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD, "act": None, "head_is_projection": True}
+"""What all of CLIP's formats share."""
 
-OPENCLIP_RULE = PositionRule(antialias=True, keep_equal_count=True)
+OWN_TOWER: dict[str, Any] = CLIP | {
+    "rules": VISUAL,
+    "prefixes": ("visual.",),
+    "alone_when_bare": True,
+    "marks": ("class_embedding", r"conv1\.weight", r"transformer\.resblocks\.\d+\.ln_1\.weight"),
+    "norm_eps": 1e-5,
+    # width over head_width in open_clip/model_configs/*.json, without 1280, which has 16 there and 20 elsewhere
+    "heads": {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1408: 16, 1664: 16, 1792: 16},
+    "positions": PositionRule(antialias=True, keep_equal_count=True),
+    "has_text_tower": True,
+}
+"""What OpenAI's and OpenCLIP's own towers share."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipFormat(CheckpointFormat):
-    """What all of OpenCLIP's formats share."""
-
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-    act: str | None = None
-    head_is_projection: bool = True
-    has_text_tower: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenClipFormat(ClipFormat):
+class OpenClipFormat(CheckpointFormat):
     """OpenCLIP's own towers."""
 
-    rules: tuple[Rule, ...] = VISUAL
-    prefixes: tuple[str, ...] = ("visual.",)
-    alone_when_bare: bool = True
-    marks: tuple[str, ...] = ("class_embedding", r"conv1\.weight", r"transformer\.resblocks\.\d+\.ln_1\.weight")
-    norm_eps: float | None = 1e-5
-    heads: Mapping[int, int] = field(default_factory=lambda: HEADS)
-    positions: PositionRule = OPENCLIP_RULE
-
     def read_config(self, checkpoint: Checkpoint) -> Facts:
-        """What open_clip_config.json tells."""
         if not checkpoint.openclip_config:
             return Facts(assumptions=(usual_images(self.title),))
         model = checkpoint.openclip_config.get("model_cfg", {})
@@ -105,8 +91,7 @@ class OpenClipFormat(ClipFormat):
             shape={"embed_dim": width, "depth": layers, "patch_size": height_and_width(vision.get("patch_size"))},
         )
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
-        """Run a checkpoint in OpenCLIP's own tower."""
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
         if find_spec("open_clip") is None:
             raise ConversionError("open_clip is not installed: pip install 'vitreg_hub[clip]'")
         from open_clip.transformer import VisionTransformer
@@ -147,7 +132,7 @@ class OpenAIFormat(OpenClipFormat):
         return super().read_config(checkpoint) if checkpoint.openclip_config else Facts()
 
 
-class OpenClipTimmFormat(ClipFormat):
+class OpenClipTimmFormat(CheckpointFormat):
     """OpenCLIP's models whose tower is timm's, which timm therefore can run."""
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
@@ -177,15 +162,17 @@ def _images_in(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {"crop_mode": modes[mode]}
 
 
-OPENCLIP = OpenClipFormat(name="openclip", title="OpenCLIP", outside=TEXT, needs=PRE_NORM, writes_prefix=True)
+OPENCLIP = OpenClipFormat(
+    name="openclip", title="OpenCLIP", outside=TEXT, needs=PRE_NORM, writes_prefix=True, **OWN_TOWER
+)
 
 OPENAI = OpenAIFormat(
     name="openai",
     title="OpenAI's CLIP",
     outside=(*TEXT, *drop(*ARCHIVE_NUMBERS, why="a number of OpenAI's archive, not a weight")),
-    act="quick_gelu",
     notes=(CLASS_TOKEN_ONLY,),
     is_exported=False,
+    **dict(OWN_TOWER, act="quick_gelu"),
 )
 
 OPENCLIP_TIMM = OpenClipTimmFormat(
@@ -199,7 +186,9 @@ OPENCLIP_TIMM = OpenClipTimmFormat(
     norm_eps=None,
     heads={192: 3, 384: 6, 512: 8, 768: 12, 1024: 16},
     other_rows=None,
+    has_text_tower=True,
     is_exported=False,
+    **CLIP,
 )
 
 HF_CLIP = TransformersFormat(
@@ -224,12 +213,7 @@ HF_CLIP = TransformersFormat(
     prefixes=("vision_model.",),
     marks=(r"embeddings\.class_embedding", r"pre_layrnorm\.weight"),
     norm_eps=None,
-    act=None,
     positions=NO_ANTIALIAS,
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
-    head_is_projection=True,
-    needs_config=True,
     notes=(CLASS_TOKEN_ONLY,),
     needs=PRE_NORM,
     writes_prefix=True,
@@ -238,4 +222,5 @@ HF_CLIP = TransformersFormat(
     head_class="CLIPVisionModelWithProjection",
     image_processor="CLIPImageProcessor",
     one_side_is_shorter=True,
+    **CLIP,
 )

@@ -11,8 +11,7 @@ from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.clip import HF_CLIP, OPENAI, OPENCLIP, OPENCLIP_TIMM
 from vitreg_hub.conversion.formats.dinov2 import DINO, DINOV2
 from vitreg_hub.conversion.formats.hugging_face import HF_DEIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT, PH_REG
-from vitreg_hub.conversion.formats.timm_format import TIMM
-from vitreg_hub.conversion.formats.vit import DEIT, DEIT3, has_plain_names
+from vitreg_hub.conversion.formats.timm_format import DEIT, DEIT3, TIMM, has_plain_names
 from vitreg_hub.errors import ConversionError
 
 if TYPE_CHECKING:

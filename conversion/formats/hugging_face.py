@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from vitreg_hub.conversion.formats.base import DISTILLATION, LAYER_SCALE, REGISTERS, CheckpointFormat
 from vitreg_hub.conversion.formats.dinov2 import MASK_TOKEN_WHY
 from vitreg_hub.conversion.formats.rules import Rule, drop, keep, qkv
+from vitreg_hub.conversion.formats.timm_format import NO_ANTIALIAS, WIDTH_64
 from vitreg_hub.conversion.formats.transformers_format import TransformersFormat, mlp_width
-from vitreg_hub.conversion.formats.vit import NO_ANTIALIAS, WIDTH_64
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.position_rule import PositionRule
 
@@ -127,7 +127,6 @@ HF_VIT = TransformersFormat(
     positions=NO_ANTIALIAS,
     mean=HALF,
     std=HALF,
-    needs_config=True,
     config_class="ViTConfig",
     model_class="ViTModel",
     head_class="ViTForImageClassification",
@@ -149,7 +148,6 @@ HF_DEIT = TransformersFormat(
     norm_eps=None,
     other_rows=2,
     positions=NO_ANTIALIAS,
-    needs_config=True,
     needs=DISTILLATION,
     config_class="DeiTConfig",
     model_class="DeiTModel",

@@ -54,9 +54,13 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile("".join(PLACEHOLDERS.get(piece) or re.escape(piece) for piece in pieces))
 
 
-def _fill(template: str, values: tuple[str, ...]) -> str:
-    found = iter(values)
-    return re.sub(r"\{\w+\}", lambda _: next(found), template)
+def _translated(name: str, old: str, new: str) -> str | None:
+    """A name that fits the old template, in the form of the new one; None if it does not fit."""
+    found = _pattern(old).fullmatch(name)
+    if found is None:
+        return None
+    values = iter(found.groups())
+    return re.sub(r"\{\w+\}", lambda _: next(values), new)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +69,7 @@ class Rule:
 
     Attributes:
         take: Template of the lineage's name.
-        give: Template of timm's name, with the same placeholders in the same order; None drops the tensor.
+        give: Template of timm's name, with the same placeholders in the same order; "" drops the tensor.
         why: Why it is dropped.
         reshape: How the shapes differ.
         part: (k, n): the tensor is the k-th of n that timm concatenates along the first dimension.
@@ -73,25 +77,19 @@ class Rule:
     """
 
     take: str
-    give: str | None
+    give: str = ""
     why: str = ""
     reshape: Reshape = Reshape.SAME
     part: tuple[int, int] = (0, 1)
     swiglu: bool = False
 
     def timm_name(self, name: str) -> str | None:
-        """timm's name of a tensor that `matches`."""
-        found = _pattern(self.take).fullmatch(name)
-        return _fill(self.give, found.groups()) if found and self.give else None
-
-    def matches(self, name: str) -> bool:
-        """Whether the rule is about a tensor of the lineage."""
-        return _pattern(self.take).fullmatch(name) is not None
+        """timm's name of a tensor of the lineage, "" if it is dropped, None where the rule is about another."""
+        return _translated(name, self.take, self.give)
 
     def lineage_name(self, timm_name: str) -> str | None:
         """The lineage's name of a tensor of timm's, None where the rule is about another."""
-        found = _pattern(self.give).fullmatch(timm_name) if self.give else None
-        return _fill(self.take, found.groups()) if found else None
+        return _translated(timm_name, self.give, self.take)
 
 
 def keep(take: str, give: str | None = None, **others: Any) -> Rule:
@@ -106,7 +104,7 @@ def same(*names: str) -> tuple[Rule, ...]:
 
 def drop(*names: str, why: str) -> tuple[Rule, ...]:
     """Tensors that timm has no place for."""
-    return tuple(Rule(take=name, give=None, why=why) for name in names)
+    return tuple(Rule(take=name, why=why) for name in names)
 
 
 def qkv(layer: str, query: str, key: str, value: str) -> tuple[Rule, ...]:

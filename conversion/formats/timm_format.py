@@ -1,33 +1,46 @@
-"""timm's own files: any bundle fits, and a config.json beside the weights tells everything that tensors do not."""
+"""timm's own files, and the lineages that share its names or nearly: DeiT and DeiT-III."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from vitreg_hub.arch import ARCHS
-from vitreg_hub.conversion.formats.base import CheckpointFormat
-from vitreg_hub.conversion.formats.facts import Facts
-from vitreg_hub.conversion.formats.rules import drop, same
-from vitreg_hub.conversion.formats.vit import HEADS, TOWER, WIDTH_64
-from vitreg_hub.network.position_rule import TIMM_RULE
+from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat, Facts, Outputs
+from vitreg_hub.conversion.formats.rules import drop, keep, same
+from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-    from vitreg_hub.conversion.formats.base import Outputs
+
+WIDTH_64 = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
+"""Heads of 64 channels, at the widths that Meta and Google released; at width 1280 lineages differ."""
+
+NO_ANTIALIAS = PositionRule(antialias=False)
+"""deit/main.py and transformers' ViT, DeiT, CLIP and DINOv2 without registers."""
+
+ATTENTION = same("blocks.{i}.attn.qkv.{x}", "blocks.{i}.attn.proj.{x}")
+ATTENTION_AND_MLP = (*ATTENTION, *same("blocks.{i}.norm{n}.{x}", "blocks.{i}.mlp.fc{n}.{x}"))
+STEM_AND_NORM = same("cls_token", "pos_embed", "patch_embed.proj.{x}", "norm.{x}")
+TOWER = (*STEM_AND_NORM, *ATTENTION_AND_MLP, *same("blocks.{i}.ls{n}.gamma"))
+HEADS = same("head.{x}", "dist_token", "head_dist.{x}")
+
+
+def has_plain_names(names: Container[str], prefix: str = "") -> bool:
+    """Whether the names are those that several lineages share."""
+    return all(f"{prefix}{name}.weight" in names for name in ("blocks.0.attn.qkv", "patch_embed.proj"))
 
 
 class TimmFormat(CheckpointFormat):
-    """timm, whose networks bundles are."""
+    """timm, whose networks bundles are: a config.json beside the weights tells everything that tensors do not."""
 
     keeps_residual_scale: ClassVar[bool] = True
 
     def is_declared(self, checkpoint: Checkpoint) -> bool:
-        """Whether there is timm's config and all names are timm's."""
         names = checkpoint.infos
         return "architecture" in checkpoint.config and self.num_known(names) == len(names)
 
@@ -56,11 +69,10 @@ class TimmFormat(CheckpointFormat):
             label_names=tuple(map(str, labels)) if isinstance(labels, list) else None,
         )
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
-        """Run a checkpoint in the network that its config names, if there is one."""
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
         config = checkpoint.config
         if "architecture" not in config:
-            return super().run_reference(checkpoint, bundle, images, other_rows)
+            return super().run_reference(checkpoint, bundle, images)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
         args = {"img_size": bundle.model_args["img_size"]} | dict(config.get("model_args") or {})
@@ -101,4 +113,34 @@ TIMM = TimmFormat(
     marks=(r"reg_token|norm_pre\.weight|fc_norm\.weight", r"blocks\.\d+\.attn\.qkv\.weight"),
     heads=WIDTH_64,
     other_rows=None,
+)
+
+DEIT = CheckpointFormat(
+    name="deit",
+    title="Meta's DeiT",
+    rules=(*STEM_AND_NORM, *ATTENTION_AND_MLP, *HEADS),
+    marks=(r"dist_token",),
+    family="plain",
+    heads=WIDTH_64,
+    positions=NO_ANTIALIAS,
+    crop_pct=0.875,
+    container="model",
+)
+
+DEIT3 = CheckpointFormat(
+    name="deit3",
+    title="Meta's DeiT-III",
+    rules=(
+        *STEM_AND_NORM,
+        *ATTENTION_AND_MLP,
+        keep("blocks.{i}.gamma_{n}", "blocks.{i}.ls{n}.gamma"),
+        keep("head.{x}"),
+    ),
+    marks=(r"blocks\.\d+\.gamma_1",),
+    family="deit3",
+    heads={384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16},  # deit/models_v2.py
+    other_rows=0,
+    positions=NO_ANTIALIAS,
+    needs=LAYER_SCALE,
+    container="model",
 )

@@ -8,7 +8,7 @@ from timm.layers import Attention, GELUTanh, QuickGELU, SwiGLU
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitreg_hub.conversion.formats.facts import Facts
+from vitreg_hub.conversion.formats.base import Facts
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.kinds import KINDS, kind_of
 from vitreg_hub.network.residual_scale import stream_norms
@@ -78,14 +78,7 @@ def run_timm(
     *,
     norm_eps: float | None = None,
 ) -> tuple[str, Mapping[str, Tensor]]:
-    """Run weights under the lineage's names in timm's network, through timm's own filter of checkpoints.
-
-    Args:
-        architecture: timm's name of the network.
-        args: Its arguments.
-        weights: Tensors of the tower.
-        images: [B, C, H, W].
-        norm_eps: Epsilon of the LayerNorms, where it is not the architecture's own.
+    """Run weights under the lineage's names on images [B, C, H, W], through timm's own filter of checkpoints.
 
     Returns:
         The library, and tokens [B, N, D] and, with a head, output [B, E].

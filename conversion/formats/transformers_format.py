@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vitreg_hub.conversion.formats.base import CheckpointFormat
-from vitreg_hub.conversion.formats.facts import Facts, height_and_width
+from vitreg_hub.conversion.formats.base import CheckpointFormat, Facts, Outputs, height_and_width
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import CONFIG_FILE, PREPROCESSOR_FILE
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
     from vitreg_hub.bundle.model_bundle import ModelBundle
     from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-    from vitreg_hub.conversion.formats.base import Outputs
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 ACTIVATIONS |= {"gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -33,10 +31,7 @@ class TransformersFormat(CheckpointFormat):
 
     Attributes:
         config_class: The configuration, whose defaults fill in what a config.json leaves out.
-        model_class: The model without a head.
         head_class: The model with a head, "" where no bundle can hold its head.
-        needs_config: Whether checkpoints are only read with a config.json beside the weights.
-        image_processor: The image processor that exports name.
         image_defaults: What the usual image processor does by default, as fields of `Preprocess`.
         one_side_is_shorter: Whether a single number as the size of images means the shorter side.
     """
@@ -44,17 +39,15 @@ class TransformersFormat(CheckpointFormat):
     config_class: str
     model_class: str
     head_class: str = ""
-    needs_config: bool = False
     image_processor: str = "BitImageProcessor"
     image_defaults: Mapping[str, Any] = field(default_factory=dict)
     one_side_is_shorter: bool = False
     is_folder: ClassVar[bool] = True
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
-        """What config.json and preprocessor_config.json tell."""
         images = dict(self._read_images(checkpoint.preprocessor))
         if not checkpoint.config:
-            if self.needs_config:
+            if self.norm_eps is None:
                 raise ConversionError(
                     f"{checkpoint.called} is {self.title}, whose epsilon, activation and heads stand in config.json: "
                     "put that beside the weights, or give the folder."
@@ -107,8 +100,7 @@ class TransformersFormat(CheckpointFormat):
         yield "crop_mode", "center" if keeps_ratio else "squash"
         yield "crop_pct", (crop or side) / side
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, other_rows: int) -> Outputs:
-        """Run a folder in transformers' own model."""
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
         import torch
         import transformers
 
@@ -126,7 +118,6 @@ class TransformersFormat(CheckpointFormat):
         return self.head_class if self.head_class and bundle.num_classes else self.model_class
 
     def _outputs(self, model: Any, images: Tensor) -> dict[str, Tensor]:
-        """What a model computes, under our names."""
         found = model(images)
         if "logits" in found:
             return {"tokens": model.base_model(images).last_hidden_state, "output": found.logits}
@@ -137,7 +128,6 @@ class TransformersFormat(CheckpointFormat):
         return {"tokens": found.last_hidden_state}
 
     def config_files(self, bundle: ModelBundle) -> Mapping[str, Mapping[str, Any]]:
-        """config.json by transformers' own class, and preprocessor_config.json."""
         args, act = bundle.model_args, bundle.activation
         common = dict(
             hidden_size=args["embed_dim"],

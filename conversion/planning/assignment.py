@@ -1,7 +1,8 @@
-"""Which tensor of a checkpoint becomes which of timm's, what is dropped, and what does not fit."""
+"""Which tensor of a checkpoint becomes which of timm's, what does not fit, and what the shapes tell."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -55,12 +56,7 @@ class Assignment:
         return next((own for own in found if own), name)
 
     def require_fit(self, wanted: Mapping[str, tuple[int, ...]], *, made: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a checkpoint whose tensors are not those of a network.
-
-        Args:
-            wanted: Shapes of the network's tensors.
-            made: Shapes of tensors that the conversion makes itself, from others or anew.
-        """
+        """Refuse a checkpoint that, with the tensors that the conversion makes itself, has not those of a network."""
         problems = []
         for name in sorted(wanted.keys() - made.keys() - self.parts.keys()):
             problems.append(f"{self.lineage_name(name)} is missing")
@@ -90,18 +86,16 @@ class Assignment:
 
 def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
     """Find the rule of every tensor. Nothing is read; problems are collected, not raised."""
-    prefix = fmt.prefix_in(checkpoint.infos)
     parts: dict[str, dict[int, tuple[str, Rule]]] = {}
     dropped: dict[str, list[str]] = {}
     problems: list[str] = []
-    for name, info in checkpoint.infos.items():
-        rules = fmt.rules_for(name, prefix)
-        if len(rules) != 1:
-            problems.append(f"{name} {list(info.shape)} {'fits several rules' if rules else 'is unknown'}")
+    for name, matching in fmt.rules_of(checkpoint.infos):
+        info = checkpoint.infos[name]
+        if len(matching) != 1:
+            problems.append(f"{name} {list(info.shape)} {'fits several rules' if matching else 'is unknown'}")
             continue
-        (rule,) = rules
-        target = rule.timm_name(fmt.spelled(name, prefix)) or rule.timm_name(name)
-        if target is None:
+        rule, target = matching[0]
+        if not target:
             dropped.setdefault(rule.why, []).append(name)
             continue
         if info.dtype not in FLOATS:
@@ -135,3 +129,84 @@ def assign(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Assignment:
         dropped={why: tuple(names) for why, names in dropped.items()},
         problems=tuple(problems),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """What tensors tell: sizes, and which parts there are.
+
+    Attributes:
+        hidden: Outputs of the MLP's first layer.
+        swiglu: Whether these outputs are gate and value.
+        proj_bias: Whether layers other than queries, keys and values have a bias.
+        average: Whether the norm follows the pooling, as in models that average patches.
+    """
+
+    embed_dim: int
+    depth: int
+    patch_size: tuple[int, int]
+    in_chans: int
+    hidden: int
+    swiglu: bool
+    layer_scale: bool
+    pre_norm: bool
+    qkv_bias: bool
+    proj_bias: bool
+    num_registers: int
+    distilled: bool
+    position_rows: int
+    num_classes: int
+    average: bool
+
+    @classmethod
+    def of(cls, tensors: Assignment) -> Self:
+        """Read the structure from shapes.
+
+        Raises:
+            ConversionError: A tensor that decides it is missing or has the wrong shape; tells all other problems too.
+        """
+        dims = {
+            "patch_embed.proj.weight": 4,
+            "pos_embed": 3,
+            "cls_token": 3,
+            "blocks.0.attn.qkv.weight": 2,
+            "blocks.0.mlp.fc1.weight": 2,
+            "blocks.0.mlp.fc2.weight": 2,
+        }
+        optional = {"reg_token": 3, "dist_token": 3, "head.weight": 2}
+        problems = []
+        for name, number in (dims | optional).items():
+            own, shape = tensors.lineage_name(name), tensors.shape(name)
+            if name not in tensors and name in dims:
+                problems.append(f"{own} is missing")
+            elif name in tensors and len(shape) != number:
+                problems.append(f"{own} has shape {list(shape)}, wanted {number} dimensions")
+        blocks = {int(name.split(".")[1]) for name in tensors.parts if name.startswith("blocks.")}
+        gaps = sorted(set(range(1, len(blocks))) - blocks)
+        if gaps:
+            problems.append(f"block {gaps[0]} is missing")
+        if problems:
+            tensors.refuse(*problems)
+        hidden, inner = tensors.shape("blocks.0.mlp.fc1.weight")[0], tensors.shape("blocks.0.mlp.fc2.weight")[1]
+        first_layers = [parts[0] for name, parts in tensors.parts.items() if name.endswith(".mlp.fc1.weight")]
+        gated = [name for name, rule in first_layers if rule.swiglu]
+        if gated and hidden != 2 * inner:
+            tensors.refuse(f"{gated[0]} must have gate and value for {inner} channels")
+        embed_dim, in_chans, patch_height, patch_width = tensors.shape("patch_embed.proj.weight")
+        return cls(
+            embed_dim=embed_dim,
+            depth=len(blocks),
+            patch_size=(patch_height, patch_width),
+            in_chans=in_chans,
+            hidden=hidden,
+            swiglu=hidden == 2 * inner,
+            layer_scale=any(name.endswith(".ls1.gamma") for name in tensors.parts),
+            pre_norm="norm_pre.weight" in tensors,
+            qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+            proj_bias="blocks.0.attn.proj.bias" in tensors,
+            num_registers=tensors.shape("reg_token")[1] if "reg_token" in tensors else 0,
+            distilled="dist_token" in tensors,
+            position_rows=tensors.shape("pos_embed")[1],
+            num_classes=tensors.shape("head.weight")[0] if "head.weight" in tensors else 0,
+            average="fc_norm.weight" in tensors,
+        )

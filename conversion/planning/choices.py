@@ -7,10 +7,8 @@ from typing import Any, NoReturn
 from timm.models import VisionTransformer
 
 from vitreg_hub.arch import ARCHS, REGISTER_COUNTS, ArchSpec, get_arch, row
-from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-from vitreg_hub.conversion.formats.base import CheckpointFormat
-from vitreg_hub.conversion.formats.facts import Facts
-from vitreg_hub.conversion.planning.structure import Structure
+from vitreg_hub.conversion.formats.base import Facts
+from vitreg_hub.conversion.planning.assignment import Assignment, Structure
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.kinds import kind_of
 from vitreg_hub.network.position_rule import Grid
@@ -24,16 +22,7 @@ MAX_PATCHES = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What the user asked for; None leaves the choice to the checkpoint.
-
-    Attributes:
-        format: Name of a format, or auto.
-        arch: Name of a row of the table.
-        img_size: Height and width in pixels for which the position table is made.
-        num_registers: Registers of the result.
-        num_heads: Attention heads, where neither tensors nor config tell.
-        act: One of `ACTS`, where neither tensors nor config tell.
-    """
+    """What the user asked for, as `convert` explains it; None leaves the choice to the checkpoint."""
 
     format: str = "auto"
     arch: str | None = None
@@ -45,10 +34,9 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choices:
-    """Decisions about one checkpoint, each based on tensors, config, format and request, in this order."""
+    """Decisions about the bundle, each based on tensors, config, format and request, in this order."""
 
-    checkpoint: Checkpoint
-    fmt: CheckpointFormat
+    tensors: Assignment
     structure: Structure
     facts: Facts
     request: Request
@@ -69,7 +57,6 @@ class Choices:
         return get_arch(self.request.arch) if self.request.arch else None
 
     def num_registers(self) -> int:
-        """Registers of the result."""
         own, wanted = self.structure.num_registers, self.request.num_registers
         if wanted is None or wanted == own:
             return own
@@ -80,9 +67,8 @@ class Choices:
         return wanted
 
     def family(self) -> str:
-        """Key of `vitreg_hub.arch.FAMILIES`."""
         has = self.structure
-        if has.swiglu and (not has.layer_scale or has.pre_norm or has.distilled or self.fmt.family == "deit3"):
+        if has.swiglu and (not has.layer_scale or has.pre_norm or has.distilled or self.tensors.fmt.family == "deit3"):
             self._refuse("has a SwiGLU MLP in a network for which timm has none")
         if has.pre_norm:
             return "clip_quickgelu" if self.act() == "quick_gelu" else "clip"
@@ -90,14 +76,13 @@ class Choices:
             return "plain" if self.num_registers() else "deit_distilled"
         if not has.layer_scale:
             return "plain"
-        family = self.facts.family or self.fmt.family or (self._asked.family if self._asked else None)
+        family = self.facts.family or self.tensors.fmt.family or (self._asked.family if self._asked else None)
         if family in ("dinov2", "deit3"):
             return family
         has_class_row = has.num_registers > 0 or not is_square(has.position_rows)
         return "dinov2" if has_class_row or has.swiglu else "deit3"
 
     def act(self) -> str:
-        """timm's name of the activation."""
         known, asked = self.facts.act, self.request.act
         if known is None and not self.structure.pre_norm:
             known = "gelu"  # of timm's VisionTransformer
@@ -113,12 +98,11 @@ class Choices:
         )
 
     def num_heads(self) -> int:
-        """Attention heads."""
         width, from_config, asked = self.structure.embed_dim, self.facts.num_heads, self.request.num_heads
         if None not in (from_config, asked) and from_config != asked:
             self._refuse(f"has {from_config} heads as the config beside it says, not {asked}: leave --num-heads out")
         from_arch = self._asked.num_heads if self._asked else None
-        known = (from_config, asked, from_arch, self.fmt.heads.get(width))
+        known = (from_config, asked, from_arch, self.tensors.fmt.heads.get(width))
         found = next((number for number in known if number is not None), None)
         if found is None:
             advice = f"a number that divides {width}"
@@ -249,7 +233,7 @@ class Choices:
             self._refuse(f"is not {spec.name}: it has {', '.join(wrong)}{add}")
 
     def _refuse(self, what: str) -> NoReturn:
-        raise ConversionError(f"{self.checkpoint.called} {what}.")
+        raise ConversionError(f"{self.tensors.checkpoint.called} {what}.")
 
 
 def is_square(number: int) -> bool:

@@ -244,7 +244,7 @@ def test_verify_reads_half_precision_and_the_named_file(tmp_path):
 def test_verify_sees_a_difference(monkeypatch):
     case = "dinov2_vit_mlp_hub"
     monkeypatch.setattr(
-        "vitreg_hub.conversion.planning.tensors.Assembly.make", lambda self, name: torch.ones(self.wanted[name])
+        "vitreg_hub.conversion.planning.plan.Plan.make", lambda self, name: torch.ones(self.wanted[name])
     )
     measured = ConversionReport.of(convert(source(case), verify=True, **ARGUMENTS[case])).measured
     assert measured["tokens"] > 0.1

@@ -161,12 +161,12 @@ def test_sabotage_a_missing_fold_is_seen(case):
 
 def convert_without_fold(case: str) -> ModelBundle:
     """The class token without the position of row 0."""
-    from vitreg_hub.conversion.planning.tensors import Assembly
+    from vitreg_hub.conversion.planning.plan import Plan
 
     with pytest.MonkeyPatch.context() as patch:
-        make = Assembly._make
+        make = Plan._make
         patch.setattr(
-            Assembly, "_make", lambda self, name: self.tensors.read(name) if name == "cls_token" else make(self, name)
+            Plan, "_make", lambda self, name: self.tensors.read(name) if name == "cls_token" else make(self, name)
         )
         return convert(source(case), **ARGUMENTS[case])
 

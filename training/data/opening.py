@@ -21,10 +21,10 @@ from vitreg_hub.images.data_sets import (
     SPLIT_FOLDERS,
     Rows,
     features_of,
+    find_column,
     hub_stream,
     image_folder,
     is_integer,
-    one_of,
 )
 from vitreg_hub.images.embedded import TRAINING_SETS, Split
 from vitreg_hub.images.source import ImageSource, file_of, open_images

@@ -20,10 +20,10 @@ from vitreg_hub.images.data_sets import (
     ON_HUB,
     Rows,
     features_of,
+    find_column,
     hub_stream,
     image_folder,
     is_integer,
-    one_of,
 )
 from vitreg_hub.images.embedded import EMBEDDED
 from vitreg_hub.names import HUB_PREFIX
