@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import DataOfRun, TrainingRun
+from vitreg_hub.bundle.provenance import RecipeFacts, TrainingRun
 from vitreg_hub.environment import without_folders
 from vitreg_hub.images.data_sets import ON_HUB
 from vitreg_hub.images.embedded import TRAINING_SETS
@@ -89,7 +89,7 @@ def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
 
 def objective_of(run: TrainingRun | None) -> Objective | None:
     """What a run trained for, as far as it or the kind of its task tells."""
-    return run and (run.objective or OLDER_OBJECTIVES.get(run.facts.task.kind or ""))
+    return run and (run.objective or OLDER_OBJECTIVES.get(run.facts.task or ""))
 
 
 def score_of(bundle: ModelBundle, metric: str) -> Score | None:
@@ -107,7 +107,7 @@ def in_words(bundle: ModelBundle, metric: str) -> str:
 
 def measured_on(bundle: ModelBundle) -> Images | None:
     """The images of a bundle's metrics; None if they are unknown."""
-    data = bundle.provenance.run.facts.data if bundle.provenance.run else DataOfRun()
+    data = bundle.provenance.run.facts if bundle.provenance.run else RecipeFacts()
     held_out = data.test or (data.train if data.train in TRAINING_SETS else None)
     if held_out and held_out in TRAINING_SETS:
         return Images(name=held_out, dataset=held_out, split="test", words=f"the held-out part of {held_out}")

@@ -211,8 +211,8 @@ def _training(run: TrainingRun, best: BestModel | None) -> str:
         "recipe": recipe.name,
         "steps": run.step if run.step == total else f"{run.step} of {total}",
         "batch size": recipe.batch_size,
-        "optimiser": recipe.optim.opt,
-        "learning rate": recipe.optim.lr,
+        "optimiser": recipe.opt,
+        "learning rate": recipe.lr,
         "seed": recipe.seed,
         "best of its run by": best and best.score,
     }
