@@ -13,8 +13,9 @@ from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.files import EXTRA_FILES
-from vitreg_hub.model_cards import description, reports
+from vitreg_hub.model_cards import description
 from vitreg_hub.model_cards.artifacts import record, record_doors
+from vitreg_hub.model_cards.card import blocks_of
 from vitreg_hub.model_cards.facts import in_words, scores
 from vitreg_hub.model_cards.merging import MODEL_INDEX, front_matter
 from vitreg_hub.model_cards.metadata import TAGS, metadata
@@ -97,19 +98,10 @@ def _shipped_card(name: str, shipped: Mapping[str, ModelBundle]) -> str:
     data = metadata(bundle, name)
     for result in data[MODEL_INDEX][0]["results"] if MODEL_INDEX in data else ():
         del result["source"]  # there is no repository to point to
-    parts = (
-        description.summary(bundle, title=name),
-        description.usage_of_shipped(bundle, name=name),
-        description.registers(bundle),
-        description.limits(bundle),
-        reports.origin(bundle, files=files, folder=beside),
-        reports.results(bundle),
-        _comparison(shipped),
-        reports.artifacts(bundle, files=files, folder=beside),
-        reports.environment(bundle),
-        description.CITATION,
-    )
-    return front_matter(data) + "\n" + "\n\n".join(part for part in parts if part) + "\n"
+    usage = description.usage_of_shipped(bundle, name=name)
+    blocks = blocks_of(bundle, title=name, usage=usage, files=files, folder=beside)
+    blocks["results"] += f"\n\n{_comparison(shipped)}"
+    return front_matter(data) + "\n" + "\n\n".join(part for part in blocks.values() if part) + "\n"
 
 
 def _comparison(shipped: Mapping[str, ModelBundle]) -> str:
