@@ -27,11 +27,6 @@ def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> 
     If there is no card, one is written; otherwise this package's blocks are updated, and the author's text stays. All
     files change, or none.
 
-    Args:
-        folder: A bundle's folder.
-        report: The report on this bundle's model.
-        card: Whether to write or update the card.
-
     Returns:
         Whether the card describes it.
 
@@ -82,8 +77,6 @@ def summary(report: ArtifactReport) -> ArtifactSummary:
 def figure(report: ArtifactReport, *, name: str) -> bytes:
     """Norms of all tokens after every block, as a PNG file: the one figure that shows whether, where and how much.
 
-    Args:
-        report: What was measured.
-        name: Of the model, instead of the path under which it was analysed.
+    The model gets this name, instead of the path under which it was analysed.
     """
     return png(norms_by_block_figure([dataclasses.replace(report, model=dataclasses.replace(report.model, name=name))]))

@@ -52,10 +52,9 @@ def update(
     bundle: ModelBundle,
     *,
     repo: str | None = None,
-    files: Sequence[str] = (),
     revision: str | None = None,
     settled_license: bool = False,
-    towers: bool | None = None,
+    **more: Any,
 ) -> str:
     """An existing card with our blocks and metadata brought up to date, and every other character as it was.
 
@@ -66,10 +65,9 @@ def update(
         existing: The card.
         bundle: The model.
         repo: ``org/name`` under which it is published; by default the card's own, with its branch.
-        files: Names of the extra files beside the bundle.
         revision: Branch on which it is published.
         settled_license: Whether the bundle's license holds even if the author has changed the card's.
-        towers: As for `render`.
+        **more: Files and towers, as for `render`.
 
     Raises:
         BundleError: A block has lost one of its marks.
@@ -84,7 +82,7 @@ def update(
     published = PUBLISHED.search(there.get("usage", ""))
     if repo is None and published:
         repo, revision = published[1], revision or published[2]
-    data, new = _content(bundle, repo=repo, files=files, revision=revision, towers=towers)
+    data, new = _content(bundle, repo=repo, revision=revision, **more)
     merged = merge(text, old=recorded(there.get(METADATA, "")), new=data, settled_license=settled_license)
     if merged is None:
         return mark + replace_blocks(text, new)
@@ -115,7 +113,12 @@ def _with_empty_blocks(text: str) -> str:
 
 
 def _content(
-    bundle: ModelBundle, *, repo: str | None, files: Sequence[str], revision: str | None, towers: bool | None
+    bundle: ModelBundle,
+    *,
+    repo: str | None,
+    revision: str | None,
+    files: Sequence[str] = (),
+    towers: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The metadata and the blocks; no text of the bundle can leave its line."""
     told, names = one_line(bundle.provenance), one_line(bundle.label_names)

@@ -132,7 +132,7 @@ def timm_usage(bundle: ModelBundle, *imports: str, name: str) -> str:
     kind = output(bundle)
     width = bundle.embed_dim if kind == FEATURES else bundle.num_classes
     return TIMM_USAGE.format(
-        imports=_imports(*imports),
+        imports=import_lines(*imports),
         name=name,
         mode=_mode(bundle),
         tokens=_tokens(bundle),
@@ -146,7 +146,7 @@ def _transformers_usage(
     classifies = output(bundle) == LOGITS
     classes = "AutoImageProcessor, AutoModel" + (", AutoModelForImageClassification" if classifies else "")
     return TRANSFORMERS_USAGE.format(
-        imports=_imports(*imports, f"from transformers import {classes}"),
+        imports=import_lines(*imports, f"from transformers import {classes}"),
         before=before,
         name=name,
         mode=_mode(bundle),
@@ -165,7 +165,7 @@ def _plugin_usage(bundle: ModelBundle, *imports: str, name: str, before: str = "
     return _transformers_usage(bundle, *imports, name=name, before=before, options=options, lines="\n".join(lines))
 
 
-def _imports(*lines: str) -> str:
+def import_lines(*lines: str) -> str:
     """Import statements with those of torch and Pillow."""
     lines = (*lines, "import torch", "from PIL import Image")
     return "\n".join(sorted(lines, key=lambda line: (line.startswith("from"), line.lower())))

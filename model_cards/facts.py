@@ -11,17 +11,7 @@ from vitreg_hub.environment import without_folders
 from vitreg_hub.images.data_sets import ON_HUB
 from vitreg_hub.images.embedded import TRAINING_SETS
 from vitreg_hub.names import HUB_PREFIX
-from vitreg_hub.objectives import (
-    ACCURACY,
-    CONTRASTIVE,
-    DINOV2,
-    DISTILL,
-    KNN_ACCURACY,
-    SUPERVISED,
-    ZERO_SHOT_ACCURACY,
-    Objective,
-    Score,
-)
+from vitreg_hub.objectives import OBJECTIVES, SCORES, Objective, Score
 
 CLIP_FAMILIES = ("clip", "clip_quickgelu")
 CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")
@@ -37,11 +27,6 @@ CUSTOM = "custom"
 KEPT_TOWER = "text tower; kept beside the bundle, in open_clip's own form"
 """Why the text tower is not in the bundle, in the report of a conversion that keeps it."""
 LOGITS, EMBEDDINGS, FEATURES = "logits", "embeddings", "features"
-
-OLDER_OBJECTIVES = {"Supervised": SUPERVISED, "DinoV2": DINOV2, "Contrastive": CONTRASTIVE, "Distill": DISTILL}
-"""What runs trained for that do not tell it, by the kind of their task."""
-SCORES = {score.name: score for score in (ACCURACY, KNN_ACCURACY, ZERO_SHOT_ACCURACY)}
-"""Metrics that any model may have; a run tells those that are its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +67,7 @@ def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
 
 def objective_of(run: TrainingRun | None) -> Objective | None:
     """What a run trained for, as far as it or the kind of its task tells."""
-    return run and (run.objective or OLDER_OBJECTIVES.get(run.facts.task or ""))
+    return run and (run.objective or OBJECTIVES.get(run.facts.task or ""))
 
 
 def score_of(bundle: ModelBundle, metric: str) -> Score | None:

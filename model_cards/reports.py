@@ -21,10 +21,7 @@ AUGMENTS = {
 def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
     """The recipe of a training run or the report of a conversion; empty for other models.
 
-    Args:
-        bundle: The model.
-        files: Names of the extra files beside it.
-        folder: Where those are, as seen from the card; ends in a slash.
+    Extra files are named, and are in a folder as seen from the card, which ends in a slash.
     """
     told = bundle.provenance
     if told.run:

@@ -27,13 +27,7 @@ SHOWN = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
-    """Facts about one model, JSON-safe.
-
-    Attributes:
-        name: Architecture, architecture.tag, folder, or repository with its commit.
-        architecture: Facts of the network and its images.
-        provenance: Where the weights came from; None for an architecture alone.
-    """
+    """Facts about one model, JSON-safe; an architecture alone has no provenance."""
 
     name: str
     architecture: Mapping[str, Any]
