@@ -123,8 +123,9 @@ def _bundled(name: ModelName, size: tuple[int, int] | None) -> nn.Module:
 
 
 def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
+    args: dict[str, Any] = {"img_size": size} if size else {}
     try:
-        return timm.create_model(name, pretrained=pretrained, **({"img_size": size} if size else {}))
+        return timm.create_model(name, pretrained=pretrained, **args)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
