@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vitreg_hub.errors import BundleError, RecipeError
@@ -19,8 +20,9 @@ from vitreg_hub.licenses import settle
 from vitreg_hub.training.recipes.files import write_recipe
 from vitreg_hub.training.recipes.settings import Recipe, require_start, to_dict
 from vitreg_hub.training.run.assembly import make_accelerator
-from vitreg_hub.training.run.checkpoints import clear_leftovers, find_checkpoint, restore_run, save_run
-from vitreg_hub.training.run.folders import BEST, MODEL, restore_folders
+from vitreg_hub.training.run.checkpoints import find_checkpoint, restore_run, save_run
+from vitreg_hub.training.run.folders import BEST, FIRST_BATCH, MODEL
+from vitreg_hub.training.run.lock import locked
 from vitreg_hub.training.run.measured import Best, Measured, measure, read_best, told_by
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.origins import license_of
@@ -33,7 +35,6 @@ from vitreg_hub.training.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
-FIRST_BATCH = "first_batch.png"
 DRY_STEPS = 2
 
 
@@ -103,7 +104,8 @@ def train(
         instruments: For tests.
 
     Raises:
-        RecipeError: Settings contradict each other, the data, the processes, or the run in `out`.
+        RecipeError: Settings contradict each other, the data, the processes, or the run in `out`; or another run uses
+            `out`.
         LicenseError: The recipe's license contradicts that of its start or its teacher, or it is to be published
             without a license.
         DataError: The images cannot be used.
@@ -116,6 +118,22 @@ def train(
     require_start(recipe)
     require_trackers(recipe.watch.trackers)
     accelerator = make_accelerator(recipe)
+    find_checkpoint(out, recipe, resume)  # refuses what is no run, before anything is written into it
+    with locked(out, main=accelerator.is_main_process):
+        return _train(recipe, out, accelerator, resume, push, push_every, private, instruments)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    accelerator: Accelerator,
+    resume: str,
+    push: str | None,
+    push_every: Literal["end", "save"],
+    private: bool,
+    instruments: Instruments,
+) -> TrainResult:
+    """Train in a folder that no other run uses."""
     checkpoint = find_checkpoint(out, recipe, resume)
     found = gather_object([checkpoint.name if checkpoint else None])  # before one of them writes anything
     if len(set(found)) > 1:
@@ -134,7 +152,6 @@ def train(
         measured = restore_run(trainer, checkpoint) if checkpoint else Measured()
         if accelerator.is_main_process:
             write_recipe(recipe, out)
-            clear_leftovers(out)
             measured = measured.beside(read_best(out, recipe), recipe, step=trainer.step)
         writer = ModelWriter(trainer, draw_curves=instruments.draw_curves)
         uploads = publisher if push_every == "save" else None
@@ -232,7 +249,6 @@ def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainRe
     if told.run is None or told.run.step is None or told.run.total_steps is None:
         raise BundleError(f"{out / MODEL} does not say its steps: delete it and start the run again.")
     if publisher:
-        restore_folders(out)
         settle(told.license, recipe.license, called=str(out / MODEL))
     return TrainResult(
         folder=out,

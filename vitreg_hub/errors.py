@@ -46,18 +46,18 @@ class TrainingError(VitregError):
 
 
 @contextmanager
-def readable(source: str | Path) -> Iterator[None]:
-    """Read a folder that a user named.
+def readable(source: str | Path, *, error: type[VitregError] = BundleError) -> Iterator[None]:
+    """Read a file or folder that a user named.
 
     Raises:
-        BundleError: The name is empty, which `Path` takes for the current folder, or it cannot be read.
+        error: The name is empty, which `Path` takes for the current folder, or it cannot be read.
     """
     if not str(source):
-        raise BundleError("'' is not a folder: give '.' for the current one.")
+        raise error("'' is not a folder: give '.' for the current one.")
     try:
         yield
-    except OSError as error:
-        raise BundleError(
-            f"{error.filename or source} cannot be used ({error.strerror or error}): look at its name, its permissions "
+    except OSError as found:
+        raise error(
+            f"{found.filename or source} cannot be used ({found.strerror or found}): look at its name, its permissions "
             "and its disk."
-        ) from error
+        ) from found

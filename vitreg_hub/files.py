@@ -1,11 +1,15 @@
-"""Files and folders that appear complete or not at all, and the names of a bundle's files."""
+"""Files and folders that appear complete or not at all, and the names of a bundle's files.
 
+They are on the disk before they get their names, so that a loss of power leaves nothing half written either.
+"""
+
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import SEEK_END, BytesIO
 from pathlib import Path
 
@@ -26,8 +30,25 @@ OPENCLIP_CONFIG, OPENCLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.sa
 TOWER_SUFFIX = "-open_clip"
 """Ends the name of the folder, or repository, with both towers of a CLIP model, beside that of its bundle."""
 
+GIT, SHA256 = "0" * 40, "0" * 64
+"""Examples of the Hub's two kinds of checksums, for `checksum`."""
+
 SWAP, NEW, OLD = "-swap", "new", "old"
 """What `replaced_folder` calls its folders."""
+
+
+def require_name(path: Path) -> None:
+    """Refuse a name that no file can have, or that cannot be written down as text.
+
+    Raises:
+        BundleError: It is not UTF-8, or holds a zero byte.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise BundleError(f"{str(path)!r} is not UTF-8: choose another name.") from error
+    if "\0" in str(path):
+        raise BundleError(f"{str(path)!r} holds a zero byte: choose another name.")
 
 
 def require_absent(target: Path) -> None:
@@ -36,6 +57,7 @@ def require_absent(target: Path) -> None:
     Raises:
         BundleError: It exists, or the file system does not let us look.
     """
+    require_name(target)
     try:
         target.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -43,6 +65,43 @@ def require_absent(target: Path) -> None:
     except OSError as error:
         raise BundleError(f"cannot write {target}: {error.strerror}.") from error
     raise BundleError(f"{target} exists: choose another folder or delete it first.")
+
+
+def synced(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk.
+
+    Raises:
+        OSError: The disk failed.
+    """
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system does so for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Have a folder for the length of the block; what had to be made of it and its parents stays if anything is in it.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            synced(path.parent)
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it is used
+                path.rmdir()
 
 
 def _umask() -> int:
@@ -60,25 +119,25 @@ def new_folder(target: Path) -> Iterator[Path]:
         BundleError: `target` exists, or cannot be written; nothing is left of it.
     """
     require_absent(target)
-    made = [folder for folder in target.parents if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise BundleError(f"cannot write to {target.parent}: {error.strerror}.") from error
-    try:
-        yield staging
-        mask = _umask()
-        for path in (staging, *staging.rglob("*")):  # mkdtemp and safetensors make them private
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        staging.rename(target)
-    except BaseException as error:
-        shutil.rmtree(staging)
-        for folder in made:
-            folder.rmdir()
-        if isinstance(error, OSError | SafetensorError):  # a full disk raises either
-            raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
-        raise
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made(target.parent))
+            staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        except OSError as error:
+            raise BundleError(f"cannot write to {target.parent}: {error.strerror}.") from error
+        try:
+            yield staging
+            mask = _umask()
+            for path in (*staging.rglob("*"), staging):  # mkdtemp and safetensors make them private
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+                synced(path)
+            staging.rename(target)
+            synced(target.parent)
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, OSError | SafetensorError):  # a full disk raises either
+                raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
+            raise
 
 
 @contextmanager
@@ -86,7 +145,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that takes the place of `target`, if there is one, at the end of the block.
 
     No portable call exchanges two folders. A process that is killed between the two renames leaves both folders
-    complete, and `restore_folders` puts the old one back.
+    complete, and the old one can be put back.
 
     Raises:
         BundleError: It cannot be written; the old one stays.
@@ -100,6 +159,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(swap / OLD)
         (swap / NEW).rename(target)
+        synced(target.parent)
         shutil.rmtree(swap)
     except OSError as error:
         raise BundleError(f"cannot write {target}: {error.strerror or error}.") from error
@@ -119,10 +179,16 @@ def whole_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace:
         require_absent(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as staging:
-            yield Path(staging, target.name)
-            Path(staging, target.name).replace(target)
+        with (
+            made(target.parent),
+            tempfile.TemporaryDirectory(
+                prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+            ) as new,
+        ):
+            yield Path(new, target.name)
+            synced(Path(new, target.name))
+            Path(new, target.name).replace(target)
+            synced(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
         raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}.") from error
 
@@ -180,9 +246,11 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
         with tempfile.TemporaryDirectory(prefix=".vitreg-", dir=folder) as staging:
             for name, content in files.items():
                 Path(staging, name).write_bytes(content)
+                synced(Path(staging, name))
             for name in files:
                 Path(staging, name).replace(folder / name)
                 done.append(name)
+            synced(folder)
     except OSError as error:
         for name in done:
             if before[name] is None:

@@ -29,12 +29,16 @@ WANTED = {
     "too_long": "a list of {max_length}",
     "greater_than": "greater than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
     "literal_error": "{expected}",
     "union_tag_invalid": "of the kind {expected_tags}",
     "union_tag_not_found": "an object with the key {discriminator}",
 }
 """What a value must be, by pydantic's name of the mistake."""
 UNKNOWN_KEY = "unexpected_keyword_argument"
+MOST_LETTERS = 100
+"""Of a value that a message quotes."""
 
 
 def read(
@@ -59,9 +63,30 @@ def read(
         error: The data do not fit; the message names every wrong key and what is wrong with it.
     """
     try:
-        return _adapter(kind, unknown).validate_json(json.dumps({called: data}, default=str))[called]
+        text = json.dumps({called: data}, default=str)
+        return _adapter(kind, unknown).validate_json(text)[called]
     except ValidationError as found:
         raise error("; ".join(_problems(found.errors(include_url=False), {called: data}))) from found
+    except (ValueError, RecursionError) as found:  # a number of thousands of digits; lists in lists without end
+        raise error(f"{_key([called])} cannot be read ({found})") from found
+
+
+def parsed(text: str | bytes, *, error: type[VitregError] = VitregError) -> Any:
+    """The data in the text of a JSON file.
+
+    Raises:
+        error: The text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as found:
+        raise error(f"the file is not JSON ({found})") from found
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: on one line, and not endless."""
+    text = repr(value)
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
 
 
 @cache
@@ -90,8 +115,13 @@ def _sentence(key: str, error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] in WANTED:
-        return f"{key} must be {WANTED[error['type']].format_map(context)}, not {error['input']!r}"
+        return f"{key} must be {wanted(error)}, not {shown(error['input'])}"
     return f"{key} cannot be read ({error['msg']})"
+
+
+def wanted(error: ErrorDetails) -> str:
+    """What a value must be, in words."""
+    return WANTED.get(error["type"], error["msg"]).format_map(error.get("ctx", {}))
 
 
 def _place(error: ErrorDetails, data: Any) -> list[str | int]:

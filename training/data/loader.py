@@ -3,17 +3,19 @@
 import signal
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import datasets
 import numpy as np
 import torch
+from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
-from vitreg_hub.errors import DataError, RecipeError
+from vitreg_hub.errors import DataError, RecipeError, VitregError
 from vitreg_hub.training.data.opening import TrainingData
 from vitreg_hub.training.data.samples import Piece, Sample, SampleReader, Transform, handed_over
-from vitreg_hub.training.data.streams import Stream
+from vitreg_hub.training.data.streams import Position, Stream
 from vitreg_hub.training.distributed.randomness import seed_of
 from vitreg_hub.training.tasks.base import Batch
 from vitreg_hub.training.tasks.settings import Need
@@ -23,6 +25,31 @@ TRIES = 16
 
 MIN_CORRUPT = 3
 """Least number of unreadable images that can be too many before the whole set is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorruptState:
+    """How many images were tried, how many could not be read, and the names of those."""
+
+    read: Annotated[int, Field(ge=0)]
+    unreadable: Annotated[int, Field(ge=0)]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderState:
+    """What `TrainLoader.state` gives, as a checkpoint keeps it; `positions` are those of a stream's readers."""
+
+    step: Annotated[int, Field(ge=0)]
+    pieces: Annotated[int, Field(ge=0)]
+    corrupt: CorruptState
+    readers: Annotated[int, Field(ge=1)]
+    positions: tuple[Position | None, ...] | None
+
+    def __post_init__(self) -> None:
+        """Refuse positions of another number of readers."""
+        if self.positions is not None and len(self.positions) != self.readers:
+            raise VitregError(f"{self.readers} readers have {len(self.positions)} positions")
 
 
 class TrainLoader:
@@ -71,10 +98,6 @@ class TrainLoader:
             raise RecipeError(
                 f"batch_size is {batch_size}, which {world_size} processes times scale.accumulate {accumulate} do not "
                 f"divide: give a multiple of {parts}."
-            )
-        if num_workers < 0 or repeats < 1:
-            raise RecipeError(
-                f"data.num_workers is {num_workers} and augment.repeats is {repeats}: give at least 0 and 1."
             )
         for need, there in (("labels", data.has_labels), ("texts", data.has_texts)):
             if need in needs and not there:

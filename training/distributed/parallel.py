@@ -138,17 +138,23 @@ def load_group_counts(optimizer: Optimizer, counts: Sequence[Mapping[str, Any]])
     """
     for group, numbers in zip(optimizer.param_groups, counts, strict=True):
         for key, value in numbers.items():
-            if isinstance(value, list):
+            if isinstance(value, list | tuple):
                 value = torch.tensor(value[0], dtype=getattr(torch, value[1]))
             group[key] = value
 
 
 def load_optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], state: Mapping[str, Tensor]) -> None:
-    """Set an optimiser's state to what `full_optimizer_tensors` gave."""
+    """Set an optimiser's state to what `full_optimizer_tensors` gave.
+
+    Raises:
+        KeyError: It is of other parameters.
+    """
     entries: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         name, _, field = key.rpartition("/")
         entries.setdefault(name, {})[field] = value
+    if unknown := entries.keys() - set(names.values()):
+        raise KeyError(f"an optimizer of other weights: {sorted(unknown)[:3]}")
     for parameter, name in names.items():
         for field, value in entries.get(name, {}).items():
             if value.shape == parameter.shape:

@@ -9,14 +9,22 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.files import RECIPE_FILE, whole_file
 from vitreg_hub.training.recipes.settings import Augment, Recipe, flat, to_dict
 from vitreg_hub.training.tasks import TASKS
+from vitreg_hub.typed import MOST_LETTERS, shown
 
 T = TypeVar("T")
+
+MOST_TEXT = 50_000
+"""Letters of a file of settings, ten times what any needs: reading them takes seconds."""
+MOST_BITS = 1000
+"""Of a whole number; with more, not even a float could hold it."""
 
 KIND = "kind"
 """Key that says which dataclass `task` and `augment` are."""
@@ -148,14 +156,15 @@ def require_same_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def read_text(file: Path) -> str:
-    """Read the text of a file.
+    """Read the text of a file, as far as a file of settings may go.
 
     Raises:
         RecipeError: It cannot be read.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(file).open(encoding="utf-8") as opened:
+            return opened.read(MOST_TEXT + 1)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not text'}.") from error
 
 
@@ -169,7 +178,7 @@ def _require_known(names: Iterable[str], types: Mapping[str, Any], *, called: st
             if not near:
                 near = [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1)]
             hint = f"did you mean {near[0]}?" if near else "`vitreg train RECIPE --help` shows all."
-            raise RecipeError(f"{called} has no setting {name}: {hint}")
+            raise RecipeError(f"{called} has no setting {name[:MOST_LETTERS]}: {hint}")
 
 
 def _types(kinds: Mapping[str, type], group: type = Recipe, prefix: str = "") -> dict[str, Any]:
@@ -214,8 +223,8 @@ def _made(group: type[T], values: Mapping[str, Any], kinds: Mapping[str, type], 
         try:
             made[name] = _typed(hint, value)
         except ValueError as error:
-            shown = "null" if value is None else repr(value if is_dataclass(hint) else str(value))
-            raise RecipeError(f"{called}: {prefix}{name} takes {_words(hint)}, not {shown}.") from error
+            quoted = "null" if value is None else shown(value if is_dataclass(hint) else str(value))
+            raise RecipeError(f"{called}: {prefix}{name} takes {_words(hint)}, not {quoted}.") from error
     return group(**made)
 
 
@@ -237,9 +246,43 @@ def _value(text: str, hint: Any) -> Any:
     if str in kinds or get_origin(hint) is Literal:
         return text
     try:
-        return yaml.safe_load(text)
+        return _parsed(text)
     except yaml.YAMLError:
         return text
+
+
+class _Loader(yaml.SafeLoader):
+    """Makes values that are as small as their text."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse an alias of more than one value: a few in each other stand for millions."""
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if alias and isinstance(node, yaml.CollectionNode):
+            raise ComposerError(None, None, "an alias stands for several values: write them out", node.start_mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Refuse a value that is not of the kind that it seems or claims to be, such as the date 2020-99-99."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > MOST_BITS:
+                raise OverflowError
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise ConstructorError(None, None, f"this cannot be read as {kind}", node.start_mark) from error
+        return value
+
+
+def _parsed(text: str) -> Any:
+    """
+    Raises:
+        YAMLError: It is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("lists or objects in each other without end") from error
 
 
 def _merged(values: Any, given: Any) -> Any:
@@ -281,8 +324,10 @@ def _public(value: Any) -> Any:
 
 
 def _mapping(text: str, called: str) -> dict[str, Any]:
+    if len(text) > MOST_TEXT:
+        raise RecipeError(f"{called} has more than {MOST_TEXT:,} letters, so it holds no settings of a run.")
     try:
-        given = yaml.safe_load(text)
+        given = _parsed(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{called} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):

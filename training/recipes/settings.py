@@ -4,10 +4,26 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from vitreg_hub.errors import RecipeError
+from vitreg_hub.training.tasks.ranges import (
+    Amount,
+    Area,
+    Count,
+    Epochs,
+    NotNegative,
+    Positive,
+    Ratio,
+    Share,
+    Side,
+    Width,
+)
 from vitreg_hub.training.tasks.settings import TaskSettings
+from vitreg_hub.typed import shown, wanted
 
 Trainable = Literal["all", "registers", "registers+norms"]
 DecayRule = Literal["timm", "dinov2", "openclip"]
@@ -33,10 +49,10 @@ class ModelSettings:
     arch: str
     start: str | None = None
     start_required: bool = False
-    img_size: int | None = None
-    patch_size: int | None = None
-    drop_path: float = 0.0
-    layer_scale: float | None = None
+    img_size: Side | None = None
+    patch_size: Side | None = None
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    layer_scale: NotNegative | None = None
     trainable: Trainable = "all"
 
 
@@ -64,12 +80,12 @@ class DataSettings:
     image_column: str | None = None
     label_column: str | None = None
     text_column: str | None = None
-    num_classes: int | None = None
+    num_classes: Width | None = None
     streaming: bool = False
-    shuffle_block: int = 2048
-    stream_images: int | None = None
-    num_workers: int = 0
-    max_corrupt: float = 0.01
+    shuffle_block: Width = 2048
+    stream_images: Count | None = None
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    max_corrupt: Annotated[float, Field(ge=0, lt=1)] = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,12 +101,12 @@ class CropAugment:
         repeats: Times that each image of an epoch is drawn anew (repeated augmentation).
     """
 
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    hflip: float = 0.0
+    scale: Area = (0.9, 1.0)
+    ratio: Ratio = (0.75, 4 / 3)
+    hflip: Share = 0.0
     rand_augment: str | None = None
-    erasing: float = 0.0
-    repeats: int = 1
+    erasing: Share = 0.0
+    repeats: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,9 +124,9 @@ class ThreeAugment:
     """
 
     crop: Literal["rrc", "src"] = "rrc"
-    color_jitter: float = 0.3
-    hflip: float = 0.5
-    repeats: int = 1
+    color_jitter: NotNegative = 0.3
+    hflip: Share = 0.5
+    repeats: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,16 +150,16 @@ class MultiCrop:
         solarize: Probability of solarisation in the second global crop.
     """
 
-    local_size: int = 96
-    num_local: int = 8
-    global_scale: tuple[float, float] = (0.32, 1.0)
-    local_scale: tuple[float, float] = (0.05, 0.32)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.8
-    gray: float = 0.2
-    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)
-    solarize: float = 0.2
+    local_size: Side = 96
+    num_local: Annotated[int, Field(ge=0, le=1000)] = 8
+    global_scale: Area = (0.32, 1.0)
+    local_scale: Area = (0.05, 0.32)
+    ratio: Ratio = (0.75, 4 / 3)
+    hflip: Share = 0.5
+    color_jitter: Share = 0.8
+    gray: Share = 0.2
+    blur: tuple[Share, Share, Share] = (0.0, 0.9, 0.5)
+    solarize: Share = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,19 +187,19 @@ class OptimSettings:
     """
 
     opt: str = "adamw"
-    lr: float
-    lr_batch: int | None = None
-    min_lr: float = 0.0
-    warmup_epochs: float = 0
-    warmup_lr: float = 0.0
-    weight_decay: float = 0.05
-    weight_decay_end: float | None = None
+    lr: NotNegative
+    lr_batch: Count | None = None
+    min_lr: NotNegative = 0.0
+    warmup_epochs: Epochs = 0
+    warmup_lr: NotNegative = 0.0
+    weight_decay: NotNegative = 0.05
+    weight_decay_end: NotNegative | None = None
     decay_rule: DecayRule = "timm"
-    betas: tuple[float, float] | None = (0.9, 0.999)
-    eps: float | None = None
-    layer_decay: float = 1.0
-    patch_embed_lr: float = 1.0
-    clip: float | None = None
+    betas: tuple[Share, Share] | None = (0.9, 0.999)
+    eps: NotNegative | None = None
+    layer_decay: Positive = 1.0
+    patch_embed_lr: NotNegative = 1.0
+    clip: Positive | None = None
     clip_per_module: bool = False
 
 
@@ -201,7 +217,7 @@ class ScaleSettings:
     """
 
     precision: Literal["no", "bf16", "fp16"] = "no"
-    accumulate: int = 1
+    accumulate: Count = 1
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     checkpointing: bool = False
     compile: bool = False
@@ -225,16 +241,16 @@ class WatchSettings:
         cutoff: Norm above which a patch token is an outlier; None: found from the norms.
     """
 
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
-    keep: int = 2
+    log_every: Count = 10
+    eval_every: Amount = 0
+    save_every: Amount = 0
+    keep: Count = 2
     trackers: tuple[str, ...] = ()
-    eval_images: int = 2048
-    knn_neighbors: int = 20
-    knn_temperature: float = 0.07
-    artifact_images: int = 64
-    cutoff: float | None = None
+    eval_images: Amount = 2048
+    knn_neighbors: Count = 20
+    knn_temperature: Positive = 0.07
+    artifact_images: Annotated[int, Field(ge=0, le=10_000)] = 64
+    cutoff: Positive | None = None
 
 
 Augment = CropAugment | ThreeAugment | MultiCrop
@@ -269,10 +285,10 @@ class Recipe:
     optim: OptimSettings
     scale: ScaleSettings = field(default_factory=ScaleSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
-    batch_size: int
-    epochs: float
-    epoch_steps: int | None = None
-    seed: int = 0
+    batch_size: Width
+    epochs: Annotated[Epochs, Field(gt=0)]
+    epoch_steps: Count | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     license: str | None = None
 
     def __post_init__(self) -> None:
@@ -308,29 +324,32 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
-    """Yield contradictions between settings; those with the number of processes are found later."""
+    """Yield values out of range, and contradictions; those with the number of processes are found later."""
+    yield from _out_of_range(recipe)
     task, augment = recipe.task, recipe.augment
-    for name, value in (
-        ("batch_size", recipe.batch_size),
-        ("scale.accumulate", recipe.scale.accumulate),
-        ("watch.keep", recipe.watch.keep),
-        ("watch.log_every", recipe.watch.log_every),
-        ("data.shuffle_block", recipe.data.shuffle_block),
-    ):
-        if value < 1:
-            yield f"{name} is {value}, give at least 1."
-    if recipe.seed < 0:
-        yield f"seed is {recipe.seed}, give 0 or more."
-    if recipe.epochs <= 0:
-        yield f"epochs is {recipe.epochs}, give more than 0."
-    for name, value in (("model.drop_path", recipe.model.drop_path), ("data.max_corrupt", recipe.data.max_corrupt)):
-        if not 0 <= value < 1:
-            yield f"{name} is {value}, give a share from 0 to below 1."
     if task.multi_crop != isinstance(augment, MultiCrop):
         yield (
             f"task {type(task).__name__} does not go with {type(augment).__name__}: a task that compares several crops "
             "of an image needs MultiCrop, and no other takes it."
         )
     yield from task.problems(batch_size=recipe.batch_size)
-    if recipe.optim.layer_decay <= 0:
-        yield f"optim.layer_decay is {recipe.optim.layer_decay}, give a factor above 0, 1 for none."
+
+
+def _out_of_range(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Yield values that their types do not allow."""
+    for known in dataclasses.fields(settings):
+        name, value = f"{prefix}{known.name}", getattr(settings, known.name)
+        if dataclasses.is_dataclass(value):
+            yield from _out_of_range(value, f"{name}.")
+            continue
+        if isinstance(value, str) and "\0" in value:
+            yield f"{name} is {shown(value)}, give a text without zero bytes."
+        try:
+            _allowed(type(settings), known.name).validate_python(value)
+        except ValidationError as error:
+            yield f"{name} is {shown(value)}, give {wanted(error.errors(include_url=False)[0])}."
+
+
+@cache
+def _allowed(group: type, name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(group, include_extras=True)[name])

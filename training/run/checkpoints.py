@@ -1,20 +1,24 @@
 """Checkpoints of a run: complete or absent, and enough to go on as if nothing had happened."""
 
 import json
-import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from accelerate.utils import gather_object
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitreg_hub.errors import BundleError, TrainingError
-from vitreg_hub.files import CONFIG_FILE, RECIPE_FILE, new_folder
+from vitreg_hub import typed
+from vitreg_hub.errors import BundleError, TrainingError, readable
+from vitreg_hub.files import CONFIG_FILE, METRICS_FILE, RECIPE_FILE, SHA256, checksum, new_folder, require_name, synced
+from vitreg_hub.training.data.loader import LoaderState
 from vitreg_hub.training.distributed.parallel import (
     full_optimizer_tensors,
     full_tensors,
@@ -26,16 +30,44 @@ from vitreg_hub.training.distributed.parallel import (
 )
 from vitreg_hub.training.recipes.files import require_same_recipe
 from vitreg_hub.training.recipes.settings import Recipe
-from vitreg_hub.training.run.folders import CHECKPOINTS, MODEL, STATE, checkpoints, restore_folders, state_file
+from vitreg_hub.training.run.folders import CHECKPOINTS, MODEL, STATE, STEP, checkpoints, is_new, state_file
 from vitreg_hub.training.run.measured import Best, Measured
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.trainer import Trainer
 
-logger = logging.getLogger(__name__)
-
-STATE_FILE = "state.json"
+STATE_FILE, CHECKSUM = "state.json", "sha256"
+"""The file of all that are no tensors, and the key of the checksum of the rest of it."""
 BACKBONE = "backbone."
 """What the names of the ViT's weights begin with in a task's network."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Length:
+    images: int | None
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Extra:
+    """See `save_run`."""
+
+    metrics: Mapping[str, float]
+    evaluated: int
+    best: Best | None = None
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    scaler: Mapping[str, int | float] = field(default_factory=dict)
+    groups: tuple[Mapping[str, int | float | tuple[int | float, str]], ...]
+    length: _Length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _State:
+    """The content of a checkpoint's state.json; those of older versions have no checksums of the other files."""
+
+    step: Annotated[int, Field(ge=0)]
+    loaders: Annotated[tuple[LoaderState, ...], Field(min_length=1)]
+    extra: _Extra
+    files: Mapping[str, str] | None = None
 
 
 def find_checkpoint(out: Path, recipe: Recipe, resume: str) -> Path | None:
@@ -43,29 +75,36 @@ def find_checkpoint(out: Path, recipe: Recipe, resume: str) -> Path | None:
 
     Raises:
         RecipeError: The folder holds a run of another recipe.
-        BundleError: The folder holds something else, or must be new and is not.
+        BundleError: The folder holds something else, or must be new and is not, or cannot be read.
         TrainingError: There is no such checkpoint.
     """
+    require_name(out)
     named = None if resume in ("auto", "never") else Path(resume)
-    if named is not None:
-        if not (named / STATE).is_dir():
-            raise TrainingError(f"--resume {resume}: that is no checkpoint; give a run's checkpoints/step_... folder.")
-        run = named.absolute().parents[1]
-        if (run / RECIPE_FILE).is_file():
-            require_same_recipe(recipe, run)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    with readable(out if named is None else named):
+        if named is not None:
+            if not (named / STATE).is_dir():
+                raise TrainingError(
+                    f"--resume {resume}: that is no checkpoint; give a run's checkpoints/step_... folder."
+                )
+            run = named.absolute().parent.parent
+            if (run / RECIPE_FILE).is_file():
+                require_same_recipe(recipe, run)
+        if is_new(out):
+            return named
+        is_run = (out / RECIPE_FILE).is_file() and not (out / CONFIG_FILE).exists()  # a bundle has a recipe too
+        if resume == "never" or not is_run:
+            why = "is not to be resumed" if resume == "never" else "holds no run"
+            raise BundleError(f"{out} exists and {why}: choose another folder.")
+        require_same_recipe(recipe, out)
+        found = checkpoints(out)
+        for path in (out / CHECKPOINTS, *found):
+            if path.exists() and not path.is_dir():
+                raise BundleError(f"{path} is a file in the place of a folder: delete it and start the run again.")
+        if named is None:
+            return found[-1] if found else None
+        if (out / MODEL).exists() or any(path.name > named.name for path in found):
+            raise BundleError(f"{out} is further than {named.name}: go on from there in another folder.")
         return named
-    is_run = (out / RECIPE_FILE).is_file() and not (out / CONFIG_FILE).exists()  # a bundle has a recipe too
-    if resume == "never" or not is_run:
-        why = "is not to be resumed" if resume == "never" else "holds no run"
-        raise BundleError(f"{out} exists and {why}: choose another folder.")
-    require_same_recipe(recipe, out)
-    found = checkpoints(out)
-    if named is None:
-        return found[-1] if found else None
-    if (out / MODEL).exists() or any(path.name > named.name for path in found):
-        raise BundleError(f"{out} is further than {named.name}: go on from there in another folder.")
-    return named
 
 
 def save_run(out: Path, writer: ModelWriter, measured: Measured, *, published: bool) -> Path | None:
@@ -102,6 +141,8 @@ def save_run(out: Path, writer: ModelWriter, measured: Measured, *, published: b
         folder = out / CHECKPOINTS / f"step_{trainer.step:07d}"
         if not folder.exists():  # it does when a run resumes at its last step
             with new_folder(folder) as staging:
+                if (out / METRICS_FILE).is_file():
+                    synced(out / METRICS_FILE)
                 writer.fill(staging, writer.bundle(measured), run=out if published else None)
                 _write_state(staging, weights, state)
         for old in checkpoints(out)[: -trainer.recipe.watch.keep]:
@@ -119,16 +160,15 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> Measured:
     """
     task, accelerator, optimizer = trainer.parts.task, trainer.accelerator, trainer.optimizer.optimizer
     try:
-        state = json.loads((checkpoint / STATE / STATE_FILE).read_text(encoding="utf-8"))
-        step, loaders, extra = state["step"], state["loaders"], state["extra"]
-        weights = {path.stem: load_file(path) for path in sorted((checkpoint / STATE).glob("*.safetensors"))}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        state, weights = _read(checkpoint)
+    except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(
-            f"{checkpoint} is no checkpoint that a run can go on from ({error}): delete it to go on from the one "
-            "before."
+            f"{checkpoint} is no checkpoint that a run can go on from ({str(error).rstrip('.')}): delete it to go on "
+            "from the one before."
         ) from error
-    if extra["length"] != trainer.length:
-        before, now = (f"{x['images']} images and {x['steps']} steps" for x in (extra["length"], trainer.length))
+    extra = state.extra
+    if asdict(extra.length) != trainer.length:
+        before, now = (f"{x['images']} images and {x['steps']} steps" for x in (asdict(extra.length), trainer.length))
         raise TrainingError(f"{checkpoint} is of a run with {before}, but this one has {now}: give it the same data.")
     try:
         backbone = {f"{BACKBONE}{name}": tensor for name, tensor in weights["backbone"].items()}
@@ -136,23 +176,40 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> Measured:
         for name, module in task.frozen.items():
             load_full_state(module, weights.get(name, {}))
         load_optimizer_state(optimizer, trainer.names, weights.get("optimizer", {}))
-        load_group_counts(optimizer, extra["groups"])
-    except (KeyError, RuntimeError, ValueError) as error:
+        load_group_counts(optimizer, extra.groups)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise TrainingError(f"{checkpoint} is of another network ({error}): give its own run's folder.") from error
-    trainer.parts.loader.load_state(loaders)
-    if accelerator.scaler and extra["scaler"]:
-        accelerator.scaler.load_state_dict(extra["scaler"])
-    trainer.go_on_from(step, seconds=extra.get("seconds", 0.0))
-    best = Best(**extra["best"]) if extra.get("best") else None
-    return Measured(step=extra["evaluated"], metrics=extra["metrics"], best=best)
+    trainer.parts.loader.load_state([asdict(loader) for loader in state.loaders])
+    if accelerator.scaler and extra.scaler:
+        accelerator.scaler.load_state_dict(dict(extra.scaler))
+    trainer.go_on_from(state.step, seconds=extra.seconds)
+    return Measured(step=extra.evaluated, metrics=extra.metrics, best=extra.best)
 
 
-def clear_leftovers(run: Path) -> None:
-    """Delete what a killed process was writing or deleting."""
-    restore_folders(run)
-    for path in (run / CHECKPOINTS).glob(".step_*"):
-        shutil.rmtree(path)
-        logger.info("deleted %s, which an earlier process had left unfinished", path)
+def _read(checkpoint: Path) -> tuple[_State, dict[str, dict[str, Tensor]]]:
+    """The state of a checkpoint, and its tensors by file.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file is not as it was written, or not of this checkpoint.
+        SafetensorError: A file does not hold tensors.
+    """
+    folder = checkpoint / STATE
+    data = typed.parsed((folder / STATE_FILE).read_bytes())
+    told = data.pop(CHECKSUM, None) if isinstance(data, dict) else None
+    if told not in (None, _checksum(data)):
+        raise ValueError(f"{STATE_FILE} is not as it was written")
+    state = typed.read(_State, data)
+    if (match := STEP.fullmatch(checkpoint.name)) and int(match[1]) != state.step:
+        raise ValueError(f"its state is that of step {state.step}")
+    if state.step > state.extra.length.steps:
+        raise ValueError(f"its run has only {state.extra.length.steps} steps")
+    files = sorted(folder.glob("*.safetensors")) if state.files is None else [folder / name for name in state.files]
+    if state.files is not None:
+        found = _checksums(files)
+        if wrong := [name for name, told in state.files.items() if found[name] != told]:
+            raise ValueError(f"{wrong[0]} is not as it was written")
+    return state, {path.stem: load_file(path) for path in files}
 
 
 def _whole_weights(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
@@ -180,9 +237,23 @@ def _require_finite(weights: Mapping[str, Mapping[str, Tensor]], step: int) -> N
 
 
 def _write_state(checkpoint: Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Write the state, with checksums of all that is read back: a damaged file would give other weights in silence."""
     (checkpoint / STATE).mkdir()
+    files = []
     for name, tensors in weights.items():
         if tensors:
+            files.append(state_file(checkpoint, name))
             whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(whole, state_file(checkpoint, name), metadata={"format": "pt"})
-    (checkpoint / STATE / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            save_file(whole, files[-1], metadata={"format": "pt"})
+    data = {**state, "files": _checksums(files)}
+    (checkpoint / STATE / STATE_FILE).write_text(json.dumps({CHECKSUM: _checksum(data), **data}), encoding="utf-8")
+
+
+def _checksums(files: Sequence[Path]) -> dict[str, str]:
+    """The checksum of every file by its name, of several at a time."""
+    with ThreadPoolExecutor() as threads:
+        return dict(zip((file.name for file in files), threads.map(partial(checksum, like=SHA256), files), strict=True))
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    return checksum(json.dumps(state).encode(), like=SHA256)

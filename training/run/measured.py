@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vitreg_hub.bundle.config import read_config
-from vitreg_hub.bundle.provenance import Provenance, provenance_from_json
-from vitreg_hub.errors import BundleError
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.errors import BundleError, VitregError
 from vitreg_hub.training.recipes.settings import Recipe
 from vitreg_hub.training.run.assembly import vit_of
 from vitreg_hub.training.run.folders import BEST
@@ -89,18 +89,25 @@ def better(
 
 
 def told_by(folder: Path) -> Provenance:
-    """What a run's bundle says about its origin, read without its weights."""
-    return provenance_from_json(read_config(folder, called=str(folder))["vitreg"].get("provenance"))
+    """What a whole bundle of a run says about its origin.
+
+    Raises:
+        BundleError: It is damaged.
+    """
+    try:
+        return ModelBundle.load(folder).provenance
+    except VitregError as error:
+        raise BundleError(f"{str(error).rstrip('.')}: delete {folder} and start the run again.") from error
 
 
 def read_best(run: Path, recipe: Recipe) -> Best | None:
-    """Read what the best model of a run says about itself, without its weights; None if there is none.
+    """Read what the best model of a run says about itself; None if there is none.
 
     Raises:
         BundleError: Its folder is damaged.
     """
     folder = run / BEST
-    if not folder.is_dir():
+    if not folder.exists():
         return None
     name = recipe.task.objective.score.name
     told = told_by(folder)

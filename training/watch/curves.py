@@ -1,17 +1,20 @@
 """A figure of how a run went: losses, scores and artifacts over its steps, as far as they were logged."""
 
-import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from vitreg_hub import typed
+from vitreg_hub.errors import VitregError
 from vitreg_hub.files import whole_file
 from vitreg_hub.plotting import (
     CLASS,
@@ -85,22 +88,30 @@ def draw_curves(metrics: Path, file: Path, *, title: str) -> Path | None:
 
 
 def read_history(metrics: Path) -> History:
-    """Read `metrics.jsonl` without numbers that are not finite and without incomplete lines."""
+    """Read `metrics.jsonl` without numbers that are not finite and without damaged lines."""
     training: dict[str, dict[int, float]] = {}
     evaluation: dict[str, dict[int, float]] = {}
     best = None
-    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:  # the process was killed while it wrote the line
+    for text in metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else ():
+        if (read := read_line(text)) is None:
             continue
-        step, trains = line.pop("step"), "loss" in line
+        step, line = read
         best = step if line.pop("best", False) else best
-        curves, steps_done = (training, step + 1) if trains else (evaluation, step)
+        curves, steps_done = (training, step + 1) if "loss" in line else (evaluation, step)
         for name, value in line.items():
-            if name != "time" and math.isfinite(value := float(value)):
+            if name != "time" and isinstance(value, int | float) and abs(value) <= sys.float_info.max:
                 curves.setdefault(name, {})[steps_done] = value
     return History(training=training, evaluation=evaluation, best=best)
+
+
+def read_line(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """The step of a line of `metrics.jsonl`, and the rest; None if it is damaged, as by a kill while it was written."""
+    try:
+        values = typed.read(dict[str, Any], typed.parsed(line)) if line.endswith(b"\n") else {}
+    except VitregError:
+        return None
+    step = values.pop("step", None)
+    return (step, values) if type(step) is int else None
 
 
 def panels_of(history: History) -> tuple[Panel, ...]:

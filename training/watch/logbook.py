@@ -21,6 +21,7 @@ from vitreg_hub.errors import BundleError, RecipeError
 from vitreg_hub.files import METRICS_FILE, whole_file
 from vitreg_hub.plotting import number
 from vitreg_hub.training.recipes.settings import flat
+from vitreg_hub.training.watch.curves import read_line
 from vitreg_hub.training.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -185,15 +186,9 @@ def _writing(file: Path) -> Iterator[None]:
 def _drop_from(file: Path, start_step: int) -> None:
     """Keep only complete lines of earlier steps."""
 
-    def step_of(line: bytes) -> float:
-        try:
-            return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-        except (ValueError, TypeError, KeyError):
-            return math.inf
-
     if file.exists():
         with whole_file(file, replace=True) as target, file.open("rb") as old, target.open("wb") as new:
-            new.writelines(line for line in old if step_of(line) < start_step)
+            new.writelines(line for line in old if (read := read_line(line)) and read[0] < start_step)
 
 
 def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:

@@ -23,7 +23,9 @@ from vitreg_hub.files import (
     CARD_FILE,
     CONFIG_FILE,
     EXTRA_FILES,
+    GIT,
     OPENCLIP_CONFIG,
+    SHA256,
     WEIGHTS_FILE,
     checksum,
     require_space,
@@ -38,8 +40,6 @@ CONVERTED_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip", "cl
 CONVERTED_ARCHS = ("vit_", "deit_", "deit3_")
 """Beginnings of timm's names of the networks that `vitreg convert` reads."""
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt", ".pyth", ".bin")
-GIT, SHA256 = "0" * 40, "0" * 64
-"""Examples of the Hub's two kinds of checksums, for `checksum`."""
 DATA = (".parquet", ".arrow", ".csv", ".jsonl", ".tar", ".zip")
 
 

@@ -29,7 +29,7 @@ from vitreg_hub.training.loop import Instruments, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml, recipe_to_yaml
 from vitreg_hub.training.recipes.settings import WatchSettings
 from vitreg_hub.training.run import folders, trainer
-from vitreg_hub.training.run.folders import checkpoints, restore_folders
+from vitreg_hub.training.run.folders import checkpoints, clear_leftovers
 from vitreg_hub.training.run.measured import Best, better, read_best
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.publisher import Publisher
@@ -406,7 +406,7 @@ def test_kill_between_two_renames_leaves_the_old_folder(renamed, tmp_path, monke
         patched.setattr(Path, "rename", renaming(renamed, 1))
         with pytest.raises(Killed):
             write("new")
-    restore_folders(tmp_path)
+    clear_leftovers(tmp_path)
     assert (tmp_path / "best" / "file").read_text() == "old"
     write("new")
     assert (tmp_path / "best" / "file").read_text() == "new"

@@ -160,7 +160,7 @@ def killed_before_the_model(self, folder, *args, **options):
 @contextmanager
 def left_behind(target: Path):
     """As `new_folder` in a process that is killed: nothing is tidied up."""
-    staging = target.with_name(f".{target.name}-left")
+    staging = target.with_name(f".{target.name}-left0000")
     staging.mkdir(parents=True)
     yield staging
     staging.rename(target)

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from vitreg_hub.objectives import CONTRASTIVE
+from vitreg_hub.training.tasks.ranges import Width
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 MAX_LOGIT_SCALE = 100
@@ -30,24 +34,22 @@ class Contrastive(TaskSettings):
     needs = ("texts",)
     libraries = ("open_clip_torch",)
 
-    text_width: int = 512
-    text_heads: int = 8
-    text_layers: int = 12
-    context_length: int = 77
-    embed_dim: int = 512
-    logit_scale: float = 1 / 0.07
+    text_width: Width = 512
+    text_heads: Width = 8
+    text_layers: Annotated[int, Field(ge=1, le=1000)] = 12
+    context_length: Annotated[int, Field(ge=1, le=100_000)] = 77
+    embed_dim: Width = 512
+    logit_scale: Annotated[float, Field(ge=1, le=MAX_LOGIT_SCALE)] = 1 / 0.07
     local_loss: bool = False
     templates: tuple[str, ...] = ("a photo of a {}.",)
 
     def problems(self, *, batch_size: int) -> Iterator[str]:
-        """Yield widths that heads do not divide, a scale out of range, and templates without a place for a name."""
-        if self.text_heads < 1 or self.text_width % self.text_heads:
+        """Yield widths that heads do not divide, and templates without a place for a name."""
+        if self.text_width % self.text_heads:
             yield (
                 f"task.text_width is {self.text_width}, which {self.text_heads} heads do not divide: change it or "
                 "task.text_heads."
             )
-        if not 1 <= self.logit_scale <= MAX_LOGIT_SCALE:
-            yield f"task.logit_scale is {self.logit_scale}, give a number from 1 to {MAX_LOGIT_SCALE}."
         if wrong := [template for template in self.templates if "{}" not in template]:
             yield f"task.templates holds {wrong[0]!r}, which has no {{}} in the place of a class's name."
         if not self.templates:

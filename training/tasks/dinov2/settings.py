@@ -1,9 +1,12 @@
 """Settings of self-distillation."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from vitreg_hub.objectives import DINOV2
+from vitreg_hub.training.tasks.ranges import Epochs, NotNegative, Positive, Share, Shares, Width
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 
@@ -18,10 +21,10 @@ class Head:
         layers: Number of layers before the last one.
     """
 
-    prototypes: int = 65536
-    bottleneck: int = 256
-    hidden: int = 2048
-    layers: int = 3
+    prototypes: Width = 65536
+    bottleneck: Width = 256
+    hidden: Width = 2048
+    layers: Annotated[int, Field(ge=1, le=100)] = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,18 +60,18 @@ class DinoV2(TaskSettings):
     dino_head: Head = field(default_factory=Head)
     ibot_head: Head | None = None
     centering: Literal["sinkhorn_knopp", "running_mean"] = "sinkhorn_knopp"
-    sinkhorn_iterations: int = 3
-    center_momentum: float = 0.9
-    student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
-    teacher_temperature_epochs: float = 30
-    momentum: tuple[float, float] = (0.992, 1.0)
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
+    sinkhorn_iterations: Annotated[int, Field(ge=1, le=1000)] = 3
+    center_momentum: Share = 0.9
+    student_temperature: Positive = 0.1
+    teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07)
+    teacher_temperature_epochs: Epochs = 30
+    momentum: tuple[Share, Share] = (0.992, 1.0)
+    dino_weight: NotNegative = 1.0
+    ibot_weight: NotNegative = 1.0
+    koleo_weight: NotNegative = 0.1
     koleo_global: bool = True
-    mask_probability: float = 0.5
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
-    freeze_last_layer_epochs: float = 1
-    heads_first_epochs: float = 0
+    mask_probability: Share = 0.5
+    mask_ratio: Shares = (0.1, 0.5)
+    freeze_last_layer_epochs: Epochs = 1
+    heads_first_epochs: Epochs = 0
     heads: str | None = None

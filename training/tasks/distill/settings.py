@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vitreg_hub.objectives import DISTILL
+from vitreg_hub.training.tasks.ranges import NotNegative
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 
@@ -22,9 +23,9 @@ class Distill(TaskSettings):
     task_class = "vitreg_hub.training.tasks.distill.task:DistillTask"
 
     teacher: str
-    cosine_weight: float = 1.0
-    mse_weight: float = 0.2
-    class_weight: float = 0.0
+    cosine_weight: NotNegative = 1.0
+    mse_weight: NotNegative = 0.2
+    class_weight: NotNegative = 0.0
 
     def teachers(self) -> Mapping[str, str]:
         """The one teacher."""

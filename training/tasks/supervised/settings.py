@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from vitreg_hub.objectives import SUPERVISED
+from vitreg_hub.training.tasks.ranges import NotNegative, Share
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 
@@ -28,15 +31,15 @@ class Supervised(TaskSettings):
     classifies = True
 
     loss: Literal["bce", "ce"] = "bce"
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_probability: float = 1.0
-    switch_probability: float = 0.5
-    ema: float | None = None
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    mix_probability: Share = 1.0
+    switch_probability: Share = 0.5
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def problems(self, *, batch_size: int) -> Iterator[str]:
-        """Yield impossible targets, images without a partner, and a decay out of range."""
+        """Yield impossible targets, and images without a partner."""
         if self.loss == "bce" and self.smoothing:
             yield (
                 f"task.smoothing is {self.smoothing} under the loss bce, whose targets above 0 all become a yes: set "
@@ -44,5 +47,3 @@ class Supervised(TaskSettings):
             )
         if (self.mixup or self.cutmix) and batch_size % 2:
             yield f"batch_size is {batch_size}, but mixup and cutmix take images in pairs: give an even one."
-        if self.ema is not None and not 0 < self.ema < 1:
-            yield f"task.ema is {self.ema}, give a decay between 0 and 1, or null for none."
