@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.tasks.settings import TaskSettings
 
-Trainable = Literal["all", "registers", "registers+norms"]
+TRAINABLE = re.compile(r"all|head|lora|last:[1-9]\d{0,3}|registers(\+norms)?")
 DecayRule = Literal["timm", "dinov2", "openclip"]
 
 
@@ -18,7 +19,8 @@ class ModelSettings:
     """The network that is trained.
 
     Attributes:
-        arch: An architecture of `vitreg list`.
+        arch: An architecture of `vitreg list`; None: the start's.
+        registers: Number of registers, where `arch` is the start's; None: its own.
         start: Weights to start from: a bundle's folder, ``hf-hub:org/name``, or an architecture with a tag. None: from
             scratch. A start that differs from `arch` in the number of registers gets new ones, or loses its own.
         start_required: Whether the recipe is the second stage of a run and must not begin from scratch.
@@ -27,17 +29,25 @@ class ModelSettings:
         drop_path: Probability of skipping a branch, the same in every block; each process draws for its own images.
         layer_scale: LayerScale of a network from scratch; None: the architecture's. DINOv2's 1e-5 is for hundreds of
             thousands of steps; it takes a few hundred before the blocks have any effect.
-        trainable: Which weights change; all others stay as they are, bit for bit.
+        head: The classifier that a run of classification begins with: the start's ("kept"), a new one ("new"), or the
+            start's if its classes are those of the data ("auto").
+        trainable: Which weights change: "all", "head" (the classifier), "last:N" (the last N blocks, the norm after
+            them and the head), "lora" (low-rank changes of the attention's matrices, and the head), "registers", or
+            "registers+norms". All others stay as they are, bit for bit.
+        lora_rank: Rank of those changes, which are merged into the weights that are evaluated and published.
     """
 
-    arch: str
+    arch: str | None
+    registers: int | None = None
     start: str | None = None
     start_required: bool = False
     img_size: int | None = None
     patch_size: int | None = None
     drop_path: float = 0.0
     layer_scale: float | None = None
-    trainable: Trainable = "all"
+    head: Literal["auto", "new", "kept"] = "auto"
+    trainable: str = "all"
+    lora_rank: int = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +57,10 @@ class DataSettings:
     Attributes:
         train: An embedded set (digits, photos, scenes), a folder of images in class folders, parquet files, WebDataset
             shards (``shards/train-{0000..0099}.tar``, also as URL), or ``org/name[:split]`` on the Hub.
-        test: The same kinds; never trained on. None: the held-out part of an embedded set, else nothing is evaluated.
+        test: The same kinds; never trained on. None: the held-out part of an embedded set, or `held_out`, else no score
+            is measured.
+        held_out: Share of each class of `train` that is not trained on but evaluated, if there is no `test`; the seed
+            chooses the images.
         image_column: Column of images; None: the only one, or "image", "jpg" or "png".
         label_column: Column of labels; None: the only one of class labels, or "label" or "cls".
         text_column: Column of captions; None: "text", "txt" or "caption".
@@ -61,6 +74,7 @@ class DataSettings:
 
     train: str
     test: str | None = None
+    held_out: float = 0.0
     image_column: str | None = None
     label_column: str | None = None
     text_column: str | None = None
@@ -213,9 +227,10 @@ class WatchSettings:
 
     Attributes:
         log_every: Steps between lines of metrics.
-        eval_every: Steps between evaluations (the task's scores, k-NN accuracy, artifacts); 0: only at the end. There
-            is always one before the first step.
-        save_every: Steps between checkpoints; 0: only at the end.
+        eval_every: Steps between evaluations (the task's scores, k-NN accuracy, artifacts); 0: only at the end; None:
+            an epoch. There is always one before the first step.
+        patience: Evaluations in a row without a better score after which the run ends; 0: it never ends early.
+        save_every: Steps between checkpoints; 0: only at the end; None: an epoch.
         keep: Number of checkpoints to keep.
         trackers: accelerate's trackers by name: tensorboard, wandb, trackio, ...; JSONL is always written.
         eval_images: Number of held-out images to evaluate, and of training images that k-NN compares them with.
@@ -226,8 +241,9 @@ class WatchSettings:
     """
 
     log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
+    eval_every: int | None = 0
+    patience: int = 0
+    save_every: int | None = 0
     keep: int = 2
     trackers: tuple[str, ...] = ()
     eval_images: int = 2048
@@ -313,17 +329,33 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name, value in (
         ("batch_size", recipe.batch_size),
         ("scale.accumulate", recipe.scale.accumulate),
+        ("model.lora_rank", recipe.model.lora_rank),
         ("watch.keep", recipe.watch.keep),
         ("watch.log_every", recipe.watch.log_every),
         ("data.shuffle_block", recipe.data.shuffle_block),
     ):
         if value < 1:
             yield f"{name} is {value}, give at least 1."
+    model, watch = recipe.model, recipe.watch
+    if not TRAINABLE.fullmatch(model.trainable):
+        yield f"model.trainable is {model.trainable!r}, give all, head, last:N, lora, registers or registers+norms."
+    if model.arch is None and model.start is None and not model.start_required:
+        yield "model.arch is null, and there is no model.start whose architecture could be taken: give one of them."
+    if model.arch is not None and model.registers is not None:
+        yield f"model.arch {model.arch} has its number of registers: leave model.registers, or model.arch, at null."
+    if watch.patience and watch.eval_every == 0:
+        yield f"watch.patience is {watch.patience}, but watch.eval_every is 0: evaluate every so many steps."
+    if watch.patience < 0:
+        yield f"watch.patience is {watch.patience}, give 0 or more."
     if recipe.seed < 0:
         yield f"seed is {recipe.seed}, give 0 or more."
     if recipe.epochs <= 0:
         yield f"epochs is {recipe.epochs}, give more than 0."
-    for name, value in (("model.drop_path", recipe.model.drop_path), ("data.max_corrupt", recipe.data.max_corrupt)):
+    for name, value in (
+        ("model.drop_path", model.drop_path),
+        ("data.max_corrupt", recipe.data.max_corrupt),
+        ("data.held_out", recipe.data.held_out),
+    ):
         if not 0 <= value < 1:
             yield f"{name} is {value}, give a share from 0 to below 1."
     if task.multi_crop != isinstance(augment, MultiCrop):
@@ -332,5 +364,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             "of an image needs MultiCrop, and no other takes it."
         )
     yield from task.problems(batch_size=recipe.batch_size)
+    if model.trainable == "lora" and (recipe.scale.sharding == "fsdp2" or recipe.scale.compile):
+        yield "model.trainable lora goes without scale.sharding fsdp2 and scale.compile: leave them out."
     if recipe.optim.layer_decay <= 0:
         yield f"optim.layer_decay is {recipe.optim.layer_decay}, give a factor above 0, 1 for none."

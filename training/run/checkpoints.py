@@ -127,7 +127,7 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> Measured:
             f"{checkpoint} is no checkpoint that a run can go on from ({error}): delete it to go on from the one "
             "before."
         ) from error
-    if extra["length"] != trainer.length:
+    if extra["length"]["images"] != trainer.length["images"] or step > trainer.parts.span.total_steps:
         before, now = (f"{x['images']} images and {x['steps']} steps" for x in (extra["length"], trainer.length))
         raise TrainingError(f"{checkpoint} is of a run with {before}, but this one has {now}: give it the same data.")
     try:
