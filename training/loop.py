@@ -1,21 +1,23 @@
 """The training loop of all tasks: its steps, and the logging, evaluating, saving and publishing between them."""
 
 import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vitreg_hub.errors import BundleError, RecipeError
+from vitreg_hub.errors import BundleError, RecipeError, TrainingError
 from vitreg_hub.licenses import settle
 from vitreg_hub.training.recipes.files import write_recipe
 from vitreg_hub.training.recipes.settings import Recipe, require_start, to_dict
@@ -23,7 +25,7 @@ from vitreg_hub.training.run.assembly import make_accelerator
 from vitreg_hub.training.run.checkpoints import find_checkpoint, restore_run, save_run
 from vitreg_hub.training.run.folders import BEST, FIRST_BATCH, MODEL
 from vitreg_hub.training.run.lock import locked
-from vitreg_hub.training.run.measured import Best, Measured, measure, read_best, told_by
+from vitreg_hub.training.run.measured import AT_START, Best, Measured, measure, read_best, score_of, told_by, unmeasured
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.origins import license_of
 from vitreg_hub.training.run.publisher import Publisher
@@ -35,7 +37,13 @@ from vitreg_hub.training.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
-DRY_STEPS = 2
+DRY_STEPS = (3, 8)
+"""Steps of a dry run that are not timed, and those that are."""
+DRY_SECONDS = 20
+STOPPING = b"\nstopping: a checkpoint is written after this step; Ctrl-C again stops at once\n"
+GO_ON = "the same command goes on"
+ECHO = 1.0
+"""Seconds in which a second Ctrl-C counts as the same one: launchers of several processes pass it on to them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +98,8 @@ def train(
 
     Everything random follows from the seed, the step and the place in the global batch, so a run that was killed and
     resumed ends with the same weights as one that was not. On SIGTERM a checkpoint is written and the function returns.
+    On Ctrl-C too, but it then raises KeyboardInterrupt; a second one stops at once. A finished run whose recipe gets
+    more `epochs` goes on.
 
     Args:
         recipe: The run.
@@ -113,6 +123,7 @@ def train(
         BundleError: `out` cannot be written to; whatever is complete in it stays.
         HubError: The Hub refuses at the start to take the run's models; or the last model could not be published, and
             `out` is complete.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     out = Path(out)
     require_start(recipe)
@@ -144,19 +155,28 @@ def _train(
     if push and accelerator.is_main_process:
         publisher = instruments.publisher(push, private=private, license=recipe.license)  # fails if there is no token
         publisher.ask(towers=recipe.task.objective.text_tower)
-    if (out / MODEL).exists():
-        return _finished(recipe, out, publisher)
+    if (out / MODEL).exists() and (result := _finished(recipe, out, publisher)):
+        return result
+    if (out / MODEL).exists() and checkpoint is None:
+        raise TrainingError(f"{out} has no checkpoint from which it could go on for more epochs: take another folder.")
     with torch.random.fork_rng(), publisher or nullcontext():
         trainer = Trainer(recipe, accelerator, clock=instruments.clock)
         license_of(recipe, trainer.parts.sources, published=push is not None)
         measured = restore_run(trainer, checkpoint) if checkpoint else Measured()
+        if checkpoint and accelerator.is_main_process:
+            logger.info(
+                "going on after step %d of %d, from %s", trainer.step, trainer.parts.span.total_steps, checkpoint
+            )
         if accelerator.is_main_process:
             write_recipe(recipe, out)
             measured = measured.beside(read_best(out, recipe), recipe, step=trainer.step)
         writer = ModelWriter(trainer, draw_curves=instruments.draw_curves)
         uploads = publisher if push_every == "save" else None
-        with _stop_signal() as stop:
+        with _stop_signals(patience=ECHO * (accelerator.num_processes > 1)) as stop:
             measured = _go_on(writer, measured, out, stop=stop, publisher=uploads, instruments=instruments)
+            if signal.SIGINT in gather_object([stop.by]) and not trainer.done:
+                logger.warning("stopped after step %d of %d: %s", trainer.step, trainer.parts.span.total_steps, GO_ON)
+                raise KeyboardInterrupt
         if trainer.done:
             trainer.refresh_twin()  # needed if the run was killed after its last step
             if accelerator.is_main_process:
@@ -178,7 +198,7 @@ def _go_on(
     measured: Measured,
     out: Path,
     *,
-    stop: threading.Event,
+    stop: "StopEvent",
     publisher: Publisher | None,
     instruments: Instruments,
 ) -> Measured:
@@ -202,21 +222,32 @@ def _go_on(
 
     def note() -> None:
         """Log the last evaluation, and write its model if it is the best so far."""
-        logbook.note(trainer.step, measured.metrics, best=measured.is_best)
+        below = measured.start(recipe) if measured.is_best and measured.is_below_start(recipe) else None
+        logbook.note(trainer.step, measured.metrics, best=measured.is_best, below=below)
         if measured.is_best and main:
             writer.write(out / BEST, measured, run=out, as_best=True)
+        # the best model is known to the main process
+        if any(gather_object([main and measured.is_stalled(recipe, every=steps_of(watch.eval_every))])):
+            trainer.ended_early = not trainer.done
+            if main and trainer.ended_early:
+                logger.info("ended after step %d: %d evaluations were not better", trainer.step, watch.patience)
 
-    def due(every: int) -> bool:
-        return every > 0 and trainer.step % every == 0
+    def steps_of(every: int | None) -> int:
+        return trainer.parts.span.epoch_steps if every is None else every
+
+    def due(every: int | None) -> bool:
+        return steps_of(every) > 0 and trainer.step % steps_of(every) == 0
 
     new_best = False
     with logbook:
         if trainer.step == 0:
             measured = evaluate()
+            if main and (cannot := unmeasured(trainer, measured.metrics)):
+                logger.warning("%s", cannot)
         if measured.step == trainer.step:  # the logbook of a resumed run has dropped this line
             trainer.refresh_twin()
             note()
-        for step, batches in trainer.steps(logbook.throughput):
+        for step, batches in () if trainer.done else trainer.steps(logbook.throughput):
             if step == 0 and main:
                 parts, file = trainer.parts, out / FIRST_BATCH
                 names = parts.data.label_names
@@ -237,24 +268,32 @@ def _go_on(
                         if new_best:
                             publisher.submit(out / BEST, branch=BEST)
                             new_best = False
-            if stopped:
+            if stopped or trainer.done:
                 break
     return measured
 
 
-def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult:
-    """The result of a run that was finished before; its model is published if that is asked for now."""
-    logger.info("the run in %s is finished", out)
+def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult | None:
+    """The result of a run that was finished before; its model is published if that is asked for now.
+
+    None if it was finished with fewer epochs than the recipe has.
+    """
     told = told_by(out / MODEL)
     if told.run is None or told.run.step is None or told.run.total_steps is None:
         raise BundleError(f"{out / MODEL} does not say its steps: delete it and start the run again.")
+    if recipe.epochs > told.run.recipe.get("epochs", recipe.epochs):
+        return None
+    logger.info("the run in %s is finished", out)
     if publisher:
         settle(told.license, recipe.license, called=str(out / MODEL))
+    metrics = {f"eval/{name}": value for name, value in told.metrics.items()}
+    if told.run.start_score is not None:
+        metrics[f"{AT_START}{score_of(recipe)}"] = told.run.start_score
     return TrainResult(
         folder=out,
         step=told.run.step,
         total_steps=told.run.total_steps,
-        metrics={f"eval/{name}": value for name, value in told.metrics.items()},
+        metrics=metrics,
         model=out / MODEL,
         best=read_best(out, recipe),
         commits=_commits(publisher, out, done=True),
@@ -274,21 +313,24 @@ class DryRun:
 
     Attributes:
         steps: Of the whole run.
-        images_per_second: Of the last step, over all processes.
-        eta_seconds: For the whole run, without evaluations.
+        images_per_second: Of a usual step after the first ones, over all processes.
+        eta_seconds: For the whole run, without evaluations, at the speed of the fastest and of the slowest step.
         memory_gib: In use on the device, or by this process if there is none.
         parameters: Number of trained ones.
     """
 
     steps: int
     images_per_second: float
-    eta_seconds: float
+    eta_seconds: tuple[float, float]
     memory_gib: float
     parameters: int
 
 
-def dry_run(recipe: Recipe) -> DryRun:
+def dry_run(recipe: Recipe, *, clock: Callable[[], float] = time.perf_counter) -> DryRun:
     """Try the first steps of a run without writing anything.
+
+    The first of them, which compile, tune and fill caches, are not timed. After about `DRY_SECONDS` it stops, once
+    there is a step to tell of.
 
     Raises:
         RecipeError: The run has fewer steps than that.
@@ -298,36 +340,63 @@ def dry_run(recipe: Recipe) -> DryRun:
     with torch.random.fork_rng():
         trainer = Trainer(recipe, make_accelerator(recipe))
         total, batch_size = trainer.parts.span.total_steps, recipe.batch_size
-        if total < DRY_STEPS:
-            raise RecipeError(f"the whole run has {total} step: a dry run would have {DRY_STEPS}, so run it.")
+        if total < 2:
+            raise RecipeError(f"the whole run has {total} step: a dry run would have 2, so run it.")
         throughput = Throughput(
             batch_size=batch_size,
             total_steps=total,
             device=trainer.accelerator.device,
             precision=trainer.accelerator.mixed_precision,
         )
-        for step, batches in islice(trainer.steps(throughput), DRY_STEPS):
-            trainer.do_step(step, batches, throughput, threading.Event(), None)
+        ends = [clock()]
+        for step, batches in islice(trainer.steps(throughput), sum(DRY_STEPS)):
+            trainer.do_step(step, batches, throughput, StopEvent(), None)
             throughput.step_done()
-        measured = throughput.read()
+            ends.append(clock())
+            if len(ends) > 2 and max(gather_object([ends[-1] - ends[1]])) > DRY_SECONDS:
+                break
+        seconds = sorted(b - a for a, b in pairwise(ends[min(DRY_STEPS[0], len(ends) - 2) :]))
     return DryRun(
         steps=total,
-        images_per_second=measured["images_per_second"],
-        eta_seconds=total * batch_size / measured["images_per_second"],
-        memory_gib=measured["memory_gib"],
+        images_per_second=batch_size / median(seconds),
+        eta_seconds=(total * seconds[0], total * seconds[-1]),
+        memory_gib=throughput.read()["memory_gib"],
         parameters=sum(p.numel() for p in trainer.parts.task.network.parameters() if p.requires_grad),
     )
 
 
+class StopEvent(threading.Event):
+    """Set when the run is to stop after its current step; `by` is the signal that asked for it, if one did."""
+
+    by: int | None = None
+
+
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets while the context lasts; only the main thread can receive signals."""
-    stop = threading.Event()
+def _stop_signals(*, patience: float) -> Iterator[StopEvent]:
+    """An event that SIGTERM and Ctrl-C set while the context lasts; only the main thread can receive signals.
+
+    Another Ctrl-C raises KeyboardInterrupt, if so many seconds have passed.
+    """
+    stop, owner, asked = StopEvent(), os.getpid(), [0.0]
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def ask(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a worker that inherited this
+            return
+        if number == signal.SIGINT and stop.is_set() and time.monotonic() - asked[0] >= patience:
+            raise KeyboardInterrupt
+        if stop.is_set():
+            return
+        if number == signal.SIGINT:
+            os.write(2, STOPPING)  # logging could be interrupted in the middle of another line
+        stop.by, asked[0] = number, time.monotonic()
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,6 +13,8 @@ from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeErr
 
 USAGE = 2
 """Exit status of a command line that cannot be read."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as in a shell."""
 HUB_FAILED = 3
 """Exit status of a command that failed because of the Hub."""
 
@@ -42,7 +44,8 @@ def console() -> Iterator[None]:
     except BrokenPipeError:  # `vitreg list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        sys.exit("vitreg: interrupted")
+        print("vitreg: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def hide_loading() -> None:

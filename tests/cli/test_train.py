@@ -17,6 +17,9 @@ from vitreg_hub.training.recipes.named import RECIPES
 from vitreg_hub.training.run.measured import Best
 from vitreg_hub.training.tasks.dinov2.settings import Head
 
+START = {"accuracy": 0.1}
+"""Accuracy before the first step, of the run that is not done."""
+
 
 @pytest.fixture
 def asked(monkeypatch) -> list[SimpleNamespace]:
@@ -26,7 +29,7 @@ def asked(monkeypatch) -> list[SimpleNamespace]:
     def train(recipe, out, *, resume="auto", push=None, push_every="end", private=False):
         options = {"resume": resume, "push": push, "push_every": push_every, "private": private}
         calls.append(SimpleNamespace(recipe=recipe, out=out, **options))
-        metrics = {"eval/accuracy": 0.98765, "artifacts/block_0/norm_q50": 11.7}
+        metrics = {"eval/accuracy": 0.98765, "start/accuracy": START["accuracy"], "artifacts/block_0/norm_q50": 11.7}
         best = Best(name="accuracy", score=0.99, step=6)
         commits = {"main": f"hub/{push}/commit/1", "best": f"hub/{push}/commit/2"} if push else {}
         return loop.TrainResult(
@@ -35,7 +38,9 @@ def asked(monkeypatch) -> list[SimpleNamespace]:
 
     def dry_run(recipe):
         calls.append(SimpleNamespace(recipe=recipe, out=None))
-        return loop.DryRun(steps=7200, images_per_second=40, eta_seconds=10800, memory_gib=3, parameters=2_500_000)
+        return loop.DryRun(
+            steps=7200, images_per_second=40, eta_seconds=(10800, 14400), memory_gib=3, parameters=2_500_000
+        )
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(loop, "dry_run", dry_run)
@@ -69,7 +74,33 @@ def test_trains_the_recipe_and_says_what_came_of_it(asked, capsys):
     assert "model    runs/a/model\nbest     runs/a/best, accuracy 0.99 after step 6\n" in out
     assert "norm_q50" not in out
     assert "pushed" not in out
-    assert "\n  vitreg verify runs/a/model\n" in out
+    assert "\n  vitreg verify runs/a/best\n" in out  # which is better than the last one
+    assert "\n  vitreg push runs/a/best your-name/supervised_digits\n" in out
+
+
+def test_a_model_below_the_start_is_not_offered(asked, capsys, monkeypatch):
+    monkeypatch.setitem(START, "accuracy", 0.995)
+    main(["train", "supervised_digits", "--out", "runs/a"])
+    out = capsys.readouterr().out
+    assert "best     runs/a/best, accuracy 0.99 after step 6: below the start, 0.995\n" in out
+    assert "no model of this run is as good as its start: lower optim.lr" in out
+    assert "vitreg push" not in out
+
+
+def test_a_file_alone_is_a_recipe(asked, tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    whole = recipe_to_yaml(RECIPES["dinov2_digits"](registers=1))
+    for text, seed in ((whole, 0), (whole.replace("dinov2_digits", "my own"), 0), ("name: dinov2_digits\nseed: 7", 7)):
+        file.write_text(text)
+        main(["train", "--config", str(file), "--batch_size", "8", "--out", "x"])
+        assert (asked[-1].recipe.batch_size, asked[-1].recipe.seed) == (8, seed)
+    assert [call.recipe.name for call in asked] == ["dinov2_digits", "my own", "dinov2_digits"]
+    assert [call.recipe.model.arch for call in asked] == ["vit_nano_reg1", "vit_nano_reg1", "vit_nano_reg4"]
+    capsys.readouterr()
+    file.write_text("seed: 7")
+    assert "mine.yaml does not say its recipe: add its name" in refused([f"--config={file}", "--out", "x"], capsys)
+    file.write_text("name: mine\nseed: 7")
+    assert "mine.yaml is not a complete recipe" in refused([f"--config={file}", "--out", "x"], capsys)
 
 
 def test_options_of_the_run(asked, capsys):
@@ -91,7 +122,7 @@ def test_dry_run_needs_no_folder(asked, capsys):
     assert asked[0].out is None
     assert asked[0].recipe.batch_size == 4
     out = capsys.readouterr().out
-    assert "3.0 hours" in out
+    assert "3.0 hours to 4.0 hours" in out
     assert "3.00 GiB" in out
     assert "2.5 M" in out
 
@@ -112,6 +143,11 @@ OVERRIDES = {
     "--augment.num_local 2": ("augment.num_local", 2),
     "--augment.blur [0,.5,1]": ("augment.blur", (0.0, 0.5, 1.0)),
     "--task.momentum [.9,.99]": ("task.momentum", (0.9, 0.99)),
+    "--task.momentum .9,.99": ("task.momentum", (0.9, 0.99)),
+    "--watch.trackers tensorboard": ("watch.trackers", ("tensorboard",)),
+    "--watch.trackers=tensorboard,wandb": ("watch.trackers", ("tensorboard", "wandb")),
+    "--watch.eval_every null": ("watch.eval_every", None),
+    "--model.trainable last:2": ("model.trainable", "last:2"),
     "--watch.trackers [tensorboard,wandb]": ("watch.trackers", ("tensorboard", "wandb")),
     "--watch.cutoff 12.5": ("watch.cutoff", 12.5),
     "--optim.clip null": ("optim.clip", None),
@@ -178,7 +214,7 @@ MISTAKES = {
     "give a recipe: vitreg train RECIPE": "",
     "the recipe comes first, not --out": "--out x supervised_digits",
     "there is no recipe supervised_digts: did you mean supervised_digits?": "supervised_digts --out x",
-    "there is no recipe zzz: `vitreg train --help` lists all 19.": "zzz",
+    "there is no recipe zzz: `vitreg train --help` lists all 20.": "zzz",
     "give --out, the folder of the run": "supervised_digits",
     "recipe supervised_digits has no setting optim.lrr: did you mean optim.lr?": "supervised_digits --optim.lrr 3",
     "has no setting lr: did you mean optim.lr?": "supervised_digits --lr=3",
@@ -307,14 +343,15 @@ def test_first_process_alone_reports_a_wrong_setting(monkeypatch, capsys, asked)
     assert done.value.code == "vitreg: the disk of this process is full."
 
 
-def test_interrupted(monkeypatch, asked):
+def test_interrupted(monkeypatch, asked, capsys):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "train", interrupt)
     with pytest.raises(SystemExit) as done:
         main(["train", "supervised_digits", "--out", "x"])
-    assert done.value.code == "vitreg: interrupted"
+    assert done.value.code == 130
+    assert capsys.readouterr().err == "vitreg: interrupted\n"
 
 
 def test_bug_keeps_its_traceback(monkeypatch, asked):

@@ -12,6 +12,7 @@ from vitreg_hub.training.recipes.named import RECIPES
 
 RUN = {
     "test_quickstart": ("Install and run", "Use with timm", "Use with transformers", "Bundles", "Publish"),
+    "test_own_images": ("Your own images",),
     "test_convert": ("Convert",),
     "test_train": ("Train",),
     "test_analyze": ("Analyze",),

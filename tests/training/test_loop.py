@@ -1,8 +1,10 @@
 """What a whole run does: what it writes, what it leaves alone, what it refuses."""
 
+import itertools
 import json
 import logging
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from training_files import png, write_folder
 from training_runs import RUN, STEPS, TINY, lines, losses, with_scale
 
 from vitreg_hub.bundle.doors import verify
@@ -21,6 +24,7 @@ from vitreg_hub.training.loop import dry_run, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml
 from vitreg_hub.training.recipes.settings import DataSettings, OptimSettings
 from vitreg_hub.training.run.folders import checkpoints
+from vitreg_hub.training.schedules import Span
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
 SUPERVISED, DINOV2 = TINY["supervised"], TINY["dinov2"]
@@ -49,7 +53,7 @@ def test_a_run_leaves_everything_behind(tmp_path, caplog):
         assert picture.height > 500
 
     told = lines(run)
-    assert [line["step"] for line in told if "loss" in line] == list(range(STEPS))
+    assert [line["step"] for line in told if "loss" in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in told if "eval/accuracy" in line] == [0, 2, 4]
     assert [line["lr"] for line in told if "lr" in line][:2] == [0.0, 1e-3]  # two steps of warm-up
     last = told[-1]
@@ -105,6 +109,40 @@ def test_parts_of_a_step_add_up(name, tmp_path):
     train(recipe, tmp_path / "one")
     train(with_scale(recipe, accumulate=4), tmp_path / "four")
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_low_rank_changes_are_merged(tmp_path):
+    model = {"arch": "vit_nano_reg4", "start": START, "trainable": "lora", "lora_rank": 2}
+    recipe = changed(SUPERVISED, model=model, optim={"lr": 0.01}, watch={"artifact_images": 0, "save_every": 2})
+    result = train(recipe, tmp_path / "run")
+    before = ModelBundle.load(START).state_dict
+    state = load_file(checkpoints(tmp_path / "run")[-1] / "state" / "ema.safetensors")
+    for key, tensor in load_file(result.model / "model.safetensors").items():
+        change = tensor - before[key]
+        if key.endswith(("attn.qkv.weight", "attn.proj.weight")):
+            layer = f"backbone.{key.removesuffix('.weight')}.parametrizations.weight"
+            torch.testing.assert_close(change, state[f"{layer}.0.up"] @ state[f"{layer}.0.down"], atol=1e-6, rtol=1e-4)
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) == 2
+        else:
+            assert change.any() == key.startswith("head."), key
+    assert not any(verify(result.model).values())
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    for folder in ("model", "best", "checkpoints/step_0000004"):
+        shutil.rmtree(tmp_path / "killed" / folder)
+    again = load_file(train(recipe, tmp_path / "killed").model / "model.safetensors")
+    assert all(torch.equal(x, again[key]) for key, x in load_file(result.model / "model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("trainable", "parts"), [("head", ("head.",)), ("last:2", ("head.", "blocks.2.", "blocks.3.", "norm."))]
+)
+def test_only_the_last_parts_are_trained(trainable, parts, tmp_path):
+    data = {"train": "scenes", "test": "scenes"}  # of other classes, for which there is a new head
+    model = {"arch": "vit_nano_reg4", "start": START, "trainable": trainable}
+    train(changed(SUPERVISED, model=model, data=data, watch={"artifact_images": 0}), tmp_path / "run")
+    before = ModelBundle.load(START).state_dict
+    for key, tensor in load_file(tmp_path / "run" / "model" / "model.safetensors").items():
+        assert (tensor.shape == before[key].shape and torch.equal(tensor, before[key])) != key.startswith(parts), key
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -201,8 +239,38 @@ def test_pictures_without_labels_and_a_test_set(tmp_path, caplog):
     assert len(named) == 1
     assert str(tmp_path / "broken.jpg") in named[0]
     assert max(line.get("unreadable_images", 0) for line in told) == 1
+    cannot = "there will be no knn_accuracy and no best model: no images are held out of"
+    assert len([message for message in caplog.messages if message.startswith(cannot)]) == 1
     with pytest.raises(DataError, match=r"1 images of .* cannot be read, .*broken.jpg"):
         train(replace(DINOV2, data=replace(data, max_corrupt=0.01), batch_size=4, epochs=4), tmp_path / "other")
+
+
+CANNOT = {
+    "no accuracy and no knn_accuracy and no best model: {flat} has no labels": {"test": "flat"},
+    "no accuracy and no knn_accuracy and no best model: no images are held out of {train}": {},
+    "no accuracy and no knn_accuracy and no best model: no image of {broken} that can be read": {"test": "broken"},
+    None: {"test": "stray"},
+}
+"""What is said before training, by what is held out."""
+
+
+@pytest.mark.parametrize("says", CANNOT)
+def test_what_an_evaluation_cannot_do_is_said_at_the_start(says, tmp_path, caplog):
+    folders = {name: tmp_path / name for name in ("train", "flat", "broken", "stray")}
+    for name in ("train", "stray"):
+        write_folder(folders[name], 9)
+    write_folder(folders["flat"], 9, classes=(".",))
+    (folders["stray"] / "sheet.png").write_bytes(png(1))
+    for name in "abc":
+        (folders["broken"] / name).mkdir(parents=True)
+        (folders["broken"] / name / "1.png").write_bytes(b"no picture")
+    data = DataSettings(train=str(folders["train"]), **{key: str(folders[name]) for key, name in CANNOT[says].items()})
+    recipe = changed(SUPERVISED, data=data, epochs=0.5, optim={"warmup_epochs": 0}, task={"ema": None})
+    result = train(recipe, tmp_path / "run")
+    said = [message for message in caplog.messages if message.startswith("there will be")]
+    assert [message.startswith(f"there will be {says.format(**folders)}") for message in said] == [True] * bool(says)
+    assert (result.best is None) == bool(says)
+    assert ("eval/accuracy" in result.metrics) == (says is None)
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):
@@ -210,11 +278,23 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     found = dry_run(changed(SUPERVISED, epochs=10))
     assert found.steps == 20
     assert found.images_per_second > 0
-    assert found.eta_seconds == pytest.approx(20 * 8 / found.images_per_second)
+    shortest, longest = found.eta_seconds
+    assert shortest <= 20 * 8 / found.images_per_second <= longest
     assert found.memory_gib > 0.1
     parameters = sum(t.numel() for t in ModelBundle.load("vit_nano_reg0.digits").state_dict.values())
     assert found.parameters == parameters + 2 * 128
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "timed"), [((50, 9, 8, 1, 3, 2), (1, 3)), ((99, 7), (7, 7)), ((1, 30, 5), (30, 30))]
+)
+def test_dry_run_times_no_warm_up_and_gives_a_range(seconds, timed):
+    """After 20 seconds it stops."""
+    recipe = changed(SUPERVISED, epochs=len(seconds) / 2, optim={"warmup_epochs": 0}, watch={"artifact_images": 0})
+    times = iter([0.0, *itertools.accumulate(map(float, seconds))])
+    found = dry_run(recipe, clock=lambda: next(times))
+    assert found.eta_seconds == tuple(len(seconds) * second for second in timed)
 
 
 def test_a_run_changes_no_global_random_number(tmp_path):
@@ -256,6 +336,22 @@ REFUSED = {
         "has 10 classes and the data have 48",
     ),
     "warm-up longer than the run": (changed(SUPERVISED, optim={"warmup_epochs": 9}), "a schedule of 4 steps"),
+    "averages that keep their start": (
+        changed(SUPERVISED, task={"ema": 0.99996, "ema_warmup": False}),
+        "task.ema 0.99996 is for longer runs than 4 steps, where it would leave 100% of the start: set task.ema_warmup",
+    ),
+    "no head to train": (
+        changed(DINOV2, model={"arch": "vit_nano_reg4", "start": START, "trainable": "head"}),
+        "model.trainable is head, but this task has no classifier",
+    ),
+    "more blocks than there are": (
+        changed(SUPERVISED, model={"arch": "vit_nano_reg4", "start": START, "trainable": "last:5"}),
+        "model.trainable is last:5, but the network has 4 blocks",
+    ),
+    "no head to keep": (
+        changed(SUPERVISED, data={"train": "scenes"}, model={"arch": "vit_nano_reg4", "start": START, "head": "kept"}),
+        "model.head is kept, but model.start .* has 10 classes and the data have 48",
+    ),
     "other classes held out": (changed(SUPERVISED, data={"test": "photos"}), "photos has the class 'china'"),
     "patch that does not divide": (changed(SUPERVISED, model={"img_size": 30}), "30"),
     "unknown architecture": (changed(SUPERVISED, model={"arch": "vit_nano_reg5"}), "vit_nano_reg5"),
@@ -297,24 +393,53 @@ def test_bce_and_ce_are_deits():
     )
 
 
-def test_averaged_weights_are_timms(tmp_path):
+@pytest.mark.parametrize(("warmup", "decay"), [(False, 0.7), (True, 0.7), (True, 0.3)])
+def test_averaged_weights_are_timms(warmup, decay):
     """Against timm's ModelEmaV3 over the same sequence of weights."""
     from timm.utils import ModelEmaV3
 
     from vitreg_hub.training.tasks.supervised.task import SupervisedTask
 
     backbone = ModelBundle.load(START).build()
-    task = SupervisedTask(Supervised(ema=0.7), backbone, RUN)
-    reference = ModelEmaV3(task.network, decay=0.7)
-    for step in range(3):
+    run = replace(RUN, span=Span(epoch_steps=9, total_steps=9))
+    task = SupervisedTask(Supervised(ema=decay, ema_warmup=warmup), backbone, run)
+    reference = ModelEmaV3(task.network, decay=decay, use_warmup=warmup)
+    for step in range(9):
         with torch.no_grad():
             for parameter in task.network.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         task.after_step(step)
-        reference.update(task.network)
+        reference.update(task.network, step=step + 1 if warmup else None)
     ours, theirs = task.published.state_dict(), reference.module.state_dict()
     for key, tensor in theirs.items():
         torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_averaged_weights_leave_their_start(tmp_path, caplog):
+    """With 0.98 from the first step on, two thirds of the start would be left after 20 steps."""
+    recipe = changed(
+        SUPERVISED,
+        task={"ema": 0.98, "mixup": 0.0, "cutmix": 0.0},
+        optim={"lr": 0.02, "warmup_epochs": 0},
+        watch={"artifact_images": 0},
+        epochs=10,
+    )
+    result = train(recipe, tmp_path / "run")
+    state = checkpoints(tmp_path / "run")[-1] / "state"
+    start = train(changed(recipe, optim={"lr": 0.0}), tmp_path / "start").model
+    before = load_file(start / "model.safetensors")["head.weight"]
+    raw = load_file(state / "backbone.safetensors")["head.weight"]
+    averaged = load_file(state / "ema.safetensors")["backbone.head.weight"]
+    assert (averaged - before).norm() > 0.6 * (raw - before).norm()
+    assert any("0.98^20" in message or "would leave 67% of the start" in message for message in caplog.messages)
+    assert {"eval/accuracy", "raw/accuracy"} <= lines(tmp_path / "run")[-1].keys()
+    assert result.metrics["eval/accuracy"] != result.metrics["raw/accuracy"]
+    assert "raw/accuracy" not in ModelBundle.load(result.model).provenance.metrics
+    assert torch.equal(load_file(result.model / "model.safetensors")["head.weight"], averaged)
+    other = train(changed(recipe, task={"publish": "raw"}), tmp_path / "raw")
+    assert other.metrics["eval/accuracy"] == result.metrics["raw/accuracy"]
+    assert other.metrics["averaged/accuracy"] == result.metrics["eval/accuracy"]
+    assert torch.equal(load_file(other.model / "model.safetensors")["head.weight"], raw)
 
 
 def test_metrics_are_finite(tmp_path):

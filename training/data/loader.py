@@ -99,12 +99,7 @@ class TrainLoader:
                 f"batch_size is {batch_size}, which {world_size} processes times scale.accumulate {accumulate} do not "
                 f"divide: give a multiple of {parts}."
             )
-        for need, there in (("labels", data.has_labels), ("texts", data.has_texts)):
-            if need in needs and not there:
-                raise DataError(
-                    f"{data.name} has no {need}, which this task needs: name their column as data.{need[:-1]}_column, "
-                    f"its columns are {', '.join(data.columns)}."
-                )
+        require_needs(data, needs)
         if data.num_images is not None and data.num_images < batch_size:
             raise DataError(
                 f"{data.name} has {data.num_images} images, which is less than one batch: give a batch_size of at most "
@@ -266,21 +261,36 @@ class TrainLoader:
             yield piece
 
 
+def require_needs(data: TrainingData, needs: Collection[Need]) -> None:
+    """Check that data have a column of everything that is needed.
+
+    Raises:
+        DataError: One is missing.
+    """
+    for need, there in (("labels", data.has_labels), ("texts", data.has_texts)):
+        if need in needs and not there:
+            how = f"name their column as data.{need[:-1]}_column, its columns are {', '.join(data.columns)}"
+            if data.folder is not None and need == "labels":
+                how = "put most of its pictures into folders, one for each of at least two classes"
+            raise DataError(f"{data.name} has no {need}, which this task needs: {how}.")
+
+
 def _in_workers(samples: Dataset, num_workers: int, **batching: Any) -> DataLoader:
     return DataLoader(
         samples,
         num_workers=num_workers,
         collate_fn=handed_over,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # otherwise it would use the global one
         **batching,
     )
 
 
-def outlive_sigterm(worker: int) -> None:
-    """Ignore SIGTERM, often sent to all processes of a job, of which the main one then writes a checkpoint."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_signals(worker: int) -> None:
+    """Ignore SIGTERM and Ctrl-C, sent to all processes of a job, of which the main one then writes a checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Rows(Dataset):

@@ -3,12 +3,12 @@
 import difflib
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import datasets
@@ -68,6 +68,7 @@ class TrainingData:
         text_column: Column of captions, or of lists of captions, if there is one.
         label_names: Names of the classes, where they are known.
         num_classes: Number of classes, where it is known.
+        folder: The folder of pictures that they are, if they are one.
         shuffle_block: Rows of a stream that are held and shuffled at a time.
     """
 
@@ -80,6 +81,7 @@ class TrainingData:
     text_column: str | None = None
     label_names: tuple[str, ...] | None = None
     num_classes: int | None = None
+    folder: Path | None = None
     shuffle_block: int = 2048
 
     @property
@@ -117,10 +119,24 @@ def open_training_data(settings: DataSettings) -> TrainingData:
     Raises:
         DataError: There are no such data, or a column is missing.
     """
-    return _open(settings.train, "train", settings)
+    return as_stream(open_rows(settings.train, "train", settings), settings)
+
+
+def as_stream(data: TrainingData, settings: DataSettings) -> TrainingData:
+    """The same data as a stream, if `settings.streaming` asks for it and they are none."""
+    if not settings.streaming or data.is_stream:
+        return data
+    rows = cast(datasets.Dataset, data.rows)
+    return replace(data, rows=rows.to_iterable_dataset(num_shards=min(len(rows), MAX_SHARDS)))
 
 
 def open_held_out(settings: DataSettings, training: TrainingData) -> ImageSource | None:
+    """Open the held-out data in the form that evaluations take; as `held_out_rows`."""
+    held_out = held_out_rows(settings, training)
+    return held_out and as_image_source(held_out)
+
+
+def held_out_rows(settings: DataSettings, training: TrainingData) -> TrainingData | None:
     """Open the held-out data: `settings.test`, or the test part of an embedded set; None if there is neither.
 
     Columns of the settings that they lack are found by name and type. Labels get the training data's numbers by their
@@ -132,10 +148,10 @@ def open_held_out(settings: DataSettings, training: TrainingData) -> ImageSource
     name = settings.test or (settings.train if settings.train in TRAINING_SETS else None)
     if name is None:
         return None
-    held_out = _open(name, "test", settings)
+    held_out = open_rows(name, "test", settings, classes=training.label_names or ())
     if held_out.name == training.name and name not in TRAINING_SETS:  # whose parts differ
         raise DataError(f"{name} is what is trained on: give other images as data.test, or null for none.")
-    return as_image_source(_numbered_as(training, held_out))
+    return _numbered_as(training, held_out)
 
 
 def as_image_source(data: TrainingData) -> ImageSource:
@@ -150,14 +166,16 @@ def as_image_source(data: TrainingData) -> ImageSource:
     return open_images(rows, name=data.name)
 
 
-def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
-    """Open rows and find their columns.
+def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Collection[str] = ()) -> TrainingData:
+    """Open rows and find their columns. Only for training must the columns of the settings exist.
 
-    Only for training must the columns of the settings exist, and can local rows become a stream: evaluations take
-    random subsets.
+    A single folder in a folder is a class if it is one of `classes`.
+
+    Raises:
+        DataError: There are no such data, or a column is missing.
     """
     training = split == "train"
-    called, rows = _rows(name, split, settings.streaming)
+    called, rows, folder = _rows(name, split, settings.streaming, classes)
     rows = rows.with_format(None)
     if isinstance(rows, datasets.Dataset):
         num_images = len(rows)
@@ -167,8 +185,6 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
             num_images = settings.stream_images
     if num_images == 0:
         raise DataError(f"{called} holds no images.")
-    if training and settings.streaming and isinstance(rows, datasets.Dataset):
-        rows = rows.to_iterable_dataset(num_shards=min(len(rows), MAX_SHARDS))
     features = features_of(rows)
 
     def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:
@@ -201,6 +217,7 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
         text_column=text,
         label_names=names or None,
         num_classes=len(names) or settings.num_classes or _count_classes(rows, label),
+        folder=folder,
         shuffle_block=settings.shuffle_block,
     )
 
@@ -235,17 +252,17 @@ def _is_text(feature: Any) -> bool:
     return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
 
 
-def _rows(name: str, split: Split, streaming: bool) -> tuple[str, Rows]:
-    """The name of the data, and their rows."""
+def _rows(name: str, split: Split, streaming: bool, classes: Collection[str]) -> tuple[str, Rows, Path | None]:
+    """The name of the data, their rows, and their folder if they are one of pictures."""
     if name in TRAINING_SETS:
-        return name, TRAINING_SETS[name](split)
+        return name, TRAINING_SETS[name](split), None
     if files := _files(name):
-        return name, _of_files(name, files, streaming)
+        return name, _of_files(name, files, streaming), None
     if Path(name).is_dir():
-        return name, image_folder(Path(name))
+        return name, image_folder(Path(name), classes=classes), Path(name)
     if on_hub := ON_HUB.fullmatch(name.removeprefix(HUB_PREFIX)):
         repo_id, named = on_hub.groups()
-        return hub_stream(repo_id, named, HUB_SPLITS[split])
+        return *hub_stream(repo_id, named, HUB_SPLITS[split]), None
     near = difflib.get_close_matches(name, TRAINING_SETS, n=1)
     hint = f", did you mean {near[0]!r}" if near else ""
     raise DataError(f"there are no training data {name!r}{hint}: give {FORMS}.")

@@ -6,7 +6,7 @@ accelerate's own FSDP2 supports only one module and no CPU, but tasks also have 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -92,10 +92,17 @@ def write_full(target: Tensor, value: Tensor) -> None:
 
 
 def copy_whole(source: nn.Module, target: nn.Module) -> None:
-    """Write a module's weights into an unsharded one with the same names; all processes must call it."""
+    """Write a module's weights into an unsharded one with the same names; all processes must call it.
+
+    A matrix that torch computes of several (`torch.nn.utils.parametrize`) is written as it results.
+    """
     own = target.state_dict()
     for name, tensor in full_tensors(source):
-        write_full(own[name], tensor)
+        layer, computed, part = name.partition(".parametrizations.weight.")
+        if not computed:
+            write_full(own[name], tensor)
+        elif part == "original":
+            write_full(own[f"{layer}.weight"], cast(Tensor, source.get_submodule(layer).weight).detach())
 
 
 def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -71,6 +71,18 @@ def recipe_from_yaml(text: str, *, called: str = RECIPE_FILE) -> Recipe:
     return _made(Recipe, given, kinds, called=called)
 
 
+def named_in(text: str, *, called: str) -> str:
+    """The name of the recipe that YAML holds, or changes.
+
+    Raises:
+        RecipeError: It has none.
+    """
+    name = _mapping(text, called).get("name")
+    if not isinstance(name, str):
+        raise RecipeError(f"{called} does not say its recipe: add its name, or put the recipe's before --config.")
+    return name
+
+
 def updated(recipe: Recipe, text: str, *, called: str) -> Recipe:
     """A recipe with some settings taken from YAML of the same nesting; `called` names it in messages.
 
@@ -136,7 +148,7 @@ def write_recipe(recipe: Recipe, folder: Path, *, public: bool = False) -> Path:
 
 
 def require_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """Refuse to go on with the run in a folder under settings that would change what it learns.
+    """Refuse to go on with the run in a folder under settings that would change what it learns, except more epochs.
 
     Raises:
         RecipeError: A setting that matters differs, or the file cannot be read.
@@ -145,6 +157,8 @@ def require_same_recipe(recipe: Recipe, folder: Path) -> None:
     before = recipe_from_yaml(read_text(file), called=str(file))
     old, new = (flat(with_kinds(r)) for r in (before, recipe))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)]
+    if recipe.epochs > before.epochs:
+        different.remove("epochs")
     if different:
         kinds = [name for name in different if name.endswith(f".{KIND}")]  # another kind explains the rest
         name = (kinds or different)[0]
@@ -233,6 +247,8 @@ def _typed(hint: Any, value: Any) -> Any:
     Raises:
         ValueError: It is of another type.
     """
+    if isinstance(value, str) and get_args(hint) == (str, Ellipsis):
+        value = [value]
     if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
         raise ValueError("pydantic would take it for 0 or 1")
     return TypeAdapter(hint).validate_python(value)
@@ -243,6 +259,11 @@ def _value(text: str, hint: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if text == "null" and NoneType in kinds:
         return None
+    if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
+        try:
+            return yaml.safe_load(f"[{text}]")
+        except yaml.YAMLError:  # such as a text with braces
+            return [text]
     if str in kinds or get_origin(hint) is Literal:
         return text
     try:

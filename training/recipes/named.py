@@ -125,13 +125,36 @@ def distill_digits(registers: int = 4) -> Recipe:
     )
 
 
+def finetune(registers: int | None = None) -> Recipe:
+    """Your own images in class folders, from any model of yours or the Hub: give --model.start and --data.train.
+
+    Architecture, size, patch and preprocessing are the start's (registers too, unless they are given), and so is the
+    head if it has the same classes. A fifth of each class is held out (`data.held_out`), unless there is `data.test`.
+    The rate falls by a quarter from each block to the one below, and the run ends when five epochs were not better.
+    """
+    return Recipe(
+        name="finetune",
+        model=ModelSettings(arch=None, registers=registers, start_required=True),
+        task=Supervised(loss="ce", smoothing=0.1),
+        data=DataSettings(train="pictures", held_out=0.2),
+        augment=CropAugment(scale=(0.5, 1.0), hflip=0.5),
+        optim=OptimSettings(lr=3e-4, warmup_epochs=1, weight_decay=0.05, layer_decay=0.75, clip=1.0),
+        watch=WatchSettings(eval_every=None, patience=5, save_every=None),
+        batch_size=16,
+        epochs=20,
+    )
+
+
 RECIPES: Mapping[str, Callable[..., Recipe]] = MappingProxyType(
     {
         recipe.__name__: recipe
-        for recipe in (supervised_digits, dinov2_digits, contrastive_scenes, distill_digits, *published.RECIPES)
+        for recipe in (
+            *(supervised_digits, dinov2_digits, contrastive_scenes, distill_digits, finetune),
+            *published.RECIPES,
+        )
     }
 )
-"""Recipes by name. Each takes `registers`, one of `REGISTER_COUNTS`."""
+"""Recipes by name. Each takes `registers`, one of `REGISTER_COUNTS`, or None for `finetune`, which has its start's."""
 
 LICENSES: Mapping[str, str] = MappingProxyType(
     {recipe.__name__: "apache-2.0" for recipe in (supervised_digits, dinov2_digits, contrastive_scenes)}

@@ -55,11 +55,12 @@ def arch_name(family: str, size: str, registers: int) -> str:
 def _deit3(size: str, registers: int, *, img_size: int, lr: float, drop_path: float) -> Recipe:
     """What the sizes of DeiT-III share: 800 epochs of ImageNet-1k in batches of 2048.
 
-    Source: deit/README_revenge.md (the commands; `--unscale-lr` takes the rate as it is), deit/main.py (min_lr, EMA,
-    repeats), deit/models_v2.py (`init_scale`). Upstream also keeps averaged weights but scores and publishes the last
-    ones: `--task.ema null` does that. An epoch is as long as the data: a third of the images, three times each. The
-    command of ViT-S has a space missing (`--repeated-aug--bce-loss`) and is read as if it were there. Rates change with
-    each step, and the cosine begins after the warm-up; upstream's change with each epoch and count from the first one.
+    Source: deit/README_revenge.md (the commands; `--unscale-lr` takes the rate as it is), deit/main.py (min_lr, EMA
+    without a warm-up, repeats), deit/models_v2.py (`init_scale`). Upstream also keeps averaged weights but scores and
+    publishes the last ones: `--task.publish raw` does that; a much shorter run needs `--task.ema_warmup true`. An epoch
+    is as long as the data: a third of the images, three times each. The command of ViT-S has a space missing
+    (`--repeated-aug--bce-loss`) and is read as if it were there. Rates change with each step, and the cosine begins
+    after the warm-up; upstream's change with each epoch and count from the first one.
     """
     return Recipe(
         name=f"deit3_{size}",
@@ -67,7 +68,14 @@ def _deit3(size: str, registers: int, *, img_size: int, lr: float, drop_path: fl
             arch=arch_name("deit3", size, registers), img_size=img_size, drop_path=drop_path, layer_scale=1e-4
         ),
         task=Supervised(
-            loss="bce", mixup=0.8, cutmix=1.0, mix_probability=1.0, switch_probability=0.5, smoothing=0.0, ema=0.99996
+            loss="bce",
+            mixup=0.8,
+            cutmix=1.0,
+            mix_probability=1.0,
+            switch_probability=0.5,
+            smoothing=0.0,
+            ema=0.99996,
+            ema_warmup=False,
         ),
         data=IMAGENET_1K,
         augment=ThreeAugment(crop="rrc", color_jitter=0.3, hflip=0.5, repeats=3),

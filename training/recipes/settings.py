@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,7 +26,7 @@ from vitreg_hub.training.tasks.ranges import (
 from vitreg_hub.training.tasks.settings import TaskSettings
 from vitreg_hub.typed import shown, wanted
 
-Trainable = Literal["all", "registers", "registers+norms"]
+TRAINABLE = re.compile(r"all|head|lora|last:[1-9]\d{0,3}|registers(\+norms)?")
 DecayRule = Literal["timm", "dinov2", "openclip"]
 
 
@@ -34,7 +35,8 @@ class ModelSettings:
     """The network that is trained.
 
     Attributes:
-        arch: An architecture of `vitreg list`.
+        arch: An architecture of `vitreg list`; None: the start's.
+        registers: Number of registers, where `arch` is the start's; None: its own.
         start: Weights to start from: a bundle's folder, ``hf-hub:org/name``, or an architecture with a tag. None: from
             scratch. A start that differs from `arch` in the number of registers gets new ones, or loses its own.
         start_required: Whether the recipe is the second stage of a run and must not begin from scratch.
@@ -43,17 +45,25 @@ class ModelSettings:
         drop_path: Probability of skipping a branch, the same in every block; each process draws for its own images.
         layer_scale: LayerScale of a network from scratch; None: the architecture's. DINOv2's 1e-5 is for hundreds of
             thousands of steps; it takes a few hundred before the blocks have any effect.
-        trainable: Which weights change; all others stay as they are, bit for bit.
+        head: The classifier that a run of classification begins with: the start's ("kept"), a new one ("new"), or the
+            start's if its classes are those of the data ("auto").
+        trainable: Which weights change: "all", "head" (the classifier), "last:N" (the last N blocks, the norm after
+            them and the head), "lora" (low-rank changes of the attention's matrices, and the head), "registers", or
+            "registers+norms". All others stay as they are, bit for bit.
+        lora_rank: Rank of those changes, which are merged into the weights that are evaluated and published.
     """
 
-    arch: str
+    arch: str | None
+    registers: int | None = None
     start: str | None = None
     start_required: bool = False
     img_size: Side | None = None
     patch_size: Side | None = None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     layer_scale: NotNegative | None = None
-    trainable: Trainable = "all"
+    head: Literal["auto", "new", "kept"] = "auto"
+    trainable: str = "all"
+    lora_rank: Width = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +73,10 @@ class DataSettings:
     Attributes:
         train: An embedded set (digits, photos, scenes), a folder of images in class folders, parquet files, WebDataset
             shards (``shards/train-{0000..0099}.tar``, also as URL), or ``org/name[:split]`` on the Hub.
-        test: The same kinds; never trained on. None: the held-out part of an embedded set, else nothing is evaluated.
+        test: The same kinds; never trained on. None: the held-out part of an embedded set, or `held_out`, else no score
+            is measured.
+        held_out: Share of each class of `train` that is not trained on but evaluated, if there is no `test`; the seed
+            chooses the images.
         image_column: Column of images; None: the only one, or "image", "jpg" or "png".
         label_column: Column of labels; None: the only one of class labels, or "label" or "cls".
         text_column: Column of captions; None: "text", "txt" or "caption".
@@ -77,6 +90,7 @@ class DataSettings:
 
     train: str
     test: str | None = None
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     image_column: str | None = None
     label_column: str | None = None
     text_column: str | None = None
@@ -229,9 +243,10 @@ class WatchSettings:
 
     Attributes:
         log_every: Steps between lines of metrics.
-        eval_every: Steps between evaluations (the task's scores, k-NN accuracy, artifacts); 0: only at the end. There
-            is always one before the first step.
-        save_every: Steps between checkpoints; 0: only at the end.
+        eval_every: Steps between evaluations (the task's scores, k-NN accuracy, artifacts); 0: only at the end; None:
+            an epoch. There is always one before the first step.
+        patience: Evaluations in a row without a better score after which the run ends; 0: it never ends early.
+        save_every: Steps between checkpoints; 0: only at the end; None: an epoch.
         keep: Number of checkpoints to keep.
         trackers: accelerate's trackers by name: tensorboard, wandb, trackio, ...; JSONL is always written.
         eval_images: Number of held-out images to evaluate, and of training images that k-NN compares them with.
@@ -242,8 +257,9 @@ class WatchSettings:
     """
 
     log_every: Count = 10
-    eval_every: Amount = 0
-    save_every: Amount = 0
+    eval_every: Amount | None = 0
+    patience: Amount = 0
+    save_every: Amount | None = 0
     keep: Count = 2
     trackers: tuple[str, ...] = ()
     eval_images: Amount = 2048
@@ -327,12 +343,23 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     """Yield values out of range, and contradictions; those with the number of processes are found later."""
     yield from _out_of_range(recipe)
     task, augment = recipe.task, recipe.augment
+    model, watch = recipe.model, recipe.watch
+    if not TRAINABLE.fullmatch(model.trainable):
+        yield f"model.trainable is {model.trainable!r}, give all, head, last:N, lora, registers or registers+norms."
+    if model.arch is None and model.start is None and not model.start_required:
+        yield "model.arch is null, and there is no model.start whose architecture could be taken: give one of them."
+    if model.arch is not None and model.registers is not None:
+        yield f"model.arch {model.arch} has its number of registers: leave model.registers, or model.arch, at null."
+    if watch.patience and watch.eval_every == 0:
+        yield f"watch.patience is {watch.patience}, but watch.eval_every is 0: evaluate every so many steps."
     if task.multi_crop != isinstance(augment, MultiCrop):
         yield (
             f"task {type(task).__name__} does not go with {type(augment).__name__}: a task that compares several crops "
             "of an image needs MultiCrop, and no other takes it."
         )
     yield from task.problems(batch_size=recipe.batch_size)
+    if model.trainable == "lora" and (recipe.scale.sharding == "fsdp2" or recipe.scale.compile):
+        yield "model.trainable lora goes without scale.sharding fsdp2 and scale.compile: leave them out."
 
 
 def _out_of_range(settings: Any, prefix: str = "") -> Iterator[str]:

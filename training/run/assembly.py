@@ -1,7 +1,8 @@
 """From a recipe to the parts of a run: processes, data, network and task."""
 
+import logging
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import cast
 
@@ -15,14 +16,18 @@ from vitreg_hub.compat import forget_accelerator
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.images.source import ImageSource, Transform
 from vitreg_hub.training.data.augment import build_augment
-from vitreg_hub.training.data.loader import TrainLoader
-from vitreg_hub.training.data.opening import TrainingData, as_image_source, open_held_out, open_training_data
+from vitreg_hub.training.data.classes import open_data
+from vitreg_hub.training.data.loader import TrainLoader, require_needs
+from vitreg_hub.training.data.opening import TrainingData, as_image_source
 from vitreg_hub.training.distributed.parallel import blocks_of
 from vitreg_hub.training.recipes.settings import Recipe
-from vitreg_hub.training.run.backbone import build_backbone
+from vitreg_hub.training.run.backbone import arch_of, build_backbone
+from vitreg_hub.training.run.lora import merge_low_rank
 from vitreg_hub.training.run.origins import Source, sources_of
 from vitreg_hub.training.schedules import Span
 from vitreg_hub.training.tasks.base import RunFacts, Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +35,7 @@ class Parts:
     """What a run is made of, before it is distributed over devices.
 
     Attributes:
+        arch: The network's architecture.
         held_out: The data that scores are measured on, if any.
         eval_images: Images to evaluate: held-out ones, or else training images, but only for artifacts.
         knn_images: Training images without augmentation, among which k-NN finds the neighbours of held-out ones.
@@ -39,6 +45,7 @@ class Parts:
         sources: The models that the run starts from and learns from.
     """
 
+    arch: str
     data: TrainingData
     held_out: ImageSource | None
     eval_images: ImageSource
@@ -82,14 +89,18 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         DataError: There are no such images, or they have no labels or captions where the task needs them.
         BundleError: The start or the teacher is not a bundle.
     """
-    data = open_training_data(recipe.data)
+    data, rows_held_out, notes = open_data(recipe.data, needs=recipe.task.needs, seed=recipe.seed)
+    for note in notes if rank == 0 else ():
+        logger.warning("%s", note)
+    require_needs(data, recipe.task.needs)
     num_classes = data.num_classes if recipe.task.classifies else 0
     if num_classes is None:
         raise RecipeError(
             f"{data.name} does not say how many classes it has: give data.num_classes, or a column of class labels "
             "(data.label_column)."
         )
-    backbone = build_backbone(recipe.model, num_classes=num_classes, seed=recipe.seed)
+    model = replace(recipe.model, arch=arch_of(recipe.model), registers=None)
+    backbone = build_backbone(model, num_classes=num_classes, seed=recipe.seed, label_names=data.label_names)
     config = resolve_model_data_config(backbone)
     config["input_size"] = (3, *backbone.patch_embed.img_size)
     augment = build_augment(
@@ -112,7 +123,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         max_corrupt=recipe.data.max_corrupt,
         needs=recipe.task.needs,
     )
-    held_out = open_held_out(recipe.data, data)
+    held_out = rows_held_out and as_image_source(rows_held_out)
     epoch_steps = recipe.epoch_steps or loader.steps_per_epoch
     span = Span(epoch_steps=epoch_steps, total_steps=max(round(recipe.epochs * epoch_steps), 1))
     label_names = (held_out and held_out.label_names) or data.label_names
@@ -120,7 +131,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         task: Task = resolve_name(recipe.task.task_class)(recipe.task, backbone, run)
-    twin = deepcopy(task.published).eval().requires_grad_(False)
+    twin = merge_low_rank(deepcopy(task.published)).eval().requires_grad_(False)
     if recipe.scale.checkpointing:
         backbone.set_grad_checkpointing()
     if recipe.scale.compile:
@@ -128,6 +139,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
             for block in blocks_of(module):
                 block.compile()
     return Parts(
+        arch=model.arch,
         data=data,
         held_out=held_out,
         eval_images=held_out or as_image_source(data),

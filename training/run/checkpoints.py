@@ -167,7 +167,7 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> Measured:
             "from the one before."
         ) from error
     extra = state.extra
-    if asdict(extra.length) != trainer.length:
+    if extra.length.images != trainer.length["images"] or state.step > trainer.parts.span.total_steps:
         before, now = (f"{x['images']} images and {x['steps']} steps" for x in (asdict(extra.length), trainer.length))
         raise TrainingError(f"{checkpoint} is of a run with {before}, but this one has {now}: give it the same data.")
     try:

@@ -8,11 +8,14 @@ from pathlib import Path
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.errors import BundleError, VitregError
-from vitreg_hub.training.recipes.settings import Recipe
+from vitreg_hub.training.recipes.settings import Recipe, WatchSettings
 from vitreg_hub.training.run.assembly import vit_of
 from vitreg_hub.training.run.folders import BEST
 from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.watch.evaluate import evaluate
+
+AT_START = "start/"
+"""Begins the name under which metrics hold the score that was measured before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +58,26 @@ class Measured:
         """The metrics of the weights of a step; empty if they were not evaluated."""
         return self.metrics if self.step == step else {}
 
+    def start(self, recipe: Recipe) -> float | None:
+        """The score before the first step, if it was measured."""
+        return self.metrics.get(f"{AT_START}{score_of(recipe)}")
+
+    def is_below_start(self, recipe: Recipe) -> bool:
+        """Whether no model of the run is as good as what it began with."""
+        start = self.start(recipe)
+        return start is not None and self.best is not None and self.best.score < start
+
+    def is_stalled(self, recipe: Recipe, *, every: int) -> bool:
+        """Whether the run is to end early, because the best model is too many evaluations old."""
+        patience = recipe.watch.patience
+        return patience > 0 and self.best is not None and self.step - self.best.step >= patience * every
+
     def after(self, recipe: Recipe, *, step: int, metrics: Mapping[str, float]) -> "Measured":
         """The same with one more evaluation."""
+        name = score_of(recipe)
+        start = metrics.get(f"eval/{name}") if step == 0 else self.start(recipe)
+        if start is not None:
+            metrics = {**metrics, f"{AT_START}{name}": start}
         caught_up = self.later_best is not None and step >= self.later_best.step
         best = better(self.best, recipe, step=step, metrics=metrics, or_equal=caught_up)
         later = self.later_best if best is self.best else None
@@ -75,11 +96,16 @@ class Measured:
         return self if kept == self.best or written_again else replace(self, later_best=kept)
 
 
+def score_of(recipe: Recipe) -> str:
+    """Name of the score by which a run's models are compared."""
+    return recipe.task.objective.score.name
+
+
 def better(
     best: Best | None, recipe: Recipe, *, step: int, metrics: Mapping[str, float], or_equal: bool = False
 ) -> Best | None:
     """The best model after one more evaluation, of a higher score or perhaps an equal one; never that of step 0."""
-    name = recipe.task.objective.score.name
+    name = score_of(recipe)
     score = metrics.get(f"eval/{name}", math.nan)
     if step == 0 or not math.isfinite(score):
         return best
@@ -109,7 +135,7 @@ def read_best(run: Path, recipe: Recipe) -> Best | None:
     folder = run / BEST
     if not folder.exists():
         return None
-    name = recipe.task.objective.score.name
+    name = score_of(recipe)
     told = told_by(folder)
     if name not in told.metrics or not told.run or told.run.step is None:
         raise BundleError(f"{folder} does not say its {name} and its step: delete it and start the run again.")
@@ -117,7 +143,20 @@ def read_best(run: Path, recipe: Recipe) -> Best | None:
 
 
 def measure(trainer: Trainer) -> dict[str, float]:
-    """Evaluate the twin, in all processes together."""
+    """Evaluate the twin, in all processes together, and score what the task compares it with.
+
+    The latter's scores are called ``raw/accuracy`` instead of ``eval/accuracy``, by the name that the task gives it.
+    """
+    task, found = trainer.parts.task, _evaluated(trainer, trainer.recipe.watch, knn=True)
+    for name, network in task.compared.items() if trainer.parts.held_out else ():
+        trainer.copy_into_twin(network)
+        scores = _evaluated(trainer, replace(trainer.recipe.watch, artifact_images=0), knn=False)
+        found |= {key.replace("eval/", f"{name}/"): x for key, x in scores.items() if key.startswith("eval/")}
+    trainer.refresh_twin()
+    return found
+
+
+def _evaluated(trainer: Trainer, watch: WatchSettings, *, knn: bool) -> dict[str, float]:
     parts, recipe, accelerator = trainer.parts, trainer.recipe, trainer.accelerator
     parts.twin.to(accelerator.device)
     try:
@@ -125,10 +164,10 @@ def measure(trainer: Trainer) -> dict[str, float]:
             vit_of(parts.twin),
             parts.task.scorer(parts.twin) if parts.held_out else None,
             held_out=parts.eval_images,
-            train=parts.knn_images,
+            train=parts.knn_images if knn else None,
             transform=parts.transform,
             device=accelerator.device,
-            settings=recipe.watch,
+            settings=watch,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             seed=recipe.seed,
@@ -136,3 +175,24 @@ def measure(trainer: Trainer) -> dict[str, float]:
         )
     finally:
         parts.twin.to("cpu")
+
+
+def unmeasured(trainer: Trainer, metrics: Mapping[str, float]) -> str | None:
+    """What evaluations of this run cannot find out, and why, in a sentence; None if they find all."""
+    parts, watch, score = trainer.parts, trainer.recipe.watch, score_of(trainer.recipe)
+    names = [name for name in dict.fromkeys((score, "knn_accuracy")) if f"eval/{name}" not in metrics]
+    if not names:
+        return None
+    if score in names:
+        names.append("best model")
+    if parts.held_out is None:
+        why = f"no images are held out of {parts.data.name} (data.test, data.held_out)"
+    elif not watch.eval_images:
+        why = "watch.eval_images is 0"
+    elif not parts.held_out.has_labels:
+        why = f"{parts.held_out.name} has no labels (class folders, or data.label_column)"
+    elif not parts.data.has_labels and names[0] == "knn_accuracy":
+        why = f"{parts.data.name} has no labels"
+    else:
+        why = f"no image of {parts.held_out.name} that can be read has what they need"
+    return f"there will be no {' and no '.join(names)}: {why}."

@@ -53,7 +53,8 @@ class ModelWriter:
                 recipe=public_settings(recipe),
                 objective=recipe.task.objective,
                 step=trainer.step,
-                total_steps=parts.span.total_steps,
+                total_steps=trainer.step if trainer.ended_early else parts.span.total_steps,
+                start_score=measured.start(recipe),
                 evaluated=int(found[EVALUATED_IMAGES]) if EVALUATED_IMAGES in found else None,
                 sources={source.setting: source.record() for source in parts.sources},
             ),
@@ -64,7 +65,7 @@ class ModelWriter:
         )
         vit = vit_of(parts.twin)
         labels = parts.data.label_names if vit.num_classes else None
-        return ModelBundle.from_timm(vit, arch=recipe.model.arch, provenance=provenance, label_names=labels)
+        return ModelBundle.from_timm(vit, arch=parts.arch, provenance=provenance, label_names=labels)
 
     def write(self, folder: Path, measured: Measured, *, run: Path, as_best: bool = False) -> None:
         """Write the bundle and the files beside it, replacing an older one.

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreg_hub.errors import TrainingError
 from vitreg_hub.training.distributed.collectives import all_reduce_sum
@@ -35,6 +35,7 @@ class Trainer:
 
     Attributes:
         step: Steps done.
+        ended_early: Whether the run is to have no more steps, although some are left.
         names: Names of the network's parameters.
     """
 
@@ -57,12 +58,13 @@ class Trainer:
         self.rates = Rates.of(recipe.optim, self.parts.span, batch_size=recipe.batch_size, hold=task.hold)
         self.names = {parameter: name for name, parameter in task.network.named_parameters()}
         self.step = 0
+        self.ended_early = False
         self._copied = -1
 
     @property
     def done(self) -> bool:
-        """Whether no step is left."""
-        return self.step == self.parts.span.total_steps
+        """Whether no step is left, or the run has ended early."""
+        return self.ended_early or self.step == self.parts.span.total_steps
 
     @property
     def length(self) -> dict[str, int | None]:
@@ -148,15 +150,20 @@ class Trainer:
         saved = checkpoints(out) if out else []
         kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet (watch.save_every)"
         raise TrainingError(
-            f"the loss is {loss} in step {step}, whose batch begins with {', '.join(images[:4])}: {kept}; lower "
+            f"the loss is {loss} in step {step + 1}, whose batch begins with {', '.join(images[:4])}: {kept}; lower "
             "optim.lr, set optim.clip, or look at those images."
         )
 
     def refresh_twin(self) -> None:
         """Copy the model as it would be published now, once per step; all processes must call it."""
         if self._copied != self.step:
-            copy_whole(self.parts.task.published, self.parts.twin)
+            self.copy_into_twin(self.parts.task.published)
             self._copied = self.step
+
+    def copy_into_twin(self, network: nn.Module) -> None:
+        """Let the twin have another network's weights until it is refreshed; all processes must call it."""
+        copy_whole(network, self.parts.twin)
+        self._copied = -1
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

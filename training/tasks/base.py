@@ -98,6 +98,11 @@ class Task(ABC, Generic[Network]):
     def published(self) -> nn.Module:
         """What is evaluated and exported of `network` or `frozen`: a ViT, or a module with one as `backbone`."""
 
+    @property
+    def compared(self) -> Mapping[str, nn.Module]:
+        """What is scored besides, by name: networks with the names of `published`'s weights; none by default."""
+        return {}
+
     def write_beside(self, model: Any, bundle: ModelBundle, folder: Path) -> None:
         """Write beside a bundle's future folder what belongs to the model but has no place in it; nothing by default.
 

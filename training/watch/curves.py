@@ -97,10 +97,10 @@ def read_history(metrics: Path) -> History:
             continue
         step, line = read
         best = step if line.pop("best", False) else best
-        curves, steps_done = (training, step + 1) if "loss" in line else (evaluation, step)
+        curves = training if "loss" in line else evaluation
         for name, value in line.items():
             if name != "time" and isinstance(value, int | float) and abs(value) <= sys.float_info.max:
-                curves.setdefault(name, {})[steps_done] = value
+                curves.setdefault(name, {})[step] = value
     return History(training=training, evaluation=evaluation, best=best)
 
 
@@ -122,9 +122,9 @@ def panels_of(history: History) -> tuple[Panel, ...]:
     if len(terms) <= MOST_TERMS:
         loss |= terms
     scores = {
-        name.removeprefix("eval/").replace("_", " "): curve
+        name.removeprefix("eval/").replace("_", " ").replace("/", " "): curve
         for name, curve in evaluation.items()
-        if name.startswith("eval/")
+        if name.startswith(("eval/", "raw/", "averaged/"))
     }
     shares = {int(block): curve for block, curve in _matching(evaluation, r"artifacts/block_(\d+)/outlier_fraction")}
     last = max(shares, default=0)

@@ -55,7 +55,7 @@ def first_batch_figure(
     height = HEAD + rows * row_height + FOOT
     figure = Figure(figsize=(width, height))
     axis = figure.add_axes((0, 0, 1, 1))  # one axis in inches for all images: one for each would take seconds to draw
-    axis.text(width / 2, HEAD / 2, f"First batch (step {batch.step})", ha="center", va="center", fontsize=11)
+    axis.text(width / 2, HEAD / 2, f"First batch (step {batch.step + 1})", ha="center", va="center", fontsize=11)
     lefts = [MARGIN + view * (CELL + GAP) for view in range(columns)]
     for row in range(rows):
         top = HEAD + row * row_height + (0 if single else ABOVE)

@@ -27,6 +27,7 @@ from vitreg_hub.training.watch.throughput import Throughput
 logger = logging.getLogger(__name__)
 
 TRACKERS_FOLDER = "trackers"
+SHOWN = ("eval/", "raw/", "averaged/")
 
 
 def require_trackers(
@@ -61,7 +62,7 @@ class Logbook:
         folder: The run's folder, for `metrics.jsonl` and the trackers' files.
         accelerator: Knows which process this is, its device and its precision.
         total_steps: Steps of the run.
-        start_step: First step of this process: lines of this step and later ones from an earlier process are dropped.
+        start_step: Steps done before this process: later lines, and evaluations after that step, are dropped.
         batch_size: Images of one step, over all processes.
         name: Of the trackers' project.
         trackers: accelerate's trackers by name.
@@ -118,13 +119,15 @@ class Logbook:
             self._bar.update()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a step of training, numbered from 0, and show its main metrics, with the speed since the last call.
+        """Write a step of training, and show its main metrics, with the speed since the last call.
+
+        The loop counts steps from 0; what is written and shown counts those that are done.
 
         Raises:
             BundleError: It cannot be written, as on a full disk.
         """
         metrics = {**metrics, **self.throughput.read()}
-        self._record(step, metrics)
+        self._record(step + 1, metrics)
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(_words(metrics)), refresh=False)
         elif self._main:
@@ -134,10 +137,11 @@ class Logbook:
                 words.append(f"ETA {tqdm.format_interval(metrics['eta_seconds'])}")
             logger.info("%s", "  ".join(words))
 
-    def note(self, step: int, scores: Mapping[str, float], *, best: bool = False) -> None:
-        """Write an evaluation after `step` steps, and show its scores, called ``eval/name``.
+    def note(self, step: int, scores: Mapping[str, float], *, best: bool = False, below: float | None = None) -> None:
+        """Write an evaluation after `step` steps, and show its scores, called ``eval/name``, and those besides.
 
-        The many numbers about artifacts only go to files and trackers. Only the `best` model so far is called so.
+        The many numbers about artifacts only go to files and trackers. Only the `best` model so far is called so, and
+        if the run began with a better score, it is `below` that.
 
         Raises:
             BundleError: It cannot be written, as on a full disk.
@@ -145,10 +149,10 @@ class Logbook:
         if not scores:
             return
         self._record(step, {**scores, "best": True} if best else scores)
-        words = [f"{name} {number(value)}" for name, value in scores.items() if name.startswith("eval/")]
+        words = [f"{name} {number(value)}" for name, value in scores.items() if name.startswith(SHOWN)]
         if self._main and words:
             if best:
-                words.append("(the best so far)")
+                words.append(f"(the best so far{'' if below is None else f', below the start: {number(below)}'})")
             logger.info("%s", "  ".join([f"evaluation after {step} steps:", *words]))
 
     def __enter__(self) -> Self:
@@ -184,11 +188,12 @@ def _writing(file: Path) -> Iterator[None]:
 
 
 def _drop_from(file: Path, start_step: int) -> None:
-    """Keep only complete lines of earlier steps."""
-
+    """Keep only complete lines of the steps that were done; an evaluation after the last of them is made again."""
     if file.exists():
         with whole_file(file, replace=True) as target, file.open("rb") as old, target.open("wb") as new:
-            new.writelines(line for line in old if (read := read_line(line)) and read[0] < start_step)
+            new.writelines(
+                line for line in old if (read := read_line(line)) and read[0] - ("loss" in read[1]) < start_step
+            )
 
 
 def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:

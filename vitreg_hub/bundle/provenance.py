@@ -117,6 +117,7 @@ class TrainingRun:
         objective: What it trained for; None where an older bundle does not tell.
         step: Steps that were done.
         total_steps: Steps of the whole run.
+        start_score: The objective's score of the weights that it began with, if it was measured.
         evaluated: On how many images the metrics were measured.
         sources: Start and teacher, by the setting that names each.
     """
@@ -126,6 +127,7 @@ class TrainingRun:
     objective: Objective | None = None
     step: int | None = None
     total_steps: int | None = None
+    start_score: float | None = None
     evaluated: int | None = None
     sources: Mapping[str, SourceOfRun] = field(default_factory=dict)
 

@@ -16,25 +16,36 @@ from vitreg_hub.cli.arguments import OptionalN, arguments, summary, texts
 from vitreg_hub.console import HelpFormatter, hide_loading
 from vitreg_hub.environment import duration
 from vitreg_hub.errors import RecipeError
-from vitreg_hub.training.recipes.files import KINDS, changed, read_text, recipe_to_yaml, setting_types, updated
+from vitreg_hub.training.recipes.files import (
+    KINDS,
+    changed,
+    named_in,
+    read_text,
+    recipe_from_yaml,
+    recipe_to_yaml,
+    setting_types,
+    updated,
+)
 from vitreg_hub.training.recipes.named import RECIPES
 from vitreg_hub.training.recipes.settings import Recipe, require_start
 from vitreg_hub.training.run.folders import BEST
 
 USAGE = "vitreg train RECIPE [--registers N] [--config FILE.yaml] [--optim.lr 5e-4 ...] --out DIR"
+IF_WORSE = "no model of this run is as good as its start: lower optim.lr, or train less (model.trainable, epochs)"
 EXAMPLES = """examples:
   vitreg train supervised_digits --out digits                    from scratch on real digits
   vitreg train supervised_digits --out digits                    again: goes on where it was stopped
   vitreg train supervised_digits --registers 0 --out plain       the same without registers
   vitreg train dinov2_digits --task.dino_head.prototypes 512 --augment.num_local 2 --out ssl
   vitreg train deit3_small --data.train photos/train --data.test photos/val --out run --dry-run    time and memory
+  vitreg train finetune --model.start vit_nano_reg4.digits --data.train pictures --out mine      on your own images
   vitreg train deit3_base_finetune_384 --model.start run/model --out fine --push org/name
   vitreg train dinov2_vitl14 --print_config > mine.yaml          all settings, to be changed
-  vitreg train dinov2_vitl14 --config mine.yaml --out ssl
+  vitreg train --config mine.yaml --out ssl                      a whole recipe
   accelerate launch --num_processes 8 -m vitreg_hub.training dinov2_vitl14 --out ssl
 """
-SCORE_PREFIX = "eval/"
-"""Begins the names of scores among all that an evaluation measures."""
+SCORE_PREFIX, AT_START = "eval/", "start/"
+"""Begin the names of scores among all that an evaluation measures, and of that before the first step."""
 HELP, PRINT = ("-h", "--help"), "--print_config"
 
 
@@ -44,10 +55,10 @@ class Options:
 
     Attributes:
         registers: register tokens: 0, 1, 2, 4, 8 or 16; a recipe's own are 4
-        config: YAML of settings, such as another run's recipe.yaml; options come after
+        config: YAML of settings, such as another run's recipe.yaml, which needs no RECIPE; options come after
         out: folder of the run: checkpoints, metrics, recipe.yaml, curves.png, best, model
         resume: auto goes on with a run in DIR, never does not; or a checkpoint's folder
-        dry_run: two steps, then memory and time of the whole; nothing is written
+        dry_run: a few steps, then memory and time of the whole; nothing is written
         push: publish the last model on the branch main, and the best one on best
         push_every: publish at each checkpoint, in the background, or last
         private: of --push: only its owner sees a new repository
@@ -74,20 +85,15 @@ def run(args: Sequence[str]) -> None:
     """
     if not args:
         raise RecipeError(f"give a recipe: {USAGE}; `vitreg train --help` lists them.")
-    name, *rest = args
-    if name in HELP:
+    if args[0] in HELP:
         print(overview())
         return
-    if name.startswith("-"):
-        raise RecipeError(f"the recipe comes first, not {name}: {USAGE}")
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise RecipeError(f"there is no recipe {name}: {hint}`vitreg train --help` lists all {len(RECIPES)}.")
-    options, changes, wants = _read(rest)
-    recipe = RECIPES[name]() if options.registers is None else RECIPES[name](registers=options.registers)
-    for file in options.config or ():
-        recipe = updated(recipe, read_text(Path(file)), called=file)
+    named = not args[0].startswith("-")
+    if not named and not any(word.partition("=")[0] == "--config" for word in args):
+        raise RecipeError(f"the recipe comes first, not {args[0]}: {USAGE}")
+    options, changes, wants = _read(args[named:])
+    recipe = _recipe(args[0] if named else None, options)
+    name = recipe.name
     if wants.help:
         print(_help(name, recipe))
         return
@@ -104,6 +110,27 @@ def run(args: Sequence[str]) -> None:
     if options.out is None:
         raise RecipeError(f"give --out, the folder of the run: vitreg train {name} --out DIR")
     _train(recipe, Path(options.out), options)
+
+
+def _recipe(name: str | None, options: Options) -> Recipe:
+    """The recipe of this name, or else the one that the first file holds or names, with the settings of the files."""
+    files = options.config or []
+    if name is None:
+        text = read_text(Path(files[0]))
+        name = named_in(text, called=files[0])
+        if name not in RECIPES:
+            return _updated(recipe_from_yaml(text, called=files[0]), files[1:])
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise RecipeError(f"there is no recipe {name}: {hint}`vitreg train --help` lists all {len(RECIPES)}.")
+    return _updated(RECIPES[name]() if options.registers is None else RECIPES[name](registers=options.registers), files)
+
+
+def _updated(recipe: Recipe, files: Sequence[str]) -> Recipe:
+    for file in files:
+        recipe = updated(recipe, read_text(Path(file)), called=file)
+    return recipe
 
 
 def overview() -> str:
@@ -150,7 +177,7 @@ def _help(name: str, recipe: Recipe) -> str:
     parser = ArgumentParser(
         prog=f"vitreg train {name}",
         usage=USAGE.replace("RECIPE", name),
-        description=inspect.getdoc(RECIPES[name]),
+        description=inspect.getdoc(RECIPES[name]) if name in RECIPES else None,
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
@@ -185,6 +212,8 @@ def _add_settings(
 
 
 def _require_consistent(recipe: Recipe, registers: int | None) -> None:
+    if recipe.model.arch is None:  # the start's
+        return
     arch = get_arch(recipe.model.arch)
     if registers is not None and arch.num_registers != registers:
         raise RecipeError(
@@ -203,8 +232,9 @@ def _dry_run(recipe: Recipe) -> None:
     if not PartialState().is_main_process:
         return
     print(f"steps       {result.steps}")
+    shortest, longest = (duration(seconds) for seconds in result.eta_seconds)
     print(f"images      {result.images_per_second:.4g} a second, over all processes")
-    print(f"time        {duration(result.eta_seconds)}, without evaluations")
+    print(f"time        {shortest}{'' if longest == shortest else f' to {longest}'}, without evaluations")
     print(f"memory      {result.memory_gib:.2f} GiB at most, of one process")
     print(f"parameters  {result.parameters / 1e6:.1f} M are trained")
 
@@ -224,13 +254,17 @@ def _train(recipe: Recipe, out: Path, options: Options) -> None:
             print(f"{score.removeprefix(SCORE_PREFIX).ljust(24)} {value:.4g}")
     stopped = f"stopped  after step {result.step} of {result.total_steps}; the same command goes on"
     print(f"model    {result.model}" if result.model else stopped)
-    if result.model and (best := result.best):
-        print(f"best     {result.folder / BEST}, {best.name} {best.score:.4g} after step {best.step}")
+    model, worse = result.model, False
+    if model and (best := result.best):
+        start, last = (result.metrics.get(f"{prefix}{best.name}") for prefix in (AT_START, SCORE_PREFIX))
+        worse = start is not None and best.score < start
+        below = f": below the start, {start:.4g}" if worse else ""
+        print(f"best     {result.folder / BEST}, {best.name} {best.score:.4g} after step {best.step}{below}")
+        if last is not None and best.score > last:
+            model = result.folder / BEST
     for branch, commit in result.commits.items():
         print(f"pushed   {commit} ({branch})")
-    if result.model:
-        print(f"""
-next:
-  vitreg verify {result.model}
-  vitreg analyze {result.model}
-  vitreg push {result.model} your-name/{recipe.name}""")
+    if model:
+        print(f"\nnext:\n  vitreg verify {model}\n  vitreg analyze {model}")
+        push = f"  vitreg push {model} your-name/{recipe.name}"
+        print(f"  {IF_WORSE}" if worse else push)

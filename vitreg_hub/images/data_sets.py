@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 Rows = datasets.Dataset | datasets.IterableDataset
 
 
-def image_folder(root: Path) -> datasets.Dataset:
-    """All images below a folder, in the order of their names. Only names are in memory, and no cache is written."""
+def image_folder(root: Path, *, classes: Collection[str] = ()) -> datasets.Dataset:
+    """All images below a folder, in the order of their names. Only names are in memory, and no cache is written.
+
+    Folders in it are classes if they hold most of the images and are several, or one of these `classes`; images beside
+    them then have no label.
+    """
     paths = []
     for parent, below, files in os.walk(root, followlinks=True):
         below[:] = sorted(folder for folder in below if not folder.startswith((".", "__MACOSX")))
@@ -39,16 +43,18 @@ def image_folder(root: Path) -> datasets.Dataset:
     if not paths:
         raise DataError(f"there are no images below {root}: their names must end in {', '.join(IMG_EXTENSIONS)}.")
     inside = [Path(path).relative_to(root).parts for path in paths]
-    folders = [parts[0] for parts in inside if len(parts) > 1]
-    classes = sorted(set(folders)) if len(folders) == len(paths) else []
-    if classes and set(classes) <= SPLIT_FOLDERS:
-        raise DataError(f"{root} holds the splits {', '.join(classes)}: give one of them, {root / classes[-1]}.")
+    folders = [parts[0] if len(parts) > 1 else None for parts in inside]
+    found = sorted({folder for folder in folders if folder is not None})
+    if 2 * folders.count(None) >= len(paths):
+        found = []
+    if found and set(found) <= SPLIT_FOLDERS:
+        raise DataError(f"{root} holds the splits {', '.join(found)}: give one of them, {root / found[-1]}.")
     features: dict[str, Any] = {"image": datasets.Image()}
-    if len(classes) < 2:
+    if len(found) < 2 and not set(found) & set(classes):
         return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features(features))
-    features["label"] = datasets.ClassLabel(names=classes)
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [number[folder] for folder in folders]
+    features["label"] = datasets.ClassLabel(names=found)
+    number = {name: i for i, name in enumerate(found)}
+    labels = [None if folder is None else number[folder] for folder in folders]
     return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=datasets.Features(features))
 
 

@@ -1,6 +1,7 @@
 """Training data of every kind, against the files that were written."""
 
 import contextlib
+from dataclasses import replace
 
 import datasets
 import pandas
@@ -14,6 +15,7 @@ from training_files import png, served, write_folder, write_parquet, write_shard
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.embedded import TRAINING_SETS
 from vitreg_hub.images.source import read_rgb
+from vitreg_hub.training.data.classes import open_data
 from vitreg_hub.training.data.opening import as_image_source, open_held_out, open_training_data
 from vitreg_hub.training.recipes.settings import DataSettings
 
@@ -260,3 +262,99 @@ def test_pictures_that_are_opened_keep_their_names(tmp_path):
     assert data.called({"image": picture}, 5) == str(tmp_path / "a" / "000.png")
     assert data.called({"image": {"bytes": b"x", "path": "y.png"}}, 5) == "row 5 (y.png)"
     assert data.called({"image": None}, 5) == "row 5"
+
+
+def classes_of(settings, needs=("labels",), seed=0):
+    """The numbers that pictures tell by their class, of both parts, and what is said of them."""
+    data, held_out, notes = open_data(settings, needs=needs, seed=seed)
+    assert all(note.endswith(".") and "\n" not in note for note in notes)
+    parts = []
+    for part in (data, held_out):
+        named = part and ([part.label_names[n] if n is not None else None for n in labels(part)], numbers(part))
+        parts.append(named and dict(zip(named[1], named[0], strict=True)))
+    return *parts, notes
+
+
+def test_a_picture_beside_class_folders_does_not_count_and_is_named(tmp_path):
+    train, test = (write_folder(tmp_path / name, 6) for name in ("train", "test"))
+    for root in (train, test):
+        (root / "sheet.png").write_bytes(png(99))
+    settings = DataSettings(train=str(train), test=str(test))
+    learnt, tested, notes = classes_of(settings)
+    classes = {i: "abc"[i % 3] for i in range(6)}
+    assert learnt == classes
+    assert tested == classes | {99: None}
+    assert len(notes) == 2
+    for root, note in zip((train, test), notes, strict=True):
+        assert note.startswith(f"{root} has 1 images beside its class folders, which have no class and do not count: ")
+        assert note.endswith("sheet.png.")
+    assert classes_of(settings, needs=())[0] == classes | {99: None}  # where classes are not learnt
+    (batch,) = as_image_source(open_data(settings, needs=(), seed=0)[1]).batches(to_tensor, batch_size=9)
+    assert sorted(batch.labels.tolist()) == [-1, 0, 0, 1, 1, 2, 2]
+    for i in range(7):  # most pictures are in no folder: they are no classes
+        (test / f"{i}.png").write_bytes(png(99))
+    assert not open_data(settings, needs=(), seed=0)[1].has_labels
+
+
+def test_held_out_pictures_of_some_classes_are_scored_by_these(tmp_path):
+    settings = DataSettings(
+        train=str(write_folder(tmp_path / "train", 6)), test=str(write_folder(tmp_path / "test", 2, classes=("b",)))
+    )
+    _, tested, (note,) = classes_of(settings)
+    assert tested == {0: "b", 1: "b"}
+    assert note == f"{tmp_path / 'test'} has no images of a, c: scores are of the other 1 classes alone."
+
+
+LOST = {
+    "by ending": ({"1.heic": png(1), "2.HEIC": png(2)}, "d/1.heic, "),
+    "by content": ({"1.png": b"no picture", "2.jpg": b""}, "d/1.png, "),
+    "cut short": ({"1.png": png(1, (64, 64))[:60]}, "d/1.png)"),
+    "no file": ({".hidden": b""}, "(its folder is empty)"),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_class_without_a_readable_picture_is_named(case, others, tmp_path):
+    """Also if a single class is left, which is none."""
+    files, said = LOST[case]
+    whole, broken = (write_folder(tmp_path / name, 6, classes=("a", "b", "d")) for name in ("whole", "broken"))
+    for folder in ("bd" if others == 1 else "d")[::-1]:
+        for picture in (broken / folder).iterdir():
+            picture.unlink()
+        for name, content in files.items():
+            (broken / folder / name).write_bytes(content)
+    found = {}
+    for needs in ((), ("labels",)):
+        found[needs] = open_data(DataSettings(train=str(whole), test=str(broken)), needs=needs, seed=0)[2]
+    found["train"] = open_data(DataSettings(train=str(broken)), needs=(), seed=0)[2]
+    for notes in found.values():
+        (note,) = (note for note in notes if note.startswith(f"no image of d in {broken} can be read ("))
+        assert said in note
+    with pytest.raises(DataError) as caught:
+        open_data(DataSettings(train=str(broken)), needs=("labels",), seed=0)
+    assert str(caught.value).startswith(f"no image of {'bd'[others - 1]} in {broken} can be read (")
+    assert str(caught.value).endswith("): save them as PNG or JPEG, or remove the class.")
+
+
+def test_a_share_of_each_class_is_held_out(tmp_path):
+    root = write_folder(tmp_path / "all", 22)
+    (root / "d").mkdir()
+    (root / "d" / "one.png").write_bytes(png(50))
+    settings = DataSettings(train=str(root), held_out=0.25)
+    learnt, tested, notes = classes_of(settings)
+    assert not notes
+    assert learnt | tested == {i: "abc"[i % 3] for i in range(22)} | {50: "d"}
+    assert not learnt.keys() & tested.keys()
+    assert sorted(tested.values()) == ["a", "a", "b", "b", "c", "c"]  # and not the only one of its class
+    assert classes_of(settings) == (learnt, tested, notes)
+    assert classes_of(settings, seed=1)[1] != tested
+    streamed, held_out, _ = open_data(replace(settings, streaming=True), needs=(), seed=0)
+    assert (streamed.is_stream, held_out.is_stream, set(numbers(streamed))) == (True, False, set(learnt))
+    assert open_data(replace(settings, train="digits"), needs=(), seed=0)[1].num_images == 359  # digits have a test set
+    write_shards(tmp_path / "shards", [4])
+    with pytest.raises(DataError, match=r"is a stream, of which data\.held_out cannot choose images: give data\.test"):
+        open_data(replace(settings, train=str(tmp_path / "shards")), needs=(), seed=0)
+    write_folder(tmp_path / "few", 3)
+    with pytest.raises(DataError, match=r"has 3 images, of which data\.held_out 0\.25 leaves none: give more"):
+        open_data(replace(settings, train=str(tmp_path / "few")), needs=(), seed=0)

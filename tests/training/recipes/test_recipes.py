@@ -80,7 +80,7 @@ DINOV2 = {
     "epochs": (100, 500, 500),
 }
 DINOV2_NAMES = ("dinov2_vitl16_short", "dinov2_vitl14", "dinov2_vitg14")
-EVERY = [(name, registers) for name in RECIPES for registers in REGISTER_COUNTS]
+EVERY = [(name, registers) for name in RECIPES if name != "finetune" for registers in REGISTER_COUNTS]
 
 
 def setting(recipe, name):
@@ -104,7 +104,7 @@ def test_deit3_as_published(size):
 
 
 def test_second_stages_are_those_of_the_table():
-    assert {name for name in RECIPES if "finetune" in name} == {f"deit3_{s}_finetune_{side}" for s, side in FINETUNE}
+    assert {name for name in RECIPES if "_finetune_" in name} == {f"deit3_{s}_finetune_{side}" for s, side in FINETUNE}
 
 
 @pytest.mark.parametrize(("size", "side"), FINETUNE)
@@ -216,9 +216,20 @@ def test_file_gives_an_equal_recipe(name):
     assert updated(other, recipe_to_yaml(recipe), called="mine.yaml") == recipe
 
 
+def test_fine_tuning_takes_from_the_start_what_it_has():
+    recipe = RECIPES["finetune"]()
+    assert (recipe.model.arch, recipe.model.img_size, recipe.model.patch_size, recipe.task.ema) == (None,) * 4
+    assert recipe.model.start_required
+    assert 0 < recipe.optim.layer_decay < 1
+    assert (recipe.augment.hflip, recipe.watch.eval_every) == (0.5, None)  # an epoch
+    assert recipe.watch.patience
+    assert recipe.data.held_out
+    assert RECIPES["finetune"](registers=8).model.registers == 8
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_four_registers_unless_told_otherwise(name):
-    assert RECIPES[name]() == RECIPES[name](registers=4)
+    assert RECIPES[name]() == RECIPES[name](registers=None if name == "finetune" else 4)
     assert RECIPES[name].__doc__.partition("\n")[0].endswith(".")
 
 
@@ -288,9 +299,38 @@ def test_every_text_of_a_recipe_is_cleaned_and_nothing_else(name):
             assert shown[part][setting] == path[-1]
 
 
+def test_a_list_of_one_needs_no_brackets_in_a_file():
+    recipe = RECIPES["supervised_digits"]()
+    assert updated(recipe, "watch: {trackers: wandb}", called="x").watch.trackers == ("wandb",)
+    assert updated(recipe, "watch: {trackers: [wandb]}", called="x").watch.trackers == ("wandb",)
+
+
+CONTRADICTIONS = {
+    "model.trainable is 'last:0', give all, head, last:N": {"model": {"trainable": "last:0"}},
+    "model.trainable is 'lor', give all": {"model": {"trainable": "lor"}},
+    "model.lora_rank is 0": {"model": {"lora_rank": 0}},
+    "model.arch is null, and there is no model.start": {"model": {"arch": None}},
+    "model.arch vit_nano_reg4 has its number of registers": {"model": {"registers": 2}},
+    "watch.patience is 3, but watch.eval_every is 0": {"watch": {"patience": 3, "eval_every": 0}},
+    "watch.patience is -1": {"watch": {"patience": -1}},
+    "data.held_out is 1.0": {"data": {"held_out": 1.0}},
+}
+
+
+@pytest.mark.parametrize("says", CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused(says):
+    recipe = RECIPES["supervised_digits"]()
+    ((part, values),) = CONTRADICTIONS[says].items()
+    with pytest.raises(RecipeError, match=f"^recipe supervised_digits: {says}"):
+        dataclasses.replace(recipe, **{part: dataclasses.replace(getattr(recipe, part), **values)})
+
+
 def test_run_goes_on_under_the_same_settings_only(tmp_path):
     recipe = RECIPES["supervised_digits"]()
     write_recipe(recipe, tmp_path)
+    require_same_recipe(dataclasses.replace(recipe, epochs=recipe.epochs + 0.5), tmp_path)
+    with pytest.raises(RecipeError, match=r"has epochs 24(?:\.0)?, not 23\.5: give the"):
+        require_same_recipe(dataclasses.replace(recipe, epochs=recipe.epochs - 0.5), tmp_path)
     assert recipe_from_yaml((tmp_path / RECIPE_FILE).read_text()) == recipe
     harmless = dataclasses.replace(
         recipe,

@@ -140,10 +140,11 @@ def test_best_is_what_was_measured_best(script, tmp_path, caplog):
     assert same(run / "best", checkpoints(run)[0])  # of step 2
     assert not same(run / "best", run / "model")
     assert marked(run) == [1, 2]
+    told = f"eval/knn_accuracy 0.5  (the best so far, below the start: {SCRIPT[0]})"
     assert [message for message in caplog.messages if "best so far" in message] == [
-        f"evaluation after {step} steps:  eval/accuracy {SCRIPT[step]}  eval/knn_accuracy 0.5  (the best so far)"
-        for step in (1, 2)
+        f"evaluation after {step} steps:  eval/accuracy {SCRIPT[step]}  {told}" for step in (1, 2)
     ]
+    assert result.metrics["start/accuracy"] == SCRIPT[0]
     told = ModelBundle.load(run / "best").provenance
     assert told.metrics == {"accuracy": 0.5, "knn_accuracy": 0.5}
     assert (told.run.step, told.run.total_steps) == (2, STEPS)
@@ -163,12 +164,37 @@ def test_recipe_metrics_and_curves_lie_beside_what_is_published(script, tmp_path
             *("config.json", "model.safetensors", "README.md", "recipe.yaml", "metrics.jsonl", "curves.png")
         }
         assert recipe_from_yaml((run / folder / "recipe.yaml").read_text()) == RECIPE
-        assert lines(run / folder) == [line for line in lines(run) if line["step"] <= step - ("loss" in line)]
+        assert lines(run / folder) == [line for line in lines(run) if line["step"] <= step]
         assert (run / folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "curves.png").read_bytes() == (run / "model" / "curves.png").read_bytes()
     assert (run / "best" / "curves.png").read_bytes() != (run / "model" / "curves.png").read_bytes()
     inside = {path.name for path in checkpoints(run)[0].iterdir()}
     assert inside == {"config.json", "model.safetensors", "README.md", "state"}  # nobody publishes those
+
+
+def test_what_is_above_the_start_is_not_called_below_it(script, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vitreg_hub")
+    script[0] = script[4] = 0.5
+    script.train(RECIPE, tmp_path / "run")
+    told = [message.partition("(")[2] for message in caplog.messages if "best so far" in message]
+    assert told == ["the best so far, below the start: 0.5)", "the best so far)"]
+
+
+def test_a_run_that_gets_no_better_ends_early(script, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "vitreg_hub")
+    recipe = replace(RECIPE, watch=replace(RECIPE.watch, patience=2, save_every=0), epochs=3)
+    script |= {2: 0.2, 3: 0.3}
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelWriter, "write", before_the_model())
+        with pytest.raises(Killed):
+            script.train(recipe, tmp_path / "run")
+    result = script.train(recipe, tmp_path / "run")  # one that was killed before it wrote its model ends as early
+    assert (result.step, result.best.step, result.model) == (3, 1, tmp_path / "run" / "model")
+    assert "ended after step 3: 2 evaluations were not better" in caplog.messages
+    assert script.train(recipe, tmp_path / "run").model  # is finished
+    told = ModelBundle.load(result.model).provenance.run
+    assert (told.step, told.total_steps, told.start_score) == (3, 3, SCRIPT[0])
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000003"]
 
 
 def test_without_a_score_there_is_no_best(tmp_path):

@@ -1,7 +1,9 @@
 """A run that was stopped anywhere ends as one that was not, bit for bit."""
 
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,13 +168,19 @@ def left_behind(target: Path):
     staging.rename(target)
 
 
-def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
+STOPS = {"SIGTERM": 0, "SIGINT": 130}
+"""Exit status after each signal."""
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_saves(name, uninterrupted, tmp_path):
     recipe = saving("supervised")
     recipe = replace(recipe, watch=replace(recipe.watch, save_every=0))
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, time, torch\nfrom pathlib import Path\n"
+        "from vitreg_hub.console import console\n"
         "from vitreg_hub.training.loop import train\nfrom vitreg_hub.training.run.trainer import Trainer\n"
         "from vitreg_hub.training.recipes.files import recipe_from_yaml\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
@@ -181,7 +189,7 @@ def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
         "    if number == 2: Path(sys.argv[2]).touch(); time.sleep(3)\n"
         "    return step(self, number, *args)\n"
         "Trainer.do_step = slow\n"
-        "result = train(recipe_from_yaml(Path(sys.argv[1]).read_text()), sys.argv[3])\n"
+        "with console(): result = train(recipe_from_yaml(Path(sys.argv[1]).read_text()), sys.argv[3])\n"
         "assert result.model is None and result.step == 3, result\n"
     )
     command = [sys.executable, script, tmp_path / "recipe.yaml", tmp_path / "there", tmp_path / "run"]
@@ -190,12 +198,50 @@ def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
         if (tmp_path / "there").exists() or process.poll() is not None:
             break
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 0, process.stderr.read()
+    os.kill(process.pid, signal.Signals[name])
+    assert process.wait(60) == STOPS[name], process.stderr.read()
+    shown = process.stderr.read()
+    assert "Traceback" not in shown
+    if name == "SIGINT":
+        assert "Ctrl-C again stops at once" in shown
+        assert "stopped after step 3 of 4: the same command goes on" in shown
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000003"]
     train(saving("supervised"), tmp_path / "run")
     assert tensors(tmp_path / "run").keys() == tensors(uninterrupted("supervised")).keys()
     assert_same(tmp_path / "run", uninterrupted("supervised"))
+
+
+def test_a_second_interruption_stops_at_once(tmp_path, monkeypatch):
+    def interrupted(self, step, *args):
+        for _ in range(2 if step == 1 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return do_step(self, step, *args)
+
+    do_step, before = Trainer.do_step, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Trainer, "do_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(saving("supervised"), tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) == before
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000001"]
+
+
+def test_a_finished_run_goes_on_for_more_epochs(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vitreg_hub")
+    recipe, run = saving("supervised"), tmp_path / "run"
+    train(recipe, run)
+    more = replace(recipe, epochs=recipe.epochs * 1.5)
+    result = train(more, run)
+    assert (result.step, result.total_steps) == (6, 6)
+    assert f"going on after step 4 of 6, from {run / 'checkpoints' / 'step_0000004'}" in caplog.messages
+    assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 7))
+    told = ModelBundle.load(run / "model").provenance.run
+    assert (told.step, told.total_steps, told.recipe["epochs"]) == (6, 6, more.epochs)
+    assert train(more, run).step == 6  # is finished
+    with pytest.raises(RecipeError, match=r"has epochs 3\.0, not 2\.0"):
+        train(recipe, run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(TrainingError, match="has no checkpoint from which it could go on for more epochs"):
+        train(replace(more, epochs=9.0), run)
 
 
 def test_weights_can_be_read_one_by_one(uninterrupted):
@@ -312,7 +358,7 @@ def test_loss_that_is_no_number_keeps_the_last_good_state(tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "do_step", poisoned)
         with pytest.raises(
-            TrainingError, match=r"loss is nan in step 2, whose batch begins with row \d+.*step_0000002"
+            TrainingError, match=r"loss is nan in step 3, whose batch begins with row \d+.*step_0000002"
         ):
             train(recipe, tmp_path / "run")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000001", "step_0000002"]

@@ -32,14 +32,14 @@ def test_steps_of_training_are_counted_when_done_like_those_of_evaluations(tmp_p
     file = written(
         tmp_path,
         {"step": 0, "eval/accuracy": 0.1},
-        {"step": 0, "loss": 3.0, "loss_dino": 2.0, "loss_koleo": 1.0, "lr": 0.1, "memory_gib": 5.0, "grad_norm": 7.0},
-        {"step": 1, "loss": 2.0, "loss_dino": 1.5, "loss_koleo": 0.5, "lr": 0.2},
-        {"step": 2, "eval/accuracy": 0.4, "eval/knn_accuracy": 0.3, "best": True},
+        {"step": 1, "loss": 3.0, "loss_dino": 2.0, "loss_koleo": 1.0, "lr": 0.1, "memory_gib": 5.0, "grad_norm": 7.0},
+        {"step": 2, "loss": 2.0, "loss_dino": 1.5, "loss_koleo": 0.5, "lr": 0.2},
+        {"step": 2, "eval/accuracy": 0.4, "eval/knn_accuracy": 0.3, "raw/accuracy": 0.5, "best": True},
     )
     assert shown(file) == {
         "Loss": {"loss": {1: 3.0, 2: 2.0}, "dino": {1: 2.0, 2: 1.5}, "koleo": {1: 1.0, 2: 0.5}},
         "Learning rate": {"learning rate": {1: 0.1, 2: 0.2}},
-        "Scores on held-out images": {"accuracy": {0: 0.1, 2: 0.4}, "knn accuracy": {2: 0.3}},
+        "Scores on held-out images": {"accuracy": {0: 0.1, 2: 0.4}, "knn accuracy": {2: 0.3}, "raw accuracy": {2: 0.5}},
     }
     assert read_history(file).best == 2
 
@@ -57,15 +57,15 @@ def test_artifacts_of_the_last_block_and_the_most_of_any(tmp_path):
 
 
 def test_what_is_no_number_or_cut_short_is_left_out(tmp_path):
-    file = written(tmp_path, {"step": 0, "loss": 1.0, "lr": "nan"}, {"step": 1, "loss": "inf", "lr": "nan"})
+    file = written(tmp_path, {"step": 1, "loss": 1.0, "lr": "nan"}, {"step": 2, "loss": "inf", "lr": "nan"})
     with file.open("a") as open_file:
-        open_file.write('{"step": 2, "lo')
+        open_file.write('{"step": 3, "lo')
     assert shown(file) == {"Loss": {"loss": {1: 1.0}}}
 
 
 def test_many_terms_are_not_drawn(tmp_path):
     terms = {f"loss_{i}": 1.0 for i in range(7)}
-    assert shown(written(tmp_path, {"step": 0, "loss": 7.0, **terms}))["Loss"] == {"loss": {1: 7.0}}
+    assert shown(written(tmp_path, {"step": 1, "loss": 7.0, **terms}))["Loss"] == {"loss": {1: 7.0}}
 
 
 @pytest.mark.parametrize("entries", [(), ({"step": 3, "loss": "nan"},), ({"step": 3, "data_wait": 0.5},)])

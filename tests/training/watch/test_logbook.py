@@ -67,7 +67,7 @@ def test_every_line_is_json_with_step_time_and_measures(book, tmp_path):
     first, second, third, note, best = lines(tmp_path)
     assert first.keys() == {"step", "time", "loss", "lr", "memory_gib"}
     assert second.keys() == third.keys() == first.keys() | {"images_per_second", "data_wait", "eta_seconds"}
-    assert [line["step"] for line in (first, second, third)] == [0, 1, 2]
+    assert [line["step"] for line in (first, second, third)] == [1, 2, 3]  # as on the screen
     assert first["time"] <= second["time"] <= third["time"]
     assert note == {"step": 3, "time": note["time"], "eval/knn_accuracy": 0.75}
     assert best == {"step": 3, "time": best["time"], "eval/knn_accuracy": 0.8, "best": True}
@@ -89,7 +89,7 @@ def test_resumed_run_has_each_step_once(book, tmp_path):
     with book(start_step=3) as logbook:
         assert (tmp_path / "metrics.jsonl").read_text().splitlines() == kept
         train(logbook, range(3, 6), loss=2.0)
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(i, 1.0 + (i > 2)) for i in range(6)]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(i, 1.0 + (i > 3)) for i in range(1, 7)]
     with book():
         assert lines(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -101,12 +101,14 @@ def test_without_a_terminal_there_are_log_lines(book, caplog):
         train(logbook, range(2), loss=0.123456)
         logbook.note(2, {"eval/knn_accuracy": 0.5, "artifacts/block_0/norm_q50": 3.0})
         logbook.note(2, {"eval/knn_accuracy": 0.75}, best=True)
-    first, second, note, best = caplog.messages
+        logbook.note(2, {"eval/accuracy": 0.5, "raw/accuracy": 0.75, "start/accuracy": 0.625}, best=True, below=0.625)
+    first, second, note, best, below = caplog.messages
     assert re.fullmatch(r"step 1/20 \(5 %\)  loss 0\.1235  lr 0\.001  \d+\.\d GiB", first)
     measured = r"\S+ images/s  \d+% waiting for data  \d+\.\d GiB  ETA \d\d:\d\d"
     assert re.fullmatch(rf"step 2/20 \(10 %\)  loss 0\.1235  lr 0\.001  {measured}", second)
     assert note == "evaluation after 2 steps:  eval/knn_accuracy 0.5"
     assert best == "evaluation after 2 steps:  eval/knn_accuracy 0.75  (the best so far)"
+    assert below.endswith("eval/accuracy 0.5  raw/accuracy 0.75  (the best so far, below the start: 0.625)")
 
 
 class Terminal(io.StringIO):
@@ -159,9 +161,9 @@ def test_trackers_get_the_recipe_flat_and_every_line(book, monkeypatch, caplog, 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
     config = {"name": "x", "optim": {"lr": 0.1, "betas": [0.9, 0.99], "clip": None}}
     with pytest.raises(KeyError), book(trackers=["recorder"], name="run 1", config=config) as logbook:
-        fail_after(lambda: logbook.note(0, {"loss": 1.5}))
+        fail_after(lambda: logbook.note(0, {"score": 1.5}))
     flat = {"name": "x", "optim.lr": 0.1, "optim.betas": "[0.9, 0.99]", "optim.clip": None}
-    assert Recorder.calls == [("init", "run 1", "trackers"), "start", flat, (0, {"loss": 1.5}), "finish"]
+    assert Recorder.calls == [("init", "run 1", "trackers"), "start", flat, (0, {"score": 1.5}), "finish"]
     with book(trackers=["recorder"], name="run 1") as logbook:
         for step in range(3):
             logbook.note(step, {"break": step})
@@ -324,7 +326,7 @@ def test_texts_of_the_first_batch():
     def texts(*, label_names=None, **more):
         (axis,) = first_batch_figure(Batch(**batch, **more), mean=MEAN, std=STD, label_names=label_names).axes
         title, *of_images, size = (text.get_text() for text in axis.texts)
-        assert (title, size) == ("First batch (step 0)", "view 1\n8 x 8")
+        assert (title, size) == ("First batch (step 1)", "view 1\n8 x 8")
         return of_images
 
     batch = {"step": 0, "positions": torch.arange(2), "names": ("a.png", "b.png"), "crops": (crops(2, 8, RED),)}

@@ -22,7 +22,11 @@ class Supervised(TaskSettings):
         cutmix: Alpha of cutmix; 0: none.
         mix_probability: Share of the batches that are mixed.
         switch_probability: Share of those with cutmix, if both are on.
-        ema: Decay per step of the averaged weights, which are then the published ones; None: there are none.
+        ema: Decay per step of the averaged weights; None: there are none.
+        ema_warmup: Whether that decay grows from 0 as timm's does, by 1 - (steps + 1) ** (-2 / 3), up to `ema`. If not,
+            a run must be long enough to forget its start.
+        publish: Whether the averaged weights are evaluated and published, where there are some, or the raw ones; the
+            others are scored besides.
     """
 
     objective = SUPERVISED
@@ -37,6 +41,8 @@ class Supervised(TaskSettings):
     mix_probability: Share = 1.0
     switch_probability: Share = 0.5
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_warmup: bool = True
+    publish: Literal["averaged", "raw"] = "averaged"
 
     def problems(self, *, batch_size: int) -> Iterator[str]:
         """Yield impossible targets, and images without a partner."""

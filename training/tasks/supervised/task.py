@@ -1,6 +1,9 @@
 """Classification as DeiT-III trains it: mixed images, binary cross-entropy, averaged weights."""
 
+import logging
+from collections.abc import Mapping
 from copy import deepcopy
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,11 @@ from vitreg_hub.training.distributed.parallel import average_into
 from vitreg_hub.training.distributed.randomness import seeded
 from vitreg_hub.training.tasks.base import Batch, RunFacts, Scorer, StepOutput, Task, correct
 from vitreg_hub.training.tasks.supervised.settings import Supervised
+
+logger = logging.getLogger(__name__)
+
+MOST_OF_START = 0.1
+"""Largest share of the start in the averaged weights of a finished run."""
 
 
 class SupervisedNetwork(nn.Module):
@@ -35,6 +43,7 @@ class SupervisedTask(Task[SupervisedNetwork]):
         self.network = SupervisedNetwork(backbone)
         self.frozen = {}
         if settings.ema is not None:
+            require_long_enough(settings, run.span.total_steps)
             self.frozen["ema"] = deepcopy(self.network).eval().requires_grad_(False)
 
     def training_step(self, network: nn.Module, batch: Batch) -> StepOutput:
@@ -59,12 +68,19 @@ class SupervisedTask(Task[SupervisedNetwork]):
     def after_step(self, step: int) -> None:
         """Update the averaged weights."""
         if self.settings.ema is not None:
-            average_into(self.frozen["ema"], self.network, self.settings.ema)
+            average_into(self.frozen["ema"], self.network, decay_after(self.settings, step))
 
     @property
     def published(self) -> nn.Module:
-        """The averaged network, or the network."""
-        return self.frozen.get("ema", self.network)
+        """The averaged network, if there is one and the settings do not ask for the raw one, or the network."""
+        return self.network if self.settings.publish == "raw" else self.frozen.get("ema", self.network)
+
+    @property
+    def compared(self) -> Mapping[str, nn.Module]:
+        """The other one of the raw and the averaged network."""
+        if self.settings.ema is None:
+            return {}
+        return {"averaged": self.frozen["ema"]} if self.settings.publish == "raw" else {"raw": self.network}
 
     def scorer(self, model: nn.Module) -> Scorer:
         """Top-1 accuracy."""
@@ -73,6 +89,31 @@ class SupervisedTask(Task[SupervisedNetwork]):
             return {"accuracy": correct(model(images), labels)}
 
         return score
+
+
+def decay_after(settings: Supervised, step: int) -> float:
+    """Decay of the averaged weights after a step, from 0.
+
+    Source: timm/utils/model_ema.py, `ModelEmaV3.get_decay`; without a warm-up `ModelEma.update`, which deit uses.
+    """
+    decay = cast(float, settings.ema)
+    return min(decay, 1 - (step + 1) ** (-2 / 3)) if settings.ema_warmup else decay
+
+
+def require_long_enough(settings: Supervised, steps: int) -> None:
+    """Say, or refuse, that a run is too short for the decay of its averaged weights.
+
+    Raises:
+        RecipeError: Too much of the start would be left in them at the end.
+    """
+    decay = cast(float, settings.ema)
+    left = decay**steps
+    if left <= MOST_OF_START:
+        return
+    told = f"task.ema {decay} is for longer runs than {steps} steps, where it would leave {left:.0%} of the start"
+    if not settings.ema_warmup:
+        raise RecipeError(f"{told}: set task.ema_warmup to true, take a smaller decay, or null for none.")
+    logger.warning("%s; warmed up, it ends at %.4g", told, decay_after(settings, steps - 1))
 
 
 def classification_loss(logits: Tensor, targets: Tensor, *, kind: str) -> Tensor:

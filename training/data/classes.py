@@ -1,0 +1,179 @@
+"""Which classes data really have: what is lost of them on the way from files to labels, and a part held out of each."""
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from vitreg_hub.errors import DataError
+from vitreg_hub.images.source import BROKEN, read_rgb
+from vitreg_hub.training.data.opening import TrainingData, as_stream, held_out_rows, open_rows
+from vitreg_hub.training.distributed.randomness import seed_of
+from vitreg_hub.training.recipes.settings import DataSettings
+from vitreg_hub.training.tasks.settings import Need
+
+MOST_CHECKED = 1000
+"""Classes of which an image is opened at the start, which takes some milliseconds each."""
+MOST_NAMED = 3
+HELD_OUT_STREAM = 1
+"""Separates the choice of what is held out from all other random numbers of the same seed."""
+
+
+def open_data(
+    settings: DataSettings, *, needs: Collection[Need], seed: int
+) -> tuple[TrainingData, TrainingData | None, tuple[str, ...]]:
+    """Open what is trained on and what is held out, and find out what of their classes cannot be used.
+
+    Args:
+        settings: Name the data.
+        needs: What every image must have.
+        seed: Chooses the images of `settings.held_out`.
+
+    Returns:
+        The training data, the held-out data if any, and what a user should know of them, in sentences.
+
+    Raises:
+        DataError: There are no such data, or no image of a class can be read that is to be learnt.
+    """
+    data = open_rows(settings.train, "train", settings)
+    notes = list(lost_classes(data))
+    if notes and "labels" in needs:
+        raise DataError(f"{notes[0]}: save them as PNG or JPEG, or remove the class.")
+    notes += _said(strays(data))
+    if "labels" in needs:
+        data = with_classes_only(data)
+    held_out = held_out_rows(settings, data)
+    if held_out is None and settings.held_out:
+        data, held_out = hold_out(data, settings.held_out, seed=seed)
+    elif held_out is not None:
+        notes += [*lost_classes(held_out), *_said(strays(held_out)), *_said(missing_classes(held_out))]
+    return as_stream(data, settings), held_out, tuple(f"{note}." for note in notes)
+
+
+def with_classes_only(data: TrainingData) -> TrainingData:
+    """The same without images that have no class, where others of a folder have one."""
+    if not _is_folder(data) or not data.has_labels:
+        return data
+    known = np.flatnonzero(_labels(data) >= 0)
+    return replace(data, rows=data.rows.select(known), num_images=len(known))
+
+
+def strays(data: TrainingData) -> str | None:
+    """What a folder has beside its class folders, in a sentence; None if there is nothing."""
+    if not _is_folder(data) or not data.has_labels:
+        return None
+    places = np.flatnonzero(_labels(data) < 0)
+    if not len(places):
+        return None
+    first = data.called(data.rows[int(places[0])], int(places[0]))
+    return (
+        f"{data.name} has {len(places)} images beside its class folders, which have no class and do not count: {first}"
+    )
+
+
+def lost_classes(data: TrainingData) -> Iterator[str]:
+    """Yield a sentence for every class that has files but no image that can be read."""
+    for folder in _class_folders(data):
+        if not any(_files(folder, images=True)):
+            files = list(_files(folder, images=False))
+            told = _some(files[:MOST_NAMED], len(files)) or "its folder is empty"
+            yield f"no image of {folder.name} in {data.name} can be read ({told})"
+    if not (_is_local(data) and data.has_labels):
+        return
+    labels = _labels(data)
+    order = np.argsort(labels, kind="stable")
+    classes, starts = np.unique(labels[order], return_index=True)
+    for number, places in list(zip(classes, np.split(order, starts[1:]), strict=True))[:MOST_CHECKED]:
+        if number < 0 or any(_can_be_read(data, int(place)) for place in places):
+            continue
+        name = data.label_names[number] if data.label_names else number
+        files = [data.called(data.rows[int(place)], int(place)) for place in places[:MOST_NAMED]]
+        yield f"no image of {name} in {data.name} can be read ({_some(files, len(places))})"
+
+
+def missing_classes(data: TrainingData) -> str | None:
+    """Which classes have no image in held-out data, in a sentence; None if all have some."""
+    if not (_is_local(data) and data.has_labels and data.label_names):
+        return None
+    there = set(_labels(data).tolist())
+    missing = [name for number, name in enumerate(data.label_names) if number not in there]
+    if not missing:
+        return None
+    names = _some(missing[:MOST_NAMED], len(missing))
+    return f"{data.name} has no images of {names}: scores are of the other {len(there - {-1})} classes alone"
+
+
+def hold_out(data: TrainingData, share: float, *, seed: int) -> tuple[TrainingData, TrainingData]:
+    """Divide data into what is trained on and a share of each class that is not, at least one image of two or more.
+
+    Raises:
+        DataError: The data are a stream, or too few.
+    """
+    if not _is_local(data):
+        raise DataError(
+            f"{data.name} is a stream, of which data.held_out cannot choose images: give data.test instead."
+        )
+    labels = _labels(data) if data.has_labels else np.zeros(len(data.rows), dtype=int)
+    random = np.random.default_rng(seed_of(seed, HELD_OUT_STREAM))
+    chosen = []
+    for number in np.unique(labels):
+        places = random.permutation(np.flatnonzero(labels == number))
+        chosen += places[: max(round(share * len(places)), int(len(places) > 1))].tolist()
+    kept = np.setdiff1d(np.arange(len(labels)), chosen)
+    if not chosen or not len(kept):
+        raise DataError(f"{data.name} has {len(labels)} images, of which data.held_out {share} leaves none: give more.")
+    parts = {data.name: kept, f"{data.name} (held out)": np.sort(chosen)}
+    train, test = (
+        replace(data, name=name, rows=data.rows.select(places), num_images=len(places))
+        for name, places in parts.items()
+    )
+    return train, test
+
+
+def _is_local(data: TrainingData) -> bool:
+    return isinstance(data.rows, datasets.Dataset)
+
+
+def _is_folder(data: TrainingData) -> bool:
+    return _is_local(data) and data.folder is not None
+
+
+def _labels(data: TrainingData) -> np.ndarray:
+    """The class of each row, -1 where it has none."""
+    column = data.rows.select_columns([data.label_column]).with_format("arrow")[:].column(data.label_column)
+    return column.fill_null(-1).to_numpy()
+
+
+def _can_be_read(data: TrainingData, place: int) -> bool:
+    try:
+        read_rgb(data.rows[place][data.image_column])
+    except BROKEN:
+        return False
+    return True
+
+
+def _class_folders(data: TrainingData) -> list[Path]:
+    """The folders in a folder of images, if there are several."""
+    if data.folder is None:
+        return []
+    below = [path for path in sorted(data.folder.iterdir()) if path.is_dir()]
+    return [path for path in below if not path.name.startswith((".", "__MACOSX"))] if len(below) > 1 else []
+
+
+def _files(folder: Path, *, images: bool) -> Iterator[str]:
+    for parent, _, files in os.walk(folder, followlinks=True):
+        for file in sorted(files):
+            if not file.startswith(".") and (not images or file.lower().endswith(IMG_EXTENSIONS)):
+                yield os.path.join(parent, file)
+
+
+def _said(note: str | None) -> list[str]:
+    return [] if note is None else [note]
+
+
+def _some(first: Sequence[str], number: int) -> str:
+    return ", ".join(first) + (f" and {number - len(first)} more" if number > len(first) else "")
