@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, cast
 
 from timm.layers import to_2tuple
@@ -81,7 +82,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         self.vitreg = copy.deepcopy(self.vitreg) or defaults["vitreg"]
         self.pretrained_cfg = copy.deepcopy(self.pretrained_cfg) or defaults["pretrained_cfg"]
         self.pretrained_cfg.pop("num_classes", None)
-        for said_elsewhere in ("num_features", "global_pool", "label_names"):
+        for said_elsewhere in ("num_classes", "num_features", "global_pool", "label_names"):
             kwargs.pop(said_elsewhere, None)
         # names of stages depend on the depth, so the network's shape is set first
         for name in list(kwargs):
@@ -139,7 +140,11 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
             problems.append(str(error))
         if problems:
             raise BundleError("config.json breaks the form of a bundle: " + "; ".join(problems))
-        return super().from_dict(config_dict, **kwargs)
+        config = {"num_labels": config_dict.get("num_classes")} | config_dict
+        if names := config.get("label_names"):
+            config = {"id2label": dict(enumerate(names)), "label2id": _inverse(names)} | config
+        # not TimmWrapperConfig's, which prefers its own reading of names to what a user says
+        return super(TimmWrapperConfig, cls).from_dict(config, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What goes to disk: a bundle's config.json, and settings of transformers that differ from its defaults."""
@@ -149,13 +154,25 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         settings = {k: v for k, v in settings.items() if k not in not_stored and v != defaults.get(k, not_stored)}
         if settings.get("out_indices") == [self.num_hidden_layers]:
             del settings["out_indices"], settings["out_features"]
-        names = cast(dict[int, str], self.id2label)  # as transformers has completed it
-        labels = tuple(names[i] for i in range(len(names)))
+        names = {int(i): name for i, name in (self.id2label or {}).items()}
+        labels = tuple(names[i] for i in sorted(names))
         config = BundleConfig(
             model_args=self.model_args,
             num_classes=len(labels),
             preprocess=Preprocess.from_cfg(self.pretrained_cfg),
-            label_names=None if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels,
+            label_names=None if labels == default_names(len(labels)) else labels,
             **read_entry(self.vitreg),
         )
+        if (names, self.label2id) != (dict(enumerate(labels)), _inverse(labels)):  # more than names in order
+            settings |= {"id2label": names, "label2id": self.label2id}
         return settings | config.to_json()
+
+
+def default_names(number: int) -> tuple[str, ...]:
+    """transformers' names of classes that have none."""
+    return tuple(f"LABEL_{i}" for i in range(number))
+
+
+def _inverse(names: Sequence[str]) -> dict[str, int] | None:
+    """The class of each name, where no two are equal."""
+    return {name: i for i, name in enumerate(names)} if len(set(names)) == len(names) else None

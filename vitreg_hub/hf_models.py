@@ -26,7 +26,8 @@ from vitreg_hub import environment
 from vitreg_hub.arch import require_divisible
 from vitreg_hub.bundle.config import read_entry
 from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
-from vitreg_hub.hf_config import VitRegConfig
+from vitreg_hub.errors import BundleError
+from vitreg_hub.hf_config import VitRegConfig, default_names
 from vitreg_hub.network.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
 from vitreg_hub.network.kinds import kind_of
 from vitreg_hub.network.untold import UNTOLD
@@ -141,9 +142,15 @@ class VitRegPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write a bundle, without a card. Arguments as in transformers; adapters are written as PEFT does."""
-        config = self.config
+        config, width = self.config, self.timm_model.num_classes  # of the head that is written
+        names = tuple((config.id2label or {}).values())
+        if width and len(names) != width and names != default_names(len(names)):
+            raise BundleError(
+                f"the model has {width} classes, but config.id2label names {len(names)}: name as many, or load the "
+                "weights again with id2label, which makes a head of that width."
+            )
         self.config = copy.deepcopy(config)
-        self.config.num_labels = self.timm_model.num_classes  # of the head that is written
+        self.config.num_labels = width
         old = provenance_from_json(config.vitreg["provenance"])
         # no figures: the weights may have changed since they were measured
         provenance = Provenance(
