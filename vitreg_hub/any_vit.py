@@ -37,10 +37,10 @@ class AnyVit:
     """A network that was opened, and the preprocessing of its images.
 
     Attributes:
-        name: As it was given, or the class of a module; says if the weights are untrained.
+        name: As it was given, with the tag, or the class of a module; says if the weights are untrained.
         transform: Makes a tensor [3, H, W] of an RGB image; None where it is unknown.
         preprocessing: The transform in words.
-        untrained: Whether the weights are random, since the name asks for none.
+        untrained: Whether the weights are random, since there are none of that name.
     """
 
     name: str
@@ -69,13 +69,13 @@ def open_vit(
     dtype: torch.dtype | None = None,
     img_size: int | tuple[int, int] | None = None,
 ) -> AnyVit:
-    """Open a ViT. Weights are downloaded only where the name asks for them: by a tag, or by ``hf-hub:``.
+    """Open a ViT.
 
     Args:
         model: A module of timm or transformers; a folder (a bundle, or a model saved by timm or transformers);
-            ``hf-hub:org/name[@revision]`` of the same three kinds; an architecture of ours or of timm, with a tag
-            (``vit_nano_reg4.digits``) for its weights. Without a tag, the weights are those that ship with this
-            package, or else random and the same every time.
+            ``hf-hub:org/name[@revision]`` of the same three kinds; an architecture of ours or of timm, with the tag of
+            its weights (``vit_nano_reg4.digits``) or without, for the first that it has. Those of an architecture that
+            has none are random and the same every time.
         device: Where a model by name is put, the CPU by default. A module stays where it is.
         dtype: Number type of a model by name, float32 by default.
         img_size: Side, or height and width, of the images in pixels, if not the native one. Positions are resampled;
@@ -92,10 +92,10 @@ def open_vit(
     if isinstance(model, nn.Module):
         name, network, processor = type(unwrapped(model)).__name__, model, _processor_of(unwrapped(model))
     else:
-        name, processor = str(model), None
-        named = ModelName.parse(model)
+        named, processor = ModelName.parse(model), None
+        name = named.full
         if named.arch:
-            untrained = not named.asks_for_weights()
+            untrained = not named.has_weights()
             network = _named(named, size, untrained=untrained)
         else:
             network, processor = _stored(named, size)
@@ -115,11 +115,11 @@ def _named(name: ModelName, size: tuple[int, int] | None, *, untrained: bool) ->
         return _bundled(name, size)
     with torch.random.fork_rng(devices=[]), hub_errors(name.given):
         torch.default_generator.manual_seed(0)  # timm draws all weights, also those that it replaces
-        return _create(name.given, size, pretrained=not untrained)
+        return _create(name.full, size, pretrained=not untrained)
 
 
 def _bundled(name: ModelName, size: tuple[int, int] | None) -> nn.Module:
-    return ModelBundle.load(name.given).build(**({"img_size": size} if size else {}))
+    return ModelBundle.load(name.full).build(**({"img_size": size} if size else {}))
 
 
 def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:

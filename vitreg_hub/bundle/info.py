@@ -27,7 +27,7 @@ SHOWN = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
-    """Facts about one model, JSON-safe; an architecture alone has no provenance."""
+    """Facts about one model, JSON-safe; an architecture without weights has no provenance."""
 
     name: str
     architecture: Mapping[str, Any]
@@ -37,7 +37,7 @@ class ModelInfo:
         """The table that the terminal shows."""
         rows = [("model", self.name), *_architecture_rows(self.architecture)]
         if self.provenance is None:
-            rows.append(("weights", ", ".join(self.architecture["weights"]) or "none under this name"))
+            rows.append(("weights", "none under this name"))
         else:
             rows += [("", ""), *_provenance_rows(self.provenance, registers=self.architecture["registers"])]
         width = max(len(key) for key, _ in rows) + 2
@@ -61,10 +61,10 @@ def describe(source: str | Path) -> ModelInfo:
     if name.repo_id:
         folder = download_config(called)
         return _of_bundle(folder, name=f"{HUB_PREFIX}{name.repo_id}@{folder.name}", called=called)
-    if folder := name.path or (name.shipped if name.tag else None):
-        return _of_bundle(folder, name=called, called=called)
+    if folder := name.path or name.shipped:
+        return _of_bundle(folder, name=name.full, called=called)
     name.require_ours()
-    spec, cfg = get_arch(name.arch), timm.get_pretrained_cfg(called) if name.tag else None
+    spec, cfg = get_arch(name.arch), timm.get_pretrained_cfg(name.full) if name.tag else None
     images = dataclasses.asdict(cfg or eval_cfg(spec))
     origin = f"weights of {HUB_PREFIX}{cfg.hf_hub_id}" if cfg else "no weights"
     provenance = Provenance(origin=origin, license=cfg.license if cfg else None)
@@ -75,7 +75,7 @@ def describe(source: str | Path) -> ModelInfo:
         preprocess=Preprocess.from_cfg(images),
         provenance=provenance,
     )
-    return ModelInfo(name=called, architecture=_architecture(config), provenance=provenance if cfg else None)
+    return ModelInfo(name=name.full, architecture=_architecture(config), provenance=provenance if cfg else None)
 
 
 def _of_bundle(folder: Path, *, name: str, called: str) -> ModelInfo:

@@ -125,9 +125,9 @@ class ModelBundle(BundleConfig):
 
     @classmethod
     def _load_published(cls, name: ModelName) -> Self:
-        cfg = timm.get_pretrained_cfg(name.given)
+        cfg = timm.get_pretrained_cfg(name.full)
         if cfg is None or cfg.hf_hub_id is None:
-            raise BundleError(f"timm names no Hub repository with the weights {name.given}: give another name.")
+            raise BundleError(f"timm names no Hub repository with the weights {name.full}: give another name.")
         with hub_errors(cfg.hf_hub_id):
             state_dict = patiently(partial(load_state_dict_from_hf, cfg.hf_hub_id))
         return cls(
