@@ -1,6 +1,5 @@
 """Any ViT by name, folder, Hub id or module, with the preprocessing that its weights expect."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
 from vitreg_hub.arch import require_divisible
+from vitreg_hub.bounded import read_json, read_small
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, DataError, VitregError
 from vitreg_hub.files import CONFIG_FILE
@@ -140,7 +140,7 @@ def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, B
             config_file = Path(hf.hf_hub_download(where, CONFIG_FILE, revision=revision))
         else:
             config_file = Path(where, CONFIG_FILE)
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = read_json(read_small(config_file))
         if "vitreg" in config:
             return _bundled(name, size), None
         if "model_type" not in config and "architecture" in config:

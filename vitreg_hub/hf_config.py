@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, cast
 
 from timm.layers import to_2tuple
@@ -12,7 +13,8 @@ from transformers import TimmWrapperConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from vitreg_hub.arch import ArchSpec, get_arch, row
-from vitreg_hub.bundle.config import BundleConfig, Preprocess, read_entry
+from vitreg_hub.bounded import excesses
+from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, read_entry
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.bundle.rules import source_problems
 from vitreg_hub.errors import BundleError
@@ -133,9 +135,9 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         """Read a config.json: ours, or any other timm repository's as if this package were not there."""
         if not config_dict.get("vitreg"):
             return TimmWrapperConfig.from_dict(config_dict, **kwargs)
-        problems = list(source_problems(config_dict))
+        problems = [*source_problems(config_dict), *islice(excesses(config_dict), 1)]
         try:
-            read_entry(config_dict["vitreg"])
+            _ = problems or config_from_json(config_dict)
         except BundleError as error:
             problems.append(str(error))
         if problems:

@@ -11,9 +11,9 @@ import timm
 from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, empty_model, read_config
 from vitreg_hub.bundle.provenance import BestModel, Conversion, Foreign, Provenance, TrainingRun, Transformation
-from vitreg_hub.bundle.rules import rule_problems
+from vitreg_hub.bundle.rules import rule_problems, warn_of_unread
 from vitreg_hub.environment import duration
-from vitreg_hub.errors import BundleError
+from vitreg_hub.errors import BundleError, printable
 from vitreg_hub.licenses import UNKNOWN
 from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.network.positions import PositionRule
@@ -41,7 +41,7 @@ class ModelInfo:
         else:
             rows += [("", ""), *_provenance_rows(self.provenance, registers=self.architecture["registers"])]
         width = max(len(key) for key, _ in rows) + 2
-        return "\n".join(_printable(f"{key.ljust(width)}{text}").rstrip() for key, text in rows)
+        return "\n".join(printable(f"{key.ljust(width)}{text}").rstrip() for key, text in rows)
 
 
 def describe(source: str | Path) -> ModelInfo:
@@ -82,6 +82,7 @@ def _of_bundle(folder: Path, *, name: str, called: str) -> ModelInfo:
     content = read_config(folder, called=called)
     if problems := list(rule_problems(content)):
         raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
+    warn_of_unread(content, called=called)
     config = config_from_json(content)
     try:
         architecture = _architecture(config)
@@ -211,8 +212,3 @@ def _training(run: TrainingRun, best: BestModel | None) -> str:
         "best of its run by": best and best.score,
     }
     return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) or NOT_RECORDED
-
-
-def _printable(text: str) -> str:
-    """Text from someone else's file on one line, without characters that move the terminal's cursor."""
-    return "".join(char if char.isprintable() else " " for char in text)
