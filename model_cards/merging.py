@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
+from vitreg_hub.bounded import read_yaml
 from vitreg_hub.model_cards.metadata import SOURCE
 
 LICENSE, LICENSE_NAME, LICENSE_LINK, MODEL_INDEX = "license", "license_name", "license_link", "model-index"
@@ -59,7 +60,7 @@ def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any], settled_
         return (front_matter(new) + "\n").replace("\n", line_end) + card
     text = found[2].replace("\r\n", "\n") + "\n" if found[2].strip() else ""
     try:
-        tree, theirs = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        tree, theirs = read_yaml(text)
         theirs = {} if tree is None else theirs
         if not isinstance(theirs, dict):
             return None
@@ -67,9 +68,9 @@ def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any], settled_
         if wanted == theirs:
             return card
         merged = _spliced(text, _places(text, tree), theirs, wanted)
-        if yaml.safe_load(merged) != wanted:  # all on one line, or with anchors
+        if read_yaml(merged)[1] != wanted:  # all on one line, or with anchors
             return None
-    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
+    except ValueError:
         return None
     return card[: found.start(2)] + merged.rstrip("\n").replace("\n", line_end) + card[found.end(2) :]
 

@@ -33,13 +33,15 @@ from transformers import (
     TrainingArguments,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTForImageClassification,
     pipeline,
 )
 
 from vitreg_hub.bundle.config import Preprocess
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
-from vitreg_hub.errors import DataError, UnknownArchError
+from vitreg_hub.errors import BundleError, DataError, UnknownArchError
 from vitreg_hub.hf_models import VitRegBackbone, VitRegConfig, VitRegForImageClassification, VitRegModel
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
@@ -337,6 +339,68 @@ def test_new_head(saved):
     assert tuned(images()).logits.shape == (2, 3)
     assert torch.equal(tuned.timm_model.pos_embed, model.timm_model.pos_embed)
     assert not tuned.timm_model.head.weight.isnan().any()
+
+
+LETTERS = {0: "a", 1: "b", 2: "c"}
+LABEL_MAPS = {
+    "a number": dict(num_labels=3),
+    "no head": dict(num_labels=0),
+    "names": dict(id2label=LETTERS),
+    "names and their inverse": dict(id2label=LETTERS, label2id={"a": 0, "b": 1, "c": 2}),
+    "text keys": dict(num_labels=3, id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": "0", "b": "1", "c": "2"}),
+    "text keys alone": dict(id2label={str(i): f"name {i}" for i in range(11)}),
+    "keys from 1": dict(num_labels=2, id2label={1: "a", 2: "b"}, label2id={"a": 1, "b": 2}),
+    "text keys from 1": dict(id2label={"1": "a", "2": "b"}),
+    "keys with a gap": dict(id2label={0: "a", 5: "b"}),
+    "keys out of order": dict(id2label={2: "c", 0: "a", 1: "b"}),
+    "equal names": dict(id2label={0: "a", 1: "a"}),
+    "several names of a class": dict(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "kitty": 0, "dog": 1}),
+    "only an inverse": dict(label2id={"x": 0, "y": 1}),
+    "a contradiction": dict(num_labels=5, id2label=LETTERS),
+    "nothing": dict(id2label={}),
+}
+
+
+@pytest.fixture(scope="module")
+def vit_and_ours(tmp_path_factory) -> tuple[Path, Path]:
+    """transformers' own ViT and ours, saved with the same four names of classes."""
+    names = dict(enumerate("wxyz"))
+    labels = dict(id2label=names, label2id={name: i for i, name in names.items()})
+    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
+    theirs, ours = (tmp_path_factory.mktemp("labels") / name for name in ("vit", "ours"))
+    ViTForImageClassification(ViTConfig(**shape, intermediate_size=64, **labels)).save_pretrained(theirs)
+    VitRegForImageClassification(VitRegConfig(arch="vit_nano_reg4", **shape, **labels)).save_pretrained(ours)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("labels", LABEL_MAPS.values(), ids=LABEL_MAPS.keys())
+def test_label_maps_are_those_of_transformers_own_vit(vit_and_ours, tmp_path, labels):
+    """Given to a model or to its configuration, or set there: in memory, and saved and loaded."""
+
+    def maps(where: Path, name: str) -> list[Any]:
+        assigned = AutoConfig.from_pretrained(where)
+        for key, value in labels.items():
+            setattr(assigned, key, value)
+        model = AutoModelForImageClassification.from_pretrained(where, ignore_mismatched_sizes=True, **labels)
+        head = model.classifier if hasattr(model, "classifier") else model.timm_model.head
+        found = [getattr(head, "out_features", 0)]
+        for part in (AutoConfig.from_pretrained(where, **labels), assigned, model):
+            part.save_pretrained(tmp_path / name)
+            for config in (getattr(part, "config", part), AutoConfig.from_pretrained(tmp_path / name)):
+                found.append((config.num_labels, config.id2label, config.label2id))
+        return found
+
+    theirs, ours = vit_and_ours
+    assert maps(ours, "ours") == maps(theirs, "theirs")
+    bundle = ModelBundle.load(tmp_path / "ours")
+    assert bundle.num_classes == bundle.to_json()["num_classes"] == bundle.build().num_classes
+
+
+def test_names_of_more_classes_than_the_head_has_are_not_lost(folder):
+    model = make(VitRegForImageClassification)
+    model.config.id2label = LETTERS
+    with pytest.raises(BundleError, match=r"^the model has 5 classes, but config\.id2label names 3: [^.]*\.$"):
+        model.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ PACKAGES = {
 }
 LAYERS = [
     {"errors", "import_hook", "objectives"},
+    {"bounded"},
     {"arch", "compat", "console", "environment", "licenses", "plotting", "tags", "tested", "typed"},
     {"network"},
     {"timm_models", "files", "names"},

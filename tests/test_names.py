@@ -34,10 +34,30 @@ def test_forms(tmp_path, monkeypatch):
     assert facts("org/name") == (None, None, None, "org/name", "")
 
 
-def test_weights_in_the_package_need_no_tag_where_there_is_one_only():
-    with_tag, without = (ModelName.parse(name).shipped for name in ("vit_nano_reg4.digits", "vit_nano_reg4"))
-    assert with_tag == without
-    assert with_tag.name == "vit_nano_reg4.digits"
+@pytest.mark.parametrize("name", ["vit_nano_reg4.digits", "vit_small_reg4.dinov2_lvd142m"])
+def test_an_architecture_without_a_tag_means_its_weights(name):
+    bare = name.partition(".")[0]
+    with_tag, without = ModelName.parse(name), ModelName.parse(bare)
+    assert (without.full, without.tag, without.shipped) == (with_tag.full, with_tag.tag, with_tag.shipped)
+    assert without.has_weights()
+    assert not ModelName.parse(bare.replace("4", "8")).has_weights()
+
+
+@pytest.mark.parametrize("taker", ["load", "info", "open", "export", "verify", "push"])
+def test_every_command_takes_the_same_weights_for_a_bare_name(taker, tmp_path, monkeypatch):
+    """DINOv2's are not in the package and there is no network, so that whoever asks for them says so."""
+    monkeypatch.chdir(tmp_path)
+    says = []
+    for name in ("vit_small_reg4.dinov2_lvd142m", "vit_small_reg4"):
+        try:
+            says.append(str(TAKERS[taker](name)))
+        except VitregError as error:
+            says.append(str(error).replace(f"{name} ", "NAME "))
+    assert says[0] == says[1]
+
+
+def test_weights_that_are_in_the_package():
+    assert ModelName.parse("vit_nano_reg4").shipped.name == "vit_nano_reg4.digits"
     for name in ("vit_nano_reg8", "vit_nano_reg4.other", "vit_small_reg4", "vit_small_reg4.dinov2_lvd142m", "folder"):
         assert ModelName.parse(name).shipped is None
 
@@ -89,5 +109,5 @@ def test_a_folder_is_asked_for_where_only_a_folder_will_do():
     with pytest.raises(BundleError, match="hf-hub:lab/x is not a folder: fetch a published bundle with `vitreg pull`"):
         bundle_folder("hf-hub:lab/x")
     for name in ("vit_small_reg4.dinov2_lvd142m", "vit_small_reg4"):
-        with pytest.raises(BundleError, match=rf"ModelBundle.load\('{name}'\).save\(folder\) writes"):
+        with pytest.raises(BundleError, match=r"ModelBundle.load\('vit_small_reg4.dinov2_lvd142m'\).save\(folder\) writes"):
             bundle_folder(name)

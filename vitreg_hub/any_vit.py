@@ -1,6 +1,5 @@
 """Any ViT by name, folder, Hub id or module, with the preprocessing that its weights expect."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
 from vitreg_hub.arch import require_divisible
+from vitreg_hub.bounded import read_json, read_small
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, DataError, VitregError
 from vitreg_hub.files import CONFIG_FILE
@@ -37,10 +37,10 @@ class AnyVit:
     """A network that was opened, and the preprocessing of its images.
 
     Attributes:
-        name: As it was given, or the class of a module; says if the weights are untrained.
+        name: As it was given, with the tag, or the class of a module; says if the weights are untrained.
         transform: Makes a tensor [3, H, W] of an RGB image; None where it is unknown.
         preprocessing: The transform in words.
-        untrained: Whether the weights are random, since the name asks for none.
+        untrained: Whether the weights are random, since there are none of that name.
     """
 
     name: str
@@ -69,13 +69,13 @@ def open_vit(
     dtype: torch.dtype | None = None,
     img_size: int | tuple[int, int] | None = None,
 ) -> AnyVit:
-    """Open a ViT. Weights are downloaded only where the name asks for them: by a tag, or by ``hf-hub:``.
+    """Open a ViT.
 
     Args:
         model: A module of timm or transformers; a folder (a bundle, or a model saved by timm or transformers);
-            ``hf-hub:org/name[@revision]`` of the same three kinds; an architecture of ours or of timm, with a tag
-            (``vit_nano_reg4.digits``) for its weights. Without a tag, the weights are those that ship with this
-            package, or else random and the same every time.
+            ``hf-hub:org/name[@revision]`` of the same three kinds; an architecture of ours or of timm, with the tag of
+            its weights (``vit_nano_reg4.digits``) or without, for the first that it has. Those of an architecture that
+            has none are random and the same every time.
         device: Where a model by name is put, the CPU by default. A module stays where it is.
         dtype: Number type of a model by name, float32 by default.
         img_size: Side, or height and width, of the images in pixels, if not the native one. Positions are resampled;
@@ -92,10 +92,10 @@ def open_vit(
     if isinstance(model, nn.Module):
         name, network, processor = type(unwrapped(model)).__name__, model, _processor_of(unwrapped(model))
     else:
-        name, processor = str(model), None
-        named = ModelName.parse(model)
+        named, processor = ModelName.parse(model), None
+        name = named.full
         if named.arch:
-            untrained = not named.asks_for_weights()
+            untrained = not named.has_weights()
             network = _named(named, size, untrained=untrained)
         else:
             network, processor = _stored(named, size)
@@ -115,11 +115,11 @@ def _named(name: ModelName, size: tuple[int, int] | None, *, untrained: bool) ->
         return _bundled(name, size)
     with torch.random.fork_rng(devices=[]), hub_errors(name.given):
         torch.default_generator.manual_seed(0)  # timm draws all weights, also those that it replaces
-        return _create(name.given, size, pretrained=not untrained)
+        return _create(name.full, size, pretrained=not untrained)
 
 
 def _bundled(name: ModelName, size: tuple[int, int] | None) -> nn.Module:
-    return ModelBundle.load(name.given).build(**({"img_size": size} if size else {}))
+    return ModelBundle.load(name.full).build(**({"img_size": size} if size else {}))
 
 
 def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
@@ -140,7 +140,7 @@ def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, B
             config_file = Path(hf.hf_hub_download(where, CONFIG_FILE, revision=revision))
         else:
             config_file = Path(where, CONFIG_FILE)
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = read_json(read_small(config_file))
         if "vitreg" in config:
             return _bundled(name, size), None
         if "model_type" not in config and "architecture" in config:

@@ -1,6 +1,7 @@
 """The frame of every command: exit codes, log lines, and a user's mistake as one sentence."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 
 from jsonargparse import DefaultHelpFormatter
 
-from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeError, UnknownArchError, VitregError
+from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeError, UnknownArchError, VitregError, printable
 
 USAGE = 2
 """Exit status of a command line that cannot be read."""
@@ -23,6 +24,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's help, with the examples as they are written."""
 
 
+class _OneLine(logging.Formatter):
+    """A log line as it is, without what a terminal would obey."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        return "\n".join(map(printable, super().formatMessage(record).split("\n")))
+
+
 @contextmanager
 def console() -> Iterator[None]:
     """Print log lines as they are, and a user's mistake as one sentence with exit status 1.
@@ -30,8 +38,13 @@ def console() -> Iterator[None]:
     Where the Hub failed but did not refuse, the status is `HUB_FAILED`: a script may try again later. All processes of
     a run read the same settings, so only the first reports what is wrong with them.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("vitreg_hub").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # tells of every try; our own sentence comes after
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         yield
         sys.stdout.flush()

@@ -5,8 +5,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+LONGEST = 1500
+"""Characters of a message."""
+
+
+def printable(text: str) -> str:
+    """Text that may come from someone else's file: on one line, without what moves a terminal's cursor or no file takes."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 class VitregError(ValueError):
-    """Base of everything a user can cause and fix."""
+    """Base of everything a user can cause and fix. Its message is one line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class UnknownArchError(VitregError):

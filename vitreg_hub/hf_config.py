@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any, cast
 
 from timm.layers import to_2tuple
@@ -11,7 +13,8 @@ from transformers import TimmWrapperConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from vitreg_hub.arch import ArchSpec, get_arch, row
-from vitreg_hub.bundle.config import BundleConfig, Preprocess, read_entry
+from vitreg_hub.bounded import excesses
+from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, read_entry
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.bundle.rules import source_problems
 from vitreg_hub.errors import BundleError
@@ -81,7 +84,7 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         self.vitreg = copy.deepcopy(self.vitreg) or defaults["vitreg"]
         self.pretrained_cfg = copy.deepcopy(self.pretrained_cfg) or defaults["pretrained_cfg"]
         self.pretrained_cfg.pop("num_classes", None)
-        for said_elsewhere in ("num_features", "global_pool", "label_names"):
+        for said_elsewhere in ("num_classes", "num_features", "global_pool", "label_names"):
             kwargs.pop(said_elsewhere, None)
         # names of stages depend on the depth, so the network's shape is set first
         for name in list(kwargs):
@@ -132,14 +135,18 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         """Read a config.json: ours, or any other timm repository's as if this package were not there."""
         if not config_dict.get("vitreg"):
             return TimmWrapperConfig.from_dict(config_dict, **kwargs)
-        problems = list(source_problems(config_dict))
+        problems = [*source_problems(config_dict), *islice(excesses(config_dict), 1)]
         try:
-            read_entry(config_dict["vitreg"])
+            _ = problems or config_from_json(config_dict)
         except BundleError as error:
             problems.append(str(error))
         if problems:
             raise BundleError("config.json breaks the form of a bundle: " + "; ".join(problems))
-        return super().from_dict(config_dict, **kwargs)
+        config = {"num_labels": config_dict.get("num_classes")} | config_dict
+        if names := config.get("label_names"):
+            config = {"id2label": dict(enumerate(names)), "label2id": _inverse(names)} | config
+        # not TimmWrapperConfig's, which prefers its own reading of names to what a user says
+        return super(TimmWrapperConfig, cls).from_dict(config, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What goes to disk: a bundle's config.json, and settings of transformers that differ from its defaults."""
@@ -149,13 +156,25 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
         settings = {k: v for k, v in settings.items() if k not in not_stored and v != defaults.get(k, not_stored)}
         if settings.get("out_indices") == [self.num_hidden_layers]:
             del settings["out_indices"], settings["out_features"]
-        names = cast(dict[int, str], self.id2label)  # as transformers has completed it
-        labels = tuple(names[i] for i in range(len(names)))
+        names = {int(i): name for i, name in (self.id2label or {}).items()}
+        labels = tuple(names[i] for i in sorted(names))
         config = BundleConfig(
             model_args=self.model_args,
             num_classes=len(labels),
             preprocess=Preprocess.from_cfg(self.pretrained_cfg),
-            label_names=None if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels,
+            label_names=None if labels == default_names(len(labels)) else labels,
             **read_entry(self.vitreg),
         )
+        if (names, self.label2id) != (dict(enumerate(labels)), _inverse(labels)):  # more than names in order
+            settings |= {"id2label": names, "label2id": self.label2id}
         return settings | config.to_json()
+
+
+def default_names(number: int) -> tuple[str, ...]:
+    """transformers' names of classes that have none."""
+    return tuple(f"LABEL_{i}" for i in range(number))
+
+
+def _inverse(names: Sequence[str]) -> dict[str, int] | None:
+    """The class of each name, where no two are equal."""
+    return {name: i for i, name in enumerate(names)} if len(set(names)) == len(names) else None

@@ -11,12 +11,12 @@ from typing import Any, Unpack, cast
 import timm
 import torch
 from timm.layers import LayerScale
-from timm.models import VisionTransformer
+from timm.models import VisionTransformer, adapt_input_conv
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, initialization
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models import auto
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -26,9 +26,10 @@ from vitreg_hub import environment
 from vitreg_hub.arch import require_divisible
 from vitreg_hub.bundle.config import read_entry
 from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
-from vitreg_hub.hf_config import VitRegConfig
+from vitreg_hub.errors import BundleError
+from vitreg_hub.hf_config import VitRegConfig, default_names
 from vitreg_hub.network.hf_attention import AttentionKernel, VitRegAttention, VitRegBlock
-from vitreg_hub.network.kinds import kind_of
+from vitreg_hub.network.kinds import STEM, kind_of
 from vitreg_hub.network.untold import UNTOLD
 
 SAVED_BY_TRANSFORMERS = "saved by transformers, started from: "
@@ -52,6 +53,24 @@ class VitRegModelOutput(BaseModelOutputWithPooling):
     patch_tokens: Tensor | None = None
 
 
+class AdaptChannels(ConversionOps):
+    """Loads the patches' convolution into a model for images with another number of channels, as timm does."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Adapt the weight, if the model that is loaded has another number."""
+        (found,) = input_dict.values()
+        weight = found[0] if isinstance(found, list) else found
+        wanted = kwargs["model"].get_parameter_or_buffer(kwargs["full_layer_name"]).shape[1]
+        return {target_patterns[0]: adapt_input_conv(wanted, weight, weight.shape[1])}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What saving does: the model has its own number by then, so nothing."""
+        return self
+
+
 class VitRegPreTrainedModel(PreTrainedModel):
     """What the three models share: timm's network and how it is built, initialised, run and saved."""
 
@@ -73,7 +92,9 @@ class VitRegPreTrainedModel(PreTrainedModel):
     def __init_subclass__(cls, **kwargs: Any) -> None:  # here, so that users' subclasses write bundles too
         super().__init_subclass__(**kwargs)
         prefix = WeightRenaming(r"^(?!timm_model\.)(.+)", r"timm_model.\1")
-        register_checkpoint_conversion_mapping(cls.__name__, [prefix], overwrite=True)
+        stem = f"timm_model.{STEM}.weight"
+        channels = WeightConverter(stem, stem, [AdaptChannels()])
+        register_checkpoint_conversion_mapping(cls.__name__, [prefix, channels], overwrite=True)
 
     def __init__(self, config: VitRegConfig, *, num_classes: int) -> None:
         super().__init__(config)
@@ -141,9 +162,15 @@ class VitRegPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write a bundle, without a card. Arguments as in transformers; adapters are written as PEFT does."""
-        config = self.config
+        config, width = self.config, self.timm_model.num_classes  # of the head that is written
+        names = tuple((config.id2label or {}).values())
+        if width and len(names) != width and names != default_names(len(names)):
+            raise BundleError(
+                f"the model has {width} classes, but config.id2label names {len(names)}: name as many, or load the "
+                "weights again with id2label, which makes a head of that width."
+            )
         self.config = copy.deepcopy(config)
-        self.config.num_labels = self.timm_model.num_classes  # of the head that is written
+        self.config.num_labels = width
         old = provenance_from_json(config.vitreg["provenance"])
         # no figures: the weights may have changed since they were measured
         provenance = Provenance(

@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import metadata_load
-
+from vitreg_hub.bounded import read_metadata, read_small
 from vitreg_hub.errors import LicenseError
 
 UNKNOWN, OTHER = "unknown", "other"
@@ -70,9 +68,10 @@ def stated_licenses(
     origin = ours.get("provenance") if isinstance(ours, Mapping) else None
     found = [part.get("license") for part in (cfg, origin, header) if isinstance(part, Mapping)]
     try:
-        data = (metadata_load(card) or {}) if card.is_file() else {}
-    except (yaml.YAMLError, ValueError):
+        data = read_metadata(read_small(card).decode()) if card.is_file() else {}
+    except ValueError:
         data = {}
+    data = data if isinstance(data, Mapping) else {}
     named = data.get("license")
     if named == OTHER:
         named = data.get("license_name")

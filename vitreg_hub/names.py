@@ -29,11 +29,14 @@ def parse_repo(name: str) -> tuple[str, str | None]:
 class ModelName:
     """A model as a user named it: a file or folder, a repository on the Hub, or else an architecture.
 
+    An architecture without a tag means the weights that it has: the first of `vitreg list`, or timm's default. Only one
+    that has none is drawn at random.
+
     Attributes:
         path: The file or folder of that name, if there is one.
         revision: Branch, tag or commit; None for the main branch.
         arch: Name of an architecture, ours or timm's, which may not exist.
-        tag: Tag of its weights, or empty.
+        tag: Tag of its weights; empty if it has none, or is timm's and was given without.
     """
 
     given: str
@@ -59,7 +62,12 @@ class ModelName:
             if Path(given).exists():
                 return cls(given=text, path=Path(given))
         arch, _, tag = text.partition(".")
-        return cls(given=text, arch=arch, tag=tag)
+        return cls(given=text, arch=arch, tag=tag or next(iter(tags(arch)), ""))
+
+    @property
+    def full(self) -> str:
+        """The name as given, with the tag."""
+        return f"{self.arch}.{self.tag}" if self.tag else self.given
 
     @property
     def is_ours(self) -> bool:
@@ -68,11 +76,9 @@ class ModelName:
 
     @property
     def shipped(self) -> Path | None:
-        """The folder of the weights in this package that it names; an only tag may be left out."""
-        known = tags(self.arch)
-        tag = self.tag or (known[0] if len(known) == 1 else "")
-        folder = SHIPPED_WEIGHTS / f"{self.arch}.{tag}"
-        return folder if tag in known and folder.is_dir() else None
+        """The folder of the weights in this package that it names."""
+        folder = SHIPPED_WEIGHTS / f"{self.arch}.{self.tag}"
+        return folder if self.tag in tags(self.arch) and folder.is_dir() else None
 
     def require_ours(self) -> None:
         """Refuse an architecture or a tag that `vitreg list` does not have, with an UnknownArchError."""
@@ -81,8 +87,8 @@ class ModelName:
         if self.tag:
             self._require_tag(tags(self.arch))
 
-    def asks_for_weights(self) -> bool:
-        """Whether an architecture, ours or timm's, comes with weights: by its tag, or because this package has some.
+    def has_weights(self) -> bool:
+        """Whether an architecture, ours or timm's, has weights.
 
         Raises:
             UnknownArchError: Neither this package nor timm has it, or it has no such tag.
@@ -94,12 +100,13 @@ class ModelName:
         if self.tag:
             known = [name.partition(".")[2] for name in timm.list_pretrained(f"{self.arch}.*")]
             self._require_tag(known)
-        return bool(self.tag or self.shipped)
+        cfg = timm.get_pretrained_cfg(self.full)
+        return cfg is not None and cfg.has_weights
 
     def require_known(self) -> None:
         """Refuse a name that means nothing, with an UnknownArchError, without opening a model."""
         if self.arch:
-            self.asks_for_weights()
+            self.has_weights()
 
     def require_weights(self) -> None:
         """Refuse an architecture that `vitreg list` does not have, or that has no weights there, likewise."""

@@ -296,6 +296,21 @@ def test_build_adapts_as_timm_does(saved):
     assert all(torch.equal(a, b) for a, b in zip(ours(images), theirs(images), strict=True))
 
 
+@pytest.mark.parametrize("old", [1, 2, 3, 4, 6, 10, 13])
+def test_any_number_of_channels_becomes_any_other(old, folder):
+    """The sum over channels for one, else their cycle, scaled so that the response to a grey image keeps its size."""
+    bundle = random_bundle(in_chans=old)
+    bundle.save(folder)
+    stem = bundle.state_dict["patch_embed.proj.weight"]
+    for new in 1, 2, 3, 4, 6, 10, 13:
+        cycle = stem[:, [i % old for i in range(new)]] * (old / new)
+        wanted = stem.sum(dim=1, keepdim=True) if new == 1 != old else cycle
+        built = [bundle.build(in_chans=new), timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=new)]
+        built.append(AutoModel.from_pretrained(folder, num_channels=new).timm_model)
+        for network in built:
+            assert torch.allclose(network.patch_embed.proj.weight, wanted)
+
+
 def test_build_with_two_new_heads():
     arch = "vit_tiny_reg0_deit_distilled"
     bundle = random_bundle(arch, **ONE_OF_EACH_KIND[arch])

@@ -8,15 +8,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import timm
-from pydantic import NonNegativeInt, PlainValidator, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PlainValidator, PositiveInt
 from timm.models import VisionTransformer
 from torch import Tensor
 
 from vitreg_hub import typed
 from vitreg_hub.arch import ARCHS, ArchSpec, get_arch, require_whole_patches
+from vitreg_hub.bounded import read_json, read_small
 from vitreg_hub.bundle.provenance import Provenance, provenance_from_json, provenance_to_json
 from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import CONFIG_FILE
@@ -32,6 +33,7 @@ ARGUMENTS: dict[str, Any] = {
     "embed_dim": PositiveInt,
     "depth": PositiveInt,
     "num_heads": PositiveInt,
+    "weight_init": Literal["skip", "reset", "jax", "jax_nlhb", "moco", ""],
 }
 """Types of the arguments in `model_args` that this package reads; timm checks the others."""
 
@@ -47,11 +49,11 @@ class Preprocess:
     """
 
     input_size: tuple[int, int, int]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-    crop_mode: str = "center"
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"] = "bicubic"
+    crop_pct: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    crop_mode: Literal["center", "border", "squash", "random"] = "center"
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Self:
@@ -238,11 +240,11 @@ def read_config(folder: Path, *, called: str) -> dict[str, Any]:
             raise BundleError(f"{called} is not a folder, so not a bundle.")
         if not (folder / CONFIG_FILE).is_file():
             raise BundleError(f"{called} is not a bundle: it has no {CONFIG_FILE}.")
-        content = (folder / CONFIG_FILE).read_bytes()
+        content = read_small(folder / CONFIG_FILE)
     try:
-        config = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{called} is not a bundle: its {CONFIG_FILE} is not JSON ({error}).") from error
+        config = read_json(content)
+    except ValueError as error:
+        raise BundleError(f"{called} is not a bundle: its {CONFIG_FILE} cannot be read ({error}).") from error
     if not isinstance(config, dict) or not isinstance(config.get("vitreg"), dict):
         raise BundleError(f"{called} is not a bundle: its {CONFIG_FILE} has no 'vitreg' entry.")
     return config

@@ -64,9 +64,8 @@ def bundle_folder(source: str | Path | ModelName) -> Path:
     if folder is not None and folder.is_dir():
         return folder
     remedy = "fetch a published bundle with `vitreg pull` first"
-    published = tags(name.arch)
-    if published and (not name.tag or name.tag in published):
-        remedy = f"ModelBundle.load({name.given!r}).save(folder) writes one with these weights"
+    if name.tag in tags(name.arch):
+        remedy = f"ModelBundle.load({name.full!r}).save(folder) writes one with these weights"
     raise BundleError(f"{name.given} is not a folder: {remedy}.")
 
 

@@ -11,9 +11,9 @@ import timm
 from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, empty_model, read_config
 from vitreg_hub.bundle.provenance import BestModel, Conversion, Foreign, Provenance, TrainingRun, Transformation
-from vitreg_hub.bundle.rules import rule_problems
+from vitreg_hub.bundle.rules import rule_problems, warn_of_unread
 from vitreg_hub.environment import duration
-from vitreg_hub.errors import BundleError
+from vitreg_hub.errors import BundleError, printable
 from vitreg_hub.licenses import UNKNOWN
 from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.network.positions import PositionRule
@@ -27,7 +27,7 @@ SHOWN = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
-    """Facts about one model, JSON-safe; an architecture alone has no provenance."""
+    """Facts about one model, JSON-safe; an architecture without weights has no provenance."""
 
     name: str
     architecture: Mapping[str, Any]
@@ -37,11 +37,11 @@ class ModelInfo:
         """The table that the terminal shows."""
         rows = [("model", self.name), *_architecture_rows(self.architecture)]
         if self.provenance is None:
-            rows.append(("weights", ", ".join(self.architecture["weights"]) or "none under this name"))
+            rows.append(("weights", "none under this name"))
         else:
             rows += [("", ""), *_provenance_rows(self.provenance, registers=self.architecture["registers"])]
         width = max(len(key) for key, _ in rows) + 2
-        return "\n".join(_printable(f"{key.ljust(width)}{text}").rstrip() for key, text in rows)
+        return "\n".join(printable(f"{key.ljust(width)}{text}").rstrip() for key, text in rows)
 
 
 def describe(source: str | Path) -> ModelInfo:
@@ -61,10 +61,10 @@ def describe(source: str | Path) -> ModelInfo:
     if name.repo_id:
         folder = download_config(called)
         return _of_bundle(folder, name=f"{HUB_PREFIX}{name.repo_id}@{folder.name}", called=called)
-    if folder := name.path or (name.shipped if name.tag else None):
-        return _of_bundle(folder, name=called, called=called)
+    if folder := name.path or name.shipped:
+        return _of_bundle(folder, name=name.full, called=called)
     name.require_ours()
-    spec, cfg = get_arch(name.arch), timm.get_pretrained_cfg(called) if name.tag else None
+    spec, cfg = get_arch(name.arch), timm.get_pretrained_cfg(name.full) if name.tag else None
     images = dataclasses.asdict(cfg or eval_cfg(spec))
     origin = f"weights of {HUB_PREFIX}{cfg.hf_hub_id}" if cfg else "no weights"
     provenance = Provenance(origin=origin, license=cfg.license if cfg else None)
@@ -75,13 +75,14 @@ def describe(source: str | Path) -> ModelInfo:
         preprocess=Preprocess.from_cfg(images),
         provenance=provenance,
     )
-    return ModelInfo(name=called, architecture=_architecture(config), provenance=provenance if cfg else None)
+    return ModelInfo(name=name.full, architecture=_architecture(config), provenance=provenance if cfg else None)
 
 
 def _of_bundle(folder: Path, *, name: str, called: str) -> ModelInfo:
     content = read_config(folder, called=called)
     if problems := list(rule_problems(content)):
         raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
+    warn_of_unread(content, called=called)
     config = config_from_json(content)
     try:
         architecture = _architecture(config)
@@ -211,8 +212,3 @@ def _training(run: TrainingRun, best: BestModel | None) -> str:
         "best of its run by": best and best.score,
     }
     return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) or NOT_RECORDED
-
-
-def _printable(text: str) -> str:
-    """Text from someone else's file on one line, without characters that move the terminal's cursor."""
-    return "".join(char if char.isprintable() else " " for char in text)

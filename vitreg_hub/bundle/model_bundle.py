@@ -20,7 +20,7 @@ from vitreg_hub import environment
 from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.config import BundleConfig, Preprocess, config_from_json, empty_model, read_config, shapes_of
 from vitreg_hub.bundle.provenance import Provenance
-from vitreg_hub.bundle.rules import rule_problems, tensor_problems, weights_problems
+from vitreg_hub.bundle.rules import rule_problems, tensor_problems, warn_of_unread, weights_problems
 from vitreg_hub.errors import BundleError, readable
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, new_folder
 from vitreg_hub.names import HUB_PREFIX, ModelName
@@ -114,6 +114,7 @@ class ModelBundle(BundleConfig):
             problems += weights_problems(folder, config)
         if config is None or problems:
             raise BundleError(f"{called} breaks the form of a bundle: " + "; ".join(problems))
+        warn_of_unread(content, called=called)
         bundle = cls.of(config, load_file(folder / WEIGHTS_FILE))
         object.__setattr__(bundle, "weights_file", folder / WEIGHTS_FILE)  # not copied by `replace`
         return bundle
@@ -125,9 +126,9 @@ class ModelBundle(BundleConfig):
 
     @classmethod
     def _load_published(cls, name: ModelName) -> Self:
-        cfg = timm.get_pretrained_cfg(name.given)
+        cfg = timm.get_pretrained_cfg(name.full)
         if cfg is None or cfg.hf_hub_id is None:
-            raise BundleError(f"timm names no Hub repository with the weights {name.given}: give another name.")
+            raise BundleError(f"timm names no Hub repository with the weights {name.full}: give another name.")
         with hub_errors(cfg.hf_hub_id):
             state_dict = patiently(partial(load_state_dict_from_hf, cfg.hf_hub_id))
         return cls(
@@ -199,7 +200,7 @@ class ModelBundle(BundleConfig):
         state_dict = {k: v for k, v in weights.items() if not (new_head and self.kind.is_of_head(k))}
         if network.in_chans != self.preprocess.input_size[0]:
             stem = f"{STEM}.weight"
-            state_dict[stem] = adapt_input_conv(network.in_chans, state_dict[stem])
+            state_dict[stem] = adapt_input_conv(network.in_chans, state_dict[stem], self.preprocess.input_size[0])
         positions = {}  # timm knows only its own rule, so the table is fitted here
         if (table := state_dict.pop(self.kind.positions, None)) is not None:
             grid = network.patch_embed.grid_size

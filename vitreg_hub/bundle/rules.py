@@ -4,6 +4,7 @@ A bundle that keeps them opens in plain timm, in plain transformers and with thi
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,29 @@ NETWORK_ARGS = frozenset().union(*(kind.arguments for kind in KINDS.values()))
 OTHER_WEIGHTS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 """Fields of timm's `PretrainedCfg` that name other weights than the bundle's own."""
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+TOP_KEYS = frozenset(
+    "architecture num_classes num_features global_pool label_names model_args pretrained_cfg vitreg".split()  # noqa: SIM905
+)
+"""The keys of a config.json that `BundleConfig` writes."""
+OF_BACKBONE = {"apply_layernorm", "reshape_hidden_states", "out_features", "out_indices"}
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_unread(content: Mapping[str, Any], *, called: str) -> None:
+    """Name the keys of a config.json that mean nothing here: they may be misspelled, or in the wrong place."""
+    if unknown := content.keys() - TOP_KEYS - OF_BACKBONE:
+        from transformers import TimmWrapperConfig  # takes seconds
+
+        if unknown := sorted(unknown - {f.name for f in dataclasses.fields(TimmWrapperConfig)}):
+            logger.warning(
+                "%s: config.json holds %s, which nothing reads: timm's settings belong under model_args and "
+                "pretrained_cfg, others must go.",
+                called,
+                ", ".join(unknown),
+            )
 
 
 def source_problems(config: Mapping[str, Any]) -> Iterator[str]:

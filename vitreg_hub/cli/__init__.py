@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   vitreg convert hf-hub:org/name folder --registers 4 --verify
   vitreg export folder dinov2.pth --format dinov2    and back
   vitreg analyze quickstart/model --images digits    are there high-norm artifacts? report.html, figures, numbers
-  vitreg analyze vit_small_reg0 vit_small_reg4 runs/vitl --out report   side by side, and over a run's checkpoints
+  vitreg analyze vit_small_reg4.dinov2_lvd142m runs/vitl --out report   side by side, and over a run's checkpoints
   vitreg attention quickstart/model cat.png  what the class token and each register attend to
   vitreg push quickstart/model org/name      publish it in one commit; --dry-run lists what would be sent
   vitreg list --hub 'org/*'                  published models

@@ -28,7 +28,8 @@ def run(
     """Measure high-norm artifacts of one or more ViTs as the paper does, and write a report.
 
     Args:
-        *models: bundle's folder, hf-hub:org/name, an architecture with or without weights, or any ViT of timm; a run's
+        *models: bundle's folder, hf-hub:org/name, a name of `list` or of a ViT of timm, with or without
+            the tag of its weights; a run's
             folder of checkpoints; an earlier report.json
         images: folder, photos, digits, or org/name[:split] on the Hub
         out: new folder for report.html, report.json and the figures

@@ -20,7 +20,8 @@ def run(
     """Draw what the class token and each register attend to in an image.
 
     Args:
-        model: bundle's folder, hf-hub:org/name, an architecture with or without weights, or any ViT of timm
+        model: bundle's folder, hf-hub:org/name, a name of `list` or of a ViT of timm, with or without the tag
+            of its weights
         *images: image files, one row each
         out: new PNG file
         heads: every head, not their mean

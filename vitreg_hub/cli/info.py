@@ -10,7 +10,7 @@ def run(model: str, *, json: bool = False) -> None:
     """Say what a model is and where it came from, without its weights.
 
     Args:
-        model: an architecture with or without the tag of its weights, folder, or hf-hub:org/name
+        model: name of `list` with or without the tag of its weights, folder, or hf-hub:org/name
         json: print the same as JSON
     """
     from vitreg_hub.bundle.info import describe

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vitreg_hub.console import hide_loading, show_transfers
+from vitreg_hub.errors import printable
 
 if TYPE_CHECKING:
     from vitreg_hub.hub.publish import Pushed, PushPlan
@@ -63,6 +64,6 @@ def _print_plan(plan: "PushPlan") -> None:
     for file in plan.files:
         print(f"  {file.state.ljust(9)}  {file.size:>13,} bytes  {file.name}")
     if plan.left_out:
-        print(f"  left out: {', '.join(plan.left_out)}")
+        print(f"  left out: {printable(', '.join(plan.left_out))}")
     if plan.text_tower:
         _print_plan(plan.text_tower)

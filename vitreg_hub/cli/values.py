@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from vitreg_hub.errors import VitregError
+from vitreg_hub.errors import VitregError, printable
 
 
 def image_size(given: str | None) -> tuple[int, int] | None:
@@ -41,5 +41,5 @@ def print_doors(differences: dict[str, float]) -> None:
 def print_table(rows: list[tuple[str, ...]]) -> None:
     """Print rows in columns, under the titles in the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    for row in rows:
+    for row in [tuple(map(printable, row)) for row in rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())

@@ -8,6 +8,7 @@ import huggingface_hub as hf
 from safetensors import SafetensorError, safe_open
 
 from vitreg_hub import licenses
+from vitreg_hub.bounded import read_json, read_small
 from vitreg_hub.errors import BundleError
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, TOWER_SUFFIX
 from vitreg_hub.names import HUB_PREFIX
@@ -87,8 +88,8 @@ def tower_files(folder: Path, *, bundle_repo: str, branch: str, license: str | N
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / OPENCLIP_CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = read_json(read_small(folder / OPENCLIP_CONFIG))
+    except ValueError as error:
         raise BundleError(f"{folder}/{OPENCLIP_CONFIG} is not JSON ({error}): write it again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise BundleError(f"{folder}/{OPENCLIP_CONFIG} has no 'model_cfg', as open_clip wants it: write it again.")

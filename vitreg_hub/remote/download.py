@@ -1,7 +1,6 @@
 """Bundles and checkpoints of the Hub in huggingface_hub's cache: complete and undamaged, or one sentence why not."""
 
 import glob
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from huggingface_hub import errors as hf_errors
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 
+from vitreg_hub.bounded import read_json, read_small
 from vitreg_hub.errors import BundleError, HubError
 from vitreg_hub.files import (
     BUNDLE_FILES,
@@ -230,8 +230,8 @@ def _require_bundle(name: str, folder: Path, names: Sequence[str]) -> None:
 def _config(folder: Path) -> dict[str, Any]:
     """The content of config.json; empty if there is none, or it is not a JSON object."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(read_small(folder / CONFIG_FILE))
+    except (OSError, ValueError):  # also a BundleError
         return {}
     return config if isinstance(config, dict) else {}
 
