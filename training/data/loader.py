@@ -1,8 +1,10 @@
 """One process's share of global batches. The content of a batch depends on the seed and the step alone."""
 
+import os
 import signal
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vitreg_hub.errors import DataError, RecipeError
+from vitreg_hub.images.data_sets import why_unlabelled
 from vitreg_hub.training.data.opening import TrainingData
 from vitreg_hub.training.data.samples import Piece, Sample, SampleReader, Transform, handed_over
 from vitreg_hub.training.data.streams import Stream
@@ -78,6 +81,9 @@ class TrainLoader:
             )
         for need, there in (("labels", data.has_labels), ("texts", data.has_texts)):
             if need in needs and not there:
+                if need == "labels" and data.columns == ("image",) and os.path.isdir(data.name):
+                    why = why_unlabelled(Path(data.name))
+                    raise DataError(f"the images of {data.name} have no classes, which this task needs: {why}.")
                 raise DataError(
                     f"{data.name} has no {need}, which this task needs: name their column as data.{need[:-1]}_column, "
                     f"its columns are {', '.join(data.columns)}."

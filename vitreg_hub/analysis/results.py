@@ -89,6 +89,7 @@ class Cutoff:
         outlier_weight: Share of the tokens in the upper mode.
         normal_norm: Norm at the centre of the lower mode.
         outlier_norm: Norm at the centre of the upper mode.
+        gap: Largest norm below the cutoff and smallest above it, to the width of a bin; None if a side is empty.
     """
 
     value: float | None
@@ -98,6 +99,7 @@ class Cutoff:
     outlier_weight: float | None = None
     normal_norm: float | None = None
     outlier_norm: float | None = None
+    gap: tuple[float, float] | None = None
 
     @property
     def norm(self) -> float:
@@ -139,10 +141,15 @@ class OutlierPlaces:
     Attributes:
         per_position: [rows][columns] share of the images in which the patch at that place is an outlier.
         per_image: How many images have 0, 1, 2, ... outliers.
+        interval: Between which the share of outliers lies in 95 % of the samples of pictures that are drawn from these
+            ones with replacement; None without outliers, and in reports of older versions.
+        num_pictures: How many pictures there are; tiles of one are not told apart.
     """
 
     per_position: tuple[tuple[float, ...], ...]
     per_image: tuple[int, ...]
+    interval: tuple[float, float] | None = None
+    num_pictures: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

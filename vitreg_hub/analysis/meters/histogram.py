@@ -38,6 +38,13 @@ def count_above(counts: np.ndarray, edge: float) -> int:
     return int(counts[np.searchsorted(EDGES, np.float32(edge)) :].sum())
 
 
+def gap_at(counts: np.ndarray, norm: float) -> tuple[float, float] | None:
+    """Upper edge of the last filled bin below a norm and lower edge of the first above; None if a side is empty."""
+    (filled,) = np.nonzero(counts)
+    below, above = filled[CENTERS[filled] <= np.log2(norm)], filled[CENTERS[filled] > np.log2(norm)]
+    return (float(EDGES[below[-1] + 1]), float(EDGES[above[0]])) if len(below) and len(above) else None
+
+
 def quantiles(counts: np.ndarray, shares: tuple[float, ...]) -> list[float]:
     """Norms below which the given shares lie, to the width of a bin, as if norms were spread evenly inside bins."""
     cumulative = np.concatenate([[0], np.cumsum(counts)])
