@@ -45,16 +45,16 @@ def read_rgb(value: Any, *, within: str | None = None) -> Image.Image:
         DataError: The row names a file elsewhere.
         BROKEN: It cannot be read, or is no picture.
     """
-    if isinstance(value, str | Path):
-        value = {"path": str(value)}
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | str | Path):
         return to_rgb(value)
-    content, path = value.get("bytes"), value.get("path")
-    if content is None and path is None:
-        raise ValueError("the row holds no picture")
-    if content is None and "://" in (path := _allowed(path, within)):
-        with xopen(path, "rb") as remote:
-            content = remote.read()
+    content, path = None, value
+    if isinstance(value, dict):
+        content, path = value.get("bytes"), value.get("path")
+        if content is None and path is None:
+            raise ValueError("the row holds no picture")
+        if content is None and "://" in (path := _allowed(path, within)):
+            with xopen(path, "rb") as remote:
+                content = remote.read()
     if content is None:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):

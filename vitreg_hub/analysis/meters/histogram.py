@@ -2,16 +2,11 @@
 
 import numpy as np
 
-from vitreg_hub.analysis.results import NormHistogram
+from vitreg_hub.analysis.results import BINS_PER_OCTAVE, LARGEST, NUM_BINS, SMALLEST, NormHistogram
 
-BINS_PER_OCTAVE = 64
-"""A bin is 1.1 % wide."""
-SMALLEST, LARGEST = -16, 24
-"""Powers of 2 between which norms are distinguished; those outside fall into the first or the last bin."""
 EDGES = np.exp2(np.arange(SMALLEST * BINS_PER_OCTAVE, LARGEST * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE).astype(
     np.float32
 )
-NUM_BINS = len(EDGES) - 1
 CENTERS = np.log2(EDGES[:-1]) + 0.5 / BINS_PER_OCTAVE
 """Middles of the bins, as log2 of the norm."""
 

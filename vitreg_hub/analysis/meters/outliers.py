@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vitreg_hub.analysis.meters.histogram import BINS_PER_OCTAVE, CENTERS, EDGES, gap_at
-from vitreg_hub.analysis.results import Cutoff
+from vitreg_hub.analysis.meters.histogram import CENTERS, EDGES, gap_at
+from vitreg_hub.analysis.results import BINS_PER_OCTAVE, Cutoff
 
 MIN_PATCHES = 500
 """With fewer norms, modes cannot be seen."""
