@@ -21,6 +21,7 @@ from vitreg_hub.bounded import read_json, read_small
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import BundleError, DataError, VitregError
 from vitreg_hub.files import CONFIG_FILE
+from vitreg_hub.images.pictures import Gray
 from vitreg_hub.names import ModelName
 from vitreg_hub.network.layout import unwrapped
 from vitreg_hub.remote.client import hub_errors
@@ -38,8 +39,12 @@ class AnyVit:
 
     Attributes:
         name: As it was given, with the tag, or the class of a module; says if the weights are untrained.
-        transform: Makes a tensor [3, H, W] of an RGB image; None where it is unknown.
+        transform: Makes a tensor [C, H, W] of an RGB image; None where it is unknown, or C is neither 3 nor 1.
         preprocessing: The transform in words.
+        size: Height and width of the images that the transform makes, where they are known.
+        in_chans: Channels C of the images.
+        mean: Of the channels, for pixels in [0, 1]; None where it is unknown.
+        std: Standard deviations of the channels.
         untrained: Whether the weights are random, since there are none of that name.
     """
 
@@ -47,6 +52,10 @@ class AnyVit:
     model: nn.Module
     transform: Callable[[Image.Image], Tensor] | None
     preprocessing: str
+    size: tuple[int, int] | None = None
+    in_chans: int = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     untrained: bool = False
 
 
@@ -100,13 +109,11 @@ def open_vit(
         else:
             network, processor = _stored(named, size)
         network = network.to(device=device, dtype=dtype or torch.float32).eval()
-    transform, words = _preprocessing(unwrapped(network), processor, size)
     return AnyVit(
         name=f"{name} (untrained)" if untrained else name,
         model=network,
-        transform=transform,
-        preprocessing=words,
         untrained=untrained,
+        **_preprocessing(unwrapped(network), processor, size),
     )
 
 
@@ -184,8 +191,8 @@ def _processor(where: str, *, revision: str | None = None) -> BaseImageProcessor
 
 def _preprocessing(
     model: nn.Module, processor: BaseImageProcessor | None, size: tuple[int, int] | None
-) -> tuple[Callable[[Image.Image], Tensor] | None, str]:
-    """The transform for a network, and the same in words."""
+) -> dict[str, Any]:
+    """What `AnyVit` says of the images of a network."""
     network = getattr(model, "timm_model", model)  # inside transformers' wrapper of timm, and ours
     patches = getattr(network, "patch_embed", None)
     native = getattr(patches, "img_size", None)
@@ -195,18 +202,33 @@ def _preprocessing(
             "build it with that img_size, or with dynamic_img_size=True."
         )
     config = getattr(model, "config", None)
-    patch_size = getattr(patches or getattr(config, "vision_config", config), "patch_size", None)
+    vision_config = getattr(config, "vision_config", config)
+    patch_size = getattr(patches or vision_config, "patch_size", None)
+    in_chans = getattr(getattr(patches, "proj", None), "in_channels", None) or getattr(vision_config, "num_channels", 3)
     if size and patch_size:
         require_divisible(size, patch_size)
     if cfg := getattr(config, "pretrained_cfg", None) or getattr(network, "pretrained_cfg", None):
         size = size or native
         config = resolve_data_config({"input_size": (3, *size)} if size else {}, pretrained_cfg=cfg)
-        transform = create_transform(**config)
-        return transform, _timm_words(config)  # pyright: ignore[reportReturnType]  # not asked for in parts
-    if processor is None:
-        return None, UNKNOWN
-    transform = ProcessorTransform(processor=processor, overrides=_overrides(processor, size) if size else {})
-    return transform, _processor_words(vars(processor) | transform.overrides)
+        transform, words = create_transform(**config), _timm_words(config)
+        mean, std, size = config["mean"], config["std"], config["input_size"][1:]
+    elif processor is not None:
+        transform = ProcessorTransform(processor=processor, overrides=_overrides(processor, size) if size else {})
+        settings = vars(processor) | transform.overrides
+        made = settings["crop_size"] if settings["do_center_crop"] else settings["size"]
+        size = (made["height"], made["width"]) if made and "height" in made else size
+        words = _processor_words(settings)
+        mean, std = (
+            (settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else ((0,) * 3, (1,) * 3)
+        )
+    else:
+        return {"transform": None, "preprocessing": UNKNOWN, "in_chans": in_chans}
+    if in_chans == 1:
+        transform, words = Gray(transform=transform), f"grey, {words}"  # pyright: ignore[reportArgumentType]  # not asked for in parts
+    elif in_chans != 3:
+        transform = None
+    said = {"size": size, "in_chans": in_chans, "mean": tuple(mean), "std": tuple(std)}
+    return {"transform": transform, "preprocessing": words, **said}
 
 
 def _overrides(processor: Any, size: tuple[int, int]) -> dict[str, Any]:

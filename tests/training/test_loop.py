@@ -11,6 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from models import random_bundle
 from PIL import Image
 from safetensors.torch import load_file
 from training_files import png, write_folder
@@ -454,3 +455,15 @@ def test_a_bundle_tells_its_whole_recipe(tmp_path):
     assert (run.step, run.total_steps) == (STEPS, STEPS)
     assert run.evaluated == DINOV2.watch.eval_images
     assert recipe_from_yaml(json.dumps(run.recipe)) == DINOV2
+
+
+def test_models_of_one_channel_train_on_grey_pictures(tmp_path):
+    random_bundle("vit_nano_reg4", in_chans=1).save(tmp_path / "start")
+    result = train(changed(SUPERVISED, model={"start": str(tmp_path / "start")}), tmp_path / "run")
+    model = ModelBundle.load(tmp_path / "run" / "model").build()
+    assert model.patch_embed.proj.in_channels == 1
+    assert result is not None
+    random_bundle("vit_nano_reg4", in_chans=4).save(tmp_path / "four")
+    with pytest.raises(RecipeError, match="takes images of 4 channels, but those of digits have 3"):
+        train(changed(SUPERVISED, model={"start": str(tmp_path / "four")}), tmp_path / "other")
+    assert not (tmp_path / "other" / "model").exists()

@@ -12,6 +12,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from vitreg_hub.errors import RecipeError
+from vitreg_hub.images.pictures import Gray
 from vitreg_hub.training.recipes.settings import Augment, CropAugment, MultiCrop, ThreeAugment
 
 
@@ -22,22 +23,31 @@ class Views:
     transforms: tuple[Callable[[Image.Image], Tensor], ...]
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
-        """Views [3, H, W] of an RGB image."""
+        """Views [C, H, W] of an RGB image."""
         return tuple(transform(image) for transform in self.transforms)
 
 
 def build_augment(
-    settings: Augment, *, img_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str
+    settings: Augment,
+    *,
+    img_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str,
+    in_chans: int = 3,
 ) -> Views:
     """Make the transform of a recipe, which can be pickled.
 
     It makes one view of `img_size` pixels a side, or with multi-crop two such global ones and then the local ones.
-    The interpolation has timm's name.
+    The interpolation has timm's name. For one channel, views are grey.
 
     Raises:
         RecipeError: timm cannot read the configuration of RandAugment.
     """
     target = {"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
+    if in_chans == 1:
+        rgb = build_augment(settings, img_size=img_size, **target)
+        return Views(transforms=tuple(Gray(transform=transform) for transform in rgb.transforms))
     match settings:
         case CropAugment():
             return Views(transforms=(_crop_augment(settings, img_size, target),))

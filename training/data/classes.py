@@ -10,7 +10,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.images.source import BROKEN, read_rgb
+from vitreg_hub.images.pictures import BROKEN, read_rgb
 from vitreg_hub.training.data.opening import TrainingData, as_stream, held_out_rows, open_rows
 from vitreg_hub.training.distributed.randomness import seed_of
 from vitreg_hub.training.recipes.settings import DataSettings
@@ -150,7 +150,7 @@ def _labels(data: TrainingData) -> np.ndarray:
 
 def _can_be_read(data: TrainingData, place: int) -> bool:
     try:
-        read_rgb(data.rows[place][data.image_column])
+        read_rgb(data.rows[place][data.image_column], within=data.within)
     except BROKEN:
         return False
     return True

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
 from vitreg_hub.errors import DataError, RecipeError, VitregError
+from vitreg_hub.images.data_sets import why_unlabelled
 from vitreg_hub.training.data.opening import TrainingData
 from vitreg_hub.training.data.samples import Piece, Sample, SampleReader, Transform, handed_over
 from vitreg_hub.training.data.streams import Position, Stream
@@ -269,10 +270,13 @@ def require_needs(data: TrainingData, needs: Collection[Need]) -> None:
     """
     for need, there in (("labels", data.has_labels), ("texts", data.has_texts)):
         if need in needs and not there:
-            how = f"name their column as data.{need[:-1]}_column, its columns are {', '.join(data.columns)}"
             if data.folder is not None and need == "labels":
-                how = "put most of its pictures into folders, one for each of at least two classes"
-            raise DataError(f"{data.name} has no {need}, which this task needs: {how}.")
+                why = why_unlabelled(data.folder)
+                raise DataError(f"the images of {data.name} have no classes, which this task needs: {why}.")
+            raise DataError(
+                f"{data.name} has no {need}, which this task needs: name their column as data.{need[:-1]}_column, its "
+                f"columns are {', '.join(data.columns)}."
+            )
 
 
 def _in_workers(samples: Dataset, num_workers: int, **batching: Any) -> DataLoader:

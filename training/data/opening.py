@@ -1,9 +1,14 @@
 """Opening training data and held-out data by name, through `datasets`."""
 
 import difflib
+import json
+import os
+import pickle
 import re
+import struct
 import tarfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
@@ -13,10 +18,12 @@ from urllib.parse import urlsplit
 
 import datasets
 import pyarrow.compute
+import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.data_sets import (
+    MOST_CLASSES,
     ON_HUB,
     SPLIT_FOLDERS,
     Rows,
@@ -25,9 +32,13 @@ from vitreg_hub.images.data_sets import (
     hub_stream,
     image_folder,
     is_integer,
+    is_words,
+    numbered,
+    require_names,
 )
 from vitreg_hub.images.embedded import TRAINING_SETS, Split
-from vitreg_hub.images.source import ImageSource, file_of, open_images
+from vitreg_hub.images.pictures import file_of
+from vitreg_hub.images.source import ImageSource, open_images
 from vitreg_hub.names import HUB_PREFIX
 from vitreg_hub.training.recipes.settings import DataSettings
 
@@ -49,9 +60,18 @@ HUB_SPLITS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("te
 MAX_SHARDS = 64
 """Largest number of shards into which local rows are divided to be read as a stream."""
 
-UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, IndexError, tarfile.TarError, DatasetsError)
-"""What `datasets` raises, even in the middle of a stream, for files that are broken, of another kind or out of reach;
-IndexError for an empty archive."""
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ImportError)
+UNREADABLE += (ArithmeticError, MemoryError, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError)
+UNREADABLE += (DatasetsError,)
+"""What `datasets` raises, even in the middle of a stream, for files that are broken, of another kind or out of reach:
+it decodes all members of an archive, also those that nobody asks for."""
+
+MOST_FILES = 100_000
+"""Files that ``{first..last}`` may count."""
+
+INFLATED, PER_BYTE = 2**29, 100
+"""Bytes that a group of rows of parquet may have unpacked, and from then on for each byte of the file: pictures are
+packed already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +90,7 @@ class TrainingData:
         num_classes: Number of classes, where it is known.
         folder: The folder of pictures that they are, if they are one.
         shuffle_block: Rows of a stream that are held and shuffled at a time.
+        within: Folder or URLs below which rows may name files, as in `read_rgb`.
     """
 
     name: str
@@ -83,6 +104,7 @@ class TrainingData:
     num_classes: int | None = None
     folder: Path | None = None
     shuffle_block: int = 2048
+    within: str | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -163,7 +185,7 @@ def as_image_source(data: TrainingData) -> ImageSource:
             usual[data.label_column] = "label"
         renamed = {old: new for old, new in usual.items() if old != new}
         rows = rows.select_columns(list(usual)).rename_columns(renamed)
-    return open_images(rows, name=data.name)
+    return replace(open_images(rows, name=data.name), within=data.within)
 
 
 def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Collection[str] = ()) -> TrainingData:
@@ -175,7 +197,7 @@ def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Colle
         DataError: There are no such data, or a column is missing.
     """
     training = split == "train"
-    called, rows, folder = _rows(name, split, settings.streaming, classes)
+    called, rows, folder, within = _rows(name, split, settings.streaming, classes)
     rows = rows.with_format(None)
     if isinstance(rows, datasets.Dataset):
         num_images = len(rows)
@@ -190,7 +212,8 @@ def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Colle
     def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:
         chosen, fitting = getattr(settings, setting), [name for name in features if wanted(features[name])]
         if chosen is None or not (training or chosen in features):
-            return find_column(fitting, usual)
+            certain = [name for name in fitting if setting != "label_column" or not is_words(features[name])]
+            return find_column(certain, usual)
         if chosen not in features:
             raise DataError(f"data.{setting} is {chosen!r}, but the columns of {called} are {', '.join(features)}.")
         if chosen not in fitting:
@@ -198,28 +221,45 @@ def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Colle
         return chosen
 
     image = column("image_column", IMAGE_COLUMNS, _is_image, "images")
-    label = column("label_column", LABEL_COLUMNS, _is_label, "class labels or whole numbers")
+    label = column("label_column", LABEL_COLUMNS, _is_label, "class labels, whole numbers or text")
     text = column("text_column", TEXT_COLUMNS, _is_text, "text")
     if image is None:
         raise DataError(f"{called} needs a column of images: name it as data.image_column ({', '.join(features)}).")
+    if label is None and isinstance(rows, datasets.Dataset):
+        label = next((name for name in LABEL_COLUMNS if is_words(features.get(name))), None)
+    names, columns = getattr(features[label], "names", None) if label else None, tuple(features)
+    if label and is_words(features[label]):
+        rows, label, names = _numbered(called, rows, label, asked=label == settings.label_column)
+        features = features_of(rows)
+    require_names(names, called)
     if rows.features:
-        kept = [image, label, text, "__key__", "__url__"]
+        kept = [image, label, text, *(name for name in ("__key__", "__url__") if is_words(features.get(name)))]
         rows = rows.select_columns([name for name in kept if name in features])
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    names = tuple(getattr(features[label], "names", None) or ()) if label else ()
     return TrainingData(
         name=called,
         rows=rows,
         num_images=num_images,
-        columns=tuple(features),
+        columns=columns,
         image_column=image,
         label_column=label,
         text_column=text,
-        label_names=names or None,
-        num_classes=len(names) or settings.num_classes or _count_classes(rows, label),
+        label_names=tuple(names) if names else None,
+        num_classes=len(names or ()) or settings.num_classes or _count_classes(called, rows, label),
         folder=folder,
         shuffle_block=settings.shuffle_block,
+        within=None if settings.allow_remote else within,
     )
+
+
+def _numbered(called: str, rows: Rows, label: str, *, asked: bool) -> tuple[Rows, str | None, tuple[str, ...] | None]:
+    """As `numbered`; refuses what cannot be numbered if it was asked for."""
+    if not isinstance(rows, datasets.Dataset):
+        raise DataError(f"the labels of {called} are words, which a stream cannot number: leave data.streaming out.")
+    rows, number, names = numbered(rows, label)
+    if asked and number is None:
+        raise DataError(f"{called} has a different {label} for nearly every image: name a column of classes.")
+    return rows, number, names
 
 
 def _stream_length(rows: datasets.IterableDataset) -> int | None:
@@ -229,11 +269,16 @@ def _stream_length(rows: datasets.IterableDataset) -> int | None:
     return splits[rows.split].num_examples or None
 
 
-def _count_classes(rows: Rows, label: str | None) -> int | None:
+def _count_classes(called: str, rows: Rows, label: str | None) -> int | None:
     """One more than the largest label, if the rows are local."""
     if label is None or not isinstance(rows, datasets.Dataset):
         return None
     largest = pyarrow.compute.call_function("max", [rows.data.column(label)]).as_py()
+    if largest is not None and largest >= max(MOST_CLASSES, len(rows)):
+        raise DataError(
+            f"{called} has the label {largest}, but only {len(rows):,} images: number classes from 0 without gaps, or "
+            "store their names as text."
+        )
     return None if largest is None else largest + 1
 
 
@@ -244,7 +289,7 @@ def _is_image(feature: Any) -> bool:
 
 
 def _is_label(feature: Any) -> bool:
-    return isinstance(feature, datasets.ClassLabel) or is_integer(feature)
+    return isinstance(feature, datasets.ClassLabel) or is_integer(feature) or is_words(feature)
 
 
 def _is_text(feature: Any) -> bool:
@@ -252,17 +297,19 @@ def _is_text(feature: Any) -> bool:
     return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
 
 
-def _rows(name: str, split: Split, streaming: bool, classes: Collection[str]) -> tuple[str, Rows, Path | None]:
-    """The name of the data, their rows, and their folder if they are one of pictures."""
+def _rows(
+    name: str, split: Split, streaming: bool, classes: Collection[str]
+) -> tuple[str, Rows, Path | None, str | None]:
+    """The name of the data, their rows, their folder if it holds pictures, and below what rows may name files."""
     if name in TRAINING_SETS:
-        return name, TRAINING_SETS[name](split), None
+        return name, TRAINING_SETS[name](split), None, None
     if files := _files(name):
-        return name, _of_files(name, files, streaming), None
-    if Path(name).is_dir():
-        return name, image_folder(Path(name), classes=classes), Path(name)
+        return name, _of_files(name, files, streaming), None, _common_folder(files)
+    if os.path.isdir(name):
+        return name, image_folder(Path(name), classes=classes), Path(name), None
     if on_hub := ON_HUB.fullmatch(name.removeprefix(HUB_PREFIX)):
         repo_id, named = on_hub.groups()
-        return *hub_stream(repo_id, named, HUB_SPLITS[split]), None
+        return *hub_stream(repo_id, named, HUB_SPLITS[split]), None, None
     near = difflib.get_close_matches(name, TRAINING_SETS, n=1)
     hint = f", did you mean {near[0]!r}" if near else ""
     raise DataError(f"there are no training data {name!r}{hint}: give {FORMS}.")
@@ -270,11 +317,51 @@ def _rows(name: str, split: Split, streaming: bool, classes: Collection[str]) ->
 
 def _of_files(name: str, files: list[str], streaming: bool) -> Rows:
     reader = READERS[_ending(files[0])]
+    for file in files:
+        if "://" not in file:
+            _require_sound(name, file, reader)
     streaming = streaming or reader == "webdataset" or any("://" in file for file in files)
     try:
         return datasets.load_dataset(reader, data_files=files, split="train", streaming=streaming)
     except UNREADABLE as error:
         raise DataError(f"{name} cannot be read as {reader}: {reason(error)}.") from error
+
+
+def _common_folder(files: Sequence[str]) -> str:
+    """The folder that all files share, or the start of the first URL."""
+    if all("://" not in file for file in files):
+        return os.path.commonpath([os.path.dirname(file) for file in files])
+    return files[0].rpartition("/")[0] + "/"
+
+
+def _require_sound(name: str, file: str, reader: str) -> None:
+    """Refuse a local file that would block, or whose footer asks for far more memory than its size explains."""
+    if not Path(file).is_file():
+        raise DataError(f"{file} is not an ordinary file: give files, or their folder.")
+    if reader != "parquet":
+        return
+    try:
+        footer = pyarrow.parquet.read_metadata(file)
+        features = list(_objects(json.loads((footer.metadata or {}).get(b"huggingface", b"{}"))))
+    except UNREADABLE as error:
+        raise DataError(f"{name} cannot be read as parquet: {reason(error)}.") from error
+    size = Path(file).stat().st_size
+    largest = max((footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)), default=0)
+    if footer.num_rows > size or largest > max(INFLATED, PER_BYTE * size):
+        raise DataError(
+            f"{file} says that its {size:,} bytes hold {footer.num_rows:,} rows, of up to {largest:,} bytes together: "
+            "it is damaged, or made to fill the memory."
+        )
+    if any(f.get("_type") == "ClassLabel" and not isinstance(f.get("names"), list) for f in features):
+        raise DataError(f"{file} has class labels without their names: store the names in its column.")
+
+
+def _objects(content: Any) -> Iterator[dict[str, Any]]:
+    """Every object in JSON, at any depth."""
+    if isinstance(content, dict):
+        yield content
+    for inner in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _objects(inner)
 
 
 def reason(error: BaseException) -> str:
@@ -284,7 +371,7 @@ def reason(error: BaseException) -> str:
 
 def _files(name: str) -> list[str]:
     """Shards or parquet files of a path, pattern or folder; empty if it is something else."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         files = []
         for ending in READERS:
             files = files or sorted(str(file) for file in Path(name).glob(f"*{ending}"))
@@ -309,7 +396,7 @@ def _matches(path: str, name: str) -> list[str]:
                 f"{name} is a URL, whose files cannot be listed: count them, as in train-{{0000..0099}}.tar."
             )
         return [path]
-    files = [path] if Path(path).exists() else sorted(glob(path, recursive=True))
+    files = [path] if os.path.exists(path) else sorted(glob(path, recursive=True))
     if not files:
         raise DataError(f"there is no file {path}" + (f", which {name} asks for." if path != name else "."))
     return [str(Path(file).absolute()) for file in files]
@@ -322,6 +409,8 @@ def _braces(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last, several = match.groups()
+    if not several and (max(len(first), len(last)) > 18 or int(last) - int(first) >= MOST_FILES):
+        raise DataError(f"{pattern} counts more than {MOST_FILES:,} files: count fewer.")
     inner = several.split(",") if several else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
     if not inner:
         raise DataError(f"{pattern} counts from {first} to {last}: give the smaller number first.")

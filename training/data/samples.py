@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.images.source import BROKEN, read_rgb
+from vitreg_hub.images.pictures import BROKEN, read_rgb
 from vitreg_hub.training.data.opening import TrainingData
 from vitreg_hub.training.distributed.randomness import seed_of, seeded
 from vitreg_hub.training.tasks.settings import Need
@@ -19,7 +19,7 @@ Transform = Callable[[Image.Image], tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One image in views [3, H, W], with its class (-1: unknown) and its caption (empty: none)."""
+    """One image in views [C, H, W], with its class (-1: unknown) and its caption (empty: none)."""
 
     name: str
     views: tuple[Tensor, ...]
@@ -60,11 +60,14 @@ class SampleReader:
             The sample, or the name of an image that cannot be read.
 
         Raises:
-            DataError: A label or caption that is needed is missing, or a label is out of range.
+            DataError: A label or caption that is needed is missing, a label is out of range, or the row names a
+                picture that it may not.
         """
         name = self.data.called(row, number)
         try:
-            image = read_rgb(row[self.data.image_column])
+            image = read_rgb(row[self.data.image_column], within=self.data.within)
+        except DataError:
+            raise
         except BROKEN:
             return name
         with seeded(*key):
@@ -78,7 +81,7 @@ class SampleReader:
             if "labels" in self.needs:
                 raise DataError(f"{name} of {data.name} has no label, which this task needs: leave such images out.")
             return -1
-        if label < 0 or (data.num_classes is not None and label >= data.num_classes):
+        if not 0 <= label < (data.num_classes or 2**63):
             classes = f"from 0 to {data.num_classes - 1}" if data.num_classes else "from 0"
             raise DataError(
                 f"{name} of {data.name} has the label {label}, but classes are numbered {classes}: correct the labels."

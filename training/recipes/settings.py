@@ -86,6 +86,7 @@ class DataSettings:
         stream_images: Images of one epoch of a stream, if it does not say.
         num_workers: Processes that decode and augment, per process; 0: none.
         max_corrupt: Share of unreadable images at which the run stops.
+        allow_remote: Open pictures that rows of files or of a Hub set name elsewhere: other folders, URLs.
     """
 
     train: str
@@ -100,6 +101,7 @@ class DataSettings:
     stream_images: Count | None = None
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     max_corrupt: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    allow_remote: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

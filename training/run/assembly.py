@@ -14,6 +14,7 @@ from torch import nn
 
 from vitreg_hub.compat import forget_accelerator
 from vitreg_hub.errors import RecipeError
+from vitreg_hub.images.pictures import Gray
 from vitreg_hub.images.source import ImageSource, Transform
 from vitreg_hub.training.data.augment import build_augment
 from vitreg_hub.training.data.classes import open_data
@@ -103,8 +104,15 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
     backbone = build_backbone(model, num_classes=num_classes, seed=recipe.seed, label_names=data.label_names)
     config = resolve_model_data_config(backbone)
     config["input_size"] = (3, *backbone.patch_embed.img_size)
+    in_chans = backbone.patch_embed.proj.in_channels
+    if in_chans not in (1, 3):
+        raise RecipeError(
+            f"the model takes images of {in_chans} channels, but those of {data.name} have 3: train a model of 3 "
+            "channels, or of 1, for which they turn grey."
+        )
     augment = build_augment(
         recipe.augment,
+        in_chans=in_chans,
         img_size=config["input_size"][1],
         mean=config["mean"],
         std=config["std"],
@@ -138,6 +146,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         for module in (task.network, *task.frozen.values()):
             for block in blocks_of(module):
                 block.compile()
+    transform = cast(Transform, create_transform(**config))
     return Parts(
         arch=model.arch,
         data=data,
@@ -145,7 +154,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
         eval_images=held_out or as_image_source(data),
         knn_images=as_image_source(data) if held_out and data.has_labels else None,
         loader=loader,
-        transform=cast(Transform, create_transform(**config)),
+        transform=transform if in_chans == 3 else Gray(transform=transform),
         mean=config["mean"],
         std=config["std"],
         span=span,

@@ -4,11 +4,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from vitreg_hub.files import whole_file
+from vitreg_hub.images.pictures import displayable
 from vitreg_hub.plotting import plain, png
 from vitreg_hub.training.tasks.base import Batch
 
@@ -62,7 +61,7 @@ def first_batch_figure(
         for left, crops in zip(lefts, batch.crops, strict=True):
             scale = CELL / max(crops.shape[-2:])
             extent = (left, left + crops.shape[-1] * scale, top + crops.shape[-2] * scale, top)
-            axis.imshow(_pixels(crops[row], mean, std), extent=extent, interpolation="nearest")
+            axis.imshow(displayable(crops[row], mean, std), extent=extent, interpolation="nearest")
         text = _text(batch, row, label_names)
         if single:
             axis.text(lefts[0] + CELL + GAP, top + CELL / 2, _fitted(text, 2 * LETTERS, 8), va="center", fontsize=8)
@@ -74,12 +73,6 @@ def first_batch_figure(
     axis.set(xlim=(0, width), ylim=(height, 0))
     axis.set_axis_off()
     return figure
-
-
-def _pixels(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """[3, H, W] normalised -> [H, W, 3] in [0, 1]."""
-    image = image.detach().float().cpu().permute(1, 2, 0)
-    return (image * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1).numpy()
 
 
 def _fitted(text: str, width: int, lines: int) -> str:

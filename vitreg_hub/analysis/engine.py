@@ -16,10 +16,14 @@ from vitreg_hub.analysis.meters.norms import NormMeter
 from vitreg_hub.analysis.results import BlockNorms, ImageFacts, ModelFacts
 from vitreg_hub.any_vit import open_vit
 from vitreg_hub.errors import DataError
+from vitreg_hub.images.embedded import TILE, photos
 from vitreg_hub.images.source import Batch, Images, open_images
 from vitreg_hub.network.layout import VitLayout
 from vitreg_hub.passes import Needs, failing_together, gathered, observed
 from vitreg_hub.tokens import Observation
+
+PHOTOS = "photos"
+"""Name of the images that are used if none are given."""
 
 
 class Options(TypedDict, total=False):
@@ -98,7 +102,20 @@ class Study:
         self.block = block % depth
         self.seed = options.get("seed", 0)
         self._hidden = not (options.get("progress", False) and self.processes.is_main_process)
-        self.source = open_images(images, max_images=options.get("max_images"), seed=self.seed)
+        self.whole_pictures = isinstance(images, str) and images == PHOTOS and max(self.opened.size or (0,)) > 2 * TILE
+        self.source = open_images(
+            photos(whole=True) if self.whole_pictures else images,
+            name=PHOTOS if self.whole_pictures else None,
+            max_images=options.get("max_images"),
+            seed=self.seed,
+        )
+        channels, tensors = self.opened.in_chans, isinstance(self.source.rows, Tensor)
+        if channels != (self.source.rows.shape[1] if tensors else 3) and (tensors or channels != 1):
+            given = f"tensors of {self.source.rows.shape[1]}" if tensors else "pictures of 3"
+            raise DataError(
+                f"{self.opened.name} takes images of {channels} channels, but these are {given}: give a tensor "
+                f"[N, {channels}, H, W] of numbers that the model takes as they are."
+            )
 
     @cached_property
     def norms(self) -> NormMeter:

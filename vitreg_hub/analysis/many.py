@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
 
-from vitreg_hub.analysis.engine import Options
-from vitreg_hub.analysis.measures import PHOTOS, Model, analyze
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from vitreg_hub.analysis.engine import PHOTOS, Options
+from vitreg_hub.analysis.measures import Model, analyze
 from vitreg_hub.analysis.results import ArtifactReport, load_reports
 from vitreg_hub.errors import DataError
 from vitreg_hub.files import CONFIG_FILE
@@ -70,9 +72,14 @@ def expand(model: Model) -> Iterator[tuple[Model, int | None]]:
     found = {path.parent: STEP.search(path.parent.relative_to(run).as_posix()) for path in configs}
     steps = {folder: int(match[1]) for folder, match in found.items() if match}
     if not steps:
+        advice = "give a model's folder, or a run's"
+        if found:
+            advice = f"it holds models, give one, such as {min(found)}"
+        elif any(path.suffix.lower() in IMG_EXTENSIONS for pattern in ("*", "*/*") for path in run.glob(pattern)):
+            advice = "it holds images, which --images takes"
         raise DataError(
             f"{run} holds neither a model ({CONFIG_FILE}) nor checkpoints in folders with their step in the name "
-            "(step_1000): give a model's folder, or a run's."
+            f"(step_1000): {advice}."
         )
     if left_out := sorted(str(folder) for folder in found.keys() - steps.keys()):
         logger.info("left out, because their names hold no step: %s", ", ".join(left_out))

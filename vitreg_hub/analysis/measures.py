@@ -7,7 +7,7 @@ from typing import Unpack
 import numpy as np
 from torch import nn
 
-from vitreg_hub.analysis.engine import Options, OutlierMeter, Study
+from vitreg_hub.analysis.engine import PHOTOS, Options, OutlierMeter, Study
 from vitreg_hub.analysis.meters.attention import AttentionMeter
 from vitreg_hub.analysis.meters.examples import ExampleMeter
 from vitreg_hub.analysis.meters.global_probe import TokenClassification
@@ -31,8 +31,6 @@ Model = nn.Module | str | Path
 """A module of timm or transformers, or a name as in `open_vit`."""
 FEW_PATCHES = 50_000
 """Below this, shares of outliers are rough."""
-PHOTOS = "photos"
-"""Name of the images that are used if none are given."""
 LIBRARIES = ("vitreg_hub", "torch", "timm", "transformers", "scikit-learn")
 
 
@@ -59,7 +57,8 @@ def outlier_places(model: Model, images: Images = PHOTOS, **options: Unpack[Opti
     Positions that are interpolated without antialiasing give outliers fixed places (Darcet et al., appendix A).
     Arguments and errors as in `patch_norms`.
     """
-    return Study(model, images, **options).measure_one(PlaceMeter())
+    study = Study(model, images, **options)
+    return study.measure_one(_place_meter(study))
 
 
 def neighbor_redundancy(model: Model, images: Images = PHOTOS, **options: Unpack[Options]) -> Redundancy:
@@ -130,8 +129,9 @@ def analyze(
     Args:
         model: A ViT as a module or by name: an architecture, a bundle's folder, ``hf-hub:org/name``, any ViT of timm,
             a folder of transformers.
-        images: "photos" (a few pictures in tiles, which ship with scikit-learn and scikit-image), "digits", a folder,
-            a `datasets.Dataset`, PIL images, ``org/name[:split]``, or a tensor of preprocessed images.
+        images: "photos" (a few pictures, which ship with scikit-learn and scikit-image, in tiles, or whole above 256
+            pixels a side), "digits", a folder, a `datasets.Dataset`, PIL images, ``org/name[:split]``, or preprocessed
+            images as a tensor.
         num_examples: Images whose maps are kept in `examples`.
         step: Training step of the model, if it is one of several checkpoints.
         **options: See `Options`.
@@ -141,7 +141,7 @@ def analyze(
     """
     study = Study(model, images, **options)
     meters: dict[str, OutlierMeter] = {
-        "places": PlaceMeter(),
+        "places": _place_meter(study),
         "redundancy": NeighborSimilarity(),
         "local_information": LocalProbes(seed=study.seed),
         "global_information": TokenClassification(seed=study.seed),
@@ -159,6 +159,10 @@ def analyze(
     )
 
 
+def _place_meter(study: Study) -> PlaceMeter:
+    return PlaceMeter(by_label=study.source.name == PHOTOS, seed=study.seed)
+
+
 def _example_meter(study: Study, number: int) -> ExampleMeter:
     picked = study.source.picked
     if number < 0:
@@ -167,14 +171,19 @@ def _example_meter(study: Study, number: int) -> ExampleMeter:
         chosen = range(number)
     else:
         chosen = {int(picked[i]) for i in np.linspace(0, len(picked) - 1, min(number, len(picked))).round().astype(int)}
-    return ExampleMeter(block=study.block, chosen=chosen)
+    return ExampleMeter(block=study.block, chosen=chosen, mean=study.opened.mean, std=study.opened.std)
 
 
 def _notes(study: Study) -> list[str]:
     blocks, notes = study.blocks, []
     if study.opened.untrained:
         notes.append("The weights are random: the network was not trained.")
-    if study.source.name == PHOTOS:
+    if study.whole_pictures:
+        notes.append(
+            f"The images are {study.norms.num_images} whole pictures, since at this size their tiles would be enlarged "
+            "too much: give images of your own for more than a first look."
+        )
+    elif study.source.name == PHOTOS:
         notes.append("The images are tiles of 15 pictures; a tile's class is its picture, so accuracies are high.")
     if study.block != len(blocks) - 1:
         notes.append(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,13 @@ FORM = 1
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """Shares below which norms are reported; the first and the last are the exact smallest and largest norm."""
+
+
+BINS_PER_OCTAVE = 64
+"""Bins of a histogram of norms for each power of 2: a bin is 1.1 % wide."""
+SMALLEST, LARGEST = -16, 24
+"""Powers of 2 between which norms are distinguished; those outside fall into the first or the last bin."""
+NUM_BINS = (LARGEST - SMALLEST) * BINS_PER_OCTAVE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +97,7 @@ class Cutoff:
         outlier_weight: Share of the tokens in the upper mode.
         normal_norm: Norm at the centre of the lower mode.
         outlier_norm: Norm at the centre of the upper mode.
+        gap: Largest norm below the cutoff and smallest above it, to the width of a bin; None if a side is empty.
     """
 
     value: float | None
@@ -98,6 +107,7 @@ class Cutoff:
     outlier_weight: float | None = None
     normal_norm: float | None = None
     outlier_norm: float | None = None
+    gap: tuple[float, float] | None = None
 
     @property
     def norm(self) -> float:
@@ -139,10 +149,15 @@ class OutlierPlaces:
     Attributes:
         per_position: [rows][columns] share of the images in which the patch at that place is an outlier.
         per_image: How many images have 0, 1, 2, ... outliers.
+        interval: Between which the share of outliers lies in 95 % of the samples of pictures that are drawn from these
+            ones with replacement; None without outliers, and in reports of older versions.
+        num_pictures: How many pictures there are; tiles of one are not told apart.
     """
 
     per_position: tuple[tuple[float, ...], ...]
     per_image: tuple[int, ...]
+    interval: tuple[float, float] | None = None
+    num_pictures: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,6 +301,22 @@ class ArtifactReport:
     versions: dict[str, str]
     examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be drawn, which a damaged file may hold."""
+        model, (rows, columns) = self.model, self.images.grid
+        if not (
+            len(self.blocks) == model.depth > self.block >= 0
+            and max(model.num_params, model.step or 0, rows * columns, sum(self.places.per_image)) < 2**53
+            and [len(row) for row in self.places.per_position] == [columns] * rows
+            and all(
+                len(block.quantiles) == len(QUANTILES)
+                and (len(block.class_norms), len(block.register_norms)) == (model.num_class_tokens, model.num_registers)
+                and 0 <= block.histogram.first_bin <= NUM_BINS - len(block.histogram.counts)
+                for block in self.blocks
+            )
+        ):
+            raise DataError(f"the numbers of the report of {model.name} contradict each other: analyze it again.")
+
     @property
     def chosen(self) -> BlockNorms:
         """Norms after `block`."""
@@ -321,10 +352,12 @@ def load_reports(file: str | Path) -> tuple[ArtifactReport, ...]:
     Raises:
         DataError: It is not one, or has another version.
     """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise DataError(f"{file} is not an ordinary file: give the report.json of `vitreg analyze`.")
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         form, reports = content["form"], content["reports"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not a report of `vitreg analyze` ({error}): give its report.json.") from error
     if form != FORM:
         raise DataError(f"{file} has form {form!r}, this reads form {FORM}: analyze the models again.")

@@ -16,6 +16,11 @@ def percent(share: float | None) -> str:
     return "under 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.3g} %"
 
 
+def interval(shares: tuple[float, float] | None) -> str:
+    """From the lower to the upper share."""
+    return "-" if shares is None else " to ".join(map(percent, shares))
+
+
 def amount(count: int) -> str:
     """Millions and billions with three digits."""
     for unit, name in ((10**9, "B"), (10**6, "M")):
@@ -61,6 +66,13 @@ def verdict(report: ArtifactReport) -> str:
             f"{percent(block.outlier_fraction)} of the patch tokens in block {report.block} are outliers "
             f"(norm above {number(cutoff.value)}); {since}."
         )
+        if report.places.interval:
+            pictures = f"{report.places.num_pictures:,} such pictures"
+            sentence += f" Other {pictures} would have {interval(report.places.interval)} (95 % interval)."
+        if cutoff.gap:
+            sentence += (
+                f" Other patches have norms up to {number(cutoff.gap[0])}, outliers from {number(cutoff.gap[1])}."
+            )
     if norms := block.register_norms:
         low, high = number(min(norms)), number(max(norms))
         many = f"Its {len(norms)} registers have mean norms" if len(norms) > 1 else "Its register has a mean norm"

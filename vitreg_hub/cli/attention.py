@@ -25,7 +25,7 @@ def run(
         *images: image files, one row each
         out: new PNG file
         heads: every head, not their mean
-        block: block whose outliers count, from 0, or from the end
+        block: block whose attention is drawn, from 0, or from the end
         img_size: size of the images, if not the model's own
         device: cpu, cuda, cuda:1, ...; a GPU if there is one
         dtype: number type of the model

@@ -12,14 +12,18 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vitreg_hub.errors import DataError
+from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.images.embedded import EMBEDDED
 
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 """Names of sub-folders that are splits, not classes."""
 
+HIDDEN = (".", "__MACOSX")
+"""How the names of folders begin that nobody means."""
+
 FORMS = (
     f"an embedded data set ({', '.join(EMBEDDED)}), a folder, a data set on the Hub (org/name[:split]), "
-    "a datasets.Dataset or IterableDataset, PIL images, or a tensor [N, 3, H, W]"
+    "a datasets.Dataset or IterableDataset, PIL images, or tensors [3, H, W]"
 )
 """What a user may give as images."""
 
@@ -28,6 +32,12 @@ ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 Rows = datasets.Dataset | datasets.IterableDataset
 
+MOST_CLASSES = 100_000
+"""Classes that any data may have; a head of more needs as many images, or a number misread would fill the memory."""
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and what stands for the bytes of names that are not UTF-8."""
+
 
 def image_folder(root: Path, *, classes: Collection[str] = ()) -> datasets.Dataset:
     """All images below a folder, in the order of their names. Only names are in memory, and no cache is written.
@@ -35,13 +45,22 @@ def image_folder(root: Path, *, classes: Collection[str] = ()) -> datasets.Datas
     Folders in it are classes if they hold most of the images and are several, or one of these `classes`; images beside
     them then have no label.
     """
-    paths = []
-    for parent, below, files in os.walk(root, followlinks=True):
-        below[:] = sorted(folder for folder in below if not folder.startswith((".", "__MACOSX")))
+    paths, known = [], set()
+    for parent, below, files in os.walk(root, followlinks=True, onerror=_unreadable):
+        about = os.stat(parent)
+        if (about.st_dev, about.st_ino) in known:
+            raise DataError(f"{parent} is a link to a folder that is read already: remove it.")
+        known.add((about.st_dev, about.st_ino))
+        below[:] = sorted(folder for folder in below if not folder.startswith(HIDDEN))
         images = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
         paths += [os.path.join(parent, file) for file in sorted(images)]
     if not paths:
-        raise DataError(f"there are no images below {root}: their names must end in {', '.join(IMG_EXTENSIONS)}.")
+        model = " (it holds a model, which is no data)" if Path(root, CONFIG_FILE).is_file() else ""
+        raise DataError(
+            f"there are no images below {root}{model}: their names must end in {', '.join(IMG_EXTENSIONS)}."
+        )
+    if odd := next(filter(UNPRINTABLE.search, paths), None):
+        raise DataError(f"the name {odd!a} is not UTF-8 or holds control characters: rename the file or folder.")
     inside = [Path(path).relative_to(root).parts for path in paths]
     folders = [parts[0] if len(parts) > 1 else None for parts in inside]
     found = sorted({folder for folder in folders if folder is not None})
@@ -58,8 +77,31 @@ def image_folder(root: Path, *, classes: Collection[str] = ()) -> datasets.Datas
     return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=datasets.Features(features))
 
 
-def hub_stream(repo_id: str, split: str | None, usual_splits: Sequence[str]) -> tuple[str, datasets.IterableDataset]:
-    """Name and rows of a split on the Hub; of the first usual one that exists if none is given."""
+def why_unlabelled(root: Path) -> str:
+    """Why the images of a folder have no classes, and what to do."""
+    with os.scandir(root) as found:
+        folders = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith(HIDDEN))
+    folders = [folder for folder in folders if any(files for *_, files in os.walk(root / folder, followlinks=True))]
+    if len(folders) == 1 and any(entry.is_dir() for entry in os.scandir(root / folders[0])):
+        return f"all of them lie in its one folder {folders[0]}: give {root / folders[0]}"
+    if not folders:
+        return "they lie in no folders: put those of each class into a folder with its name"
+    if len(folders) == 1:
+        return f"all of them lie in the folder {folders[0]}: add a folder for each other class"
+    return f"some lie beside the folders {folders[0]}, {folders[1]}, ...: put every image into the folder of its class"
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror}): look at its permissions.") from error
+
+
+def hub_stream(
+    repo_id: str, split: str | None, usual_splits: Sequence[str]
+) -> tuple[str, datasets.IterableDataset, str]:
+    """Name and rows of a split on the Hub, and the start of the URLs of its own files.
+
+    If no split is given, it is the first usual one that exists.
+    """
     try:
         splits = datasets.load_dataset(repo_id, streaming=True)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -72,7 +114,7 @@ def hub_stream(repo_id: str, split: str | None, usual_splits: Sequence[str]) -> 
         raise DataError(
             f"{repo_id} has the splits {', '.join(map(str, splits))}: name one, as {repo_id}:{next(iter(splits))}."
         )
-    return f"{repo_id}:{split}", splits[split]
+    return f"{repo_id}:{split}", splits[split], f"hf://datasets/{repo_id}@"
 
 
 def find_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:
@@ -83,6 +125,40 @@ def find_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:
 def is_integer(feature: Any) -> bool:
     """Whether a column holds whole numbers without names of classes."""
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+
+
+def is_words(feature: Any) -> bool:
+    """Whether a column holds text, or true and false, that may name classes."""
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "bool")
+
+
+def numbered(data: datasets.Dataset, column: str) -> tuple[datasets.Dataset, str | None, tuple[str, ...] | None]:
+    """Add a column of the numbers of classes that another column names, in the order of the names.
+
+    Returns:
+        The data, the new column and the names; the data alone if there are too many names for classes.
+    """
+    found = data.unique(column)
+    if len(found) > max(MOST_CLASSES, len(data) // 2):
+        return data, None, None
+    names = tuple(sorted(str(name) for name in found if name is not None))
+    number = {name: i for i, name in enumerate(names)}
+    labels = [None if name is None else number[str(name)] for name in data[column]]
+    new = f"{column} (number)"
+    return data.add_column(new, labels, feature=datasets.ClassLabel(names=list(names))), new, names
+
+
+def require_names(names: Sequence[str] | None, called: str) -> None:
+    """Refuse names of classes that cannot be written or shown.
+
+    Raises:
+        DataError: A name is not text, is not UTF-8, or holds control characters.
+    """
+    for name in names or ():
+        if not isinstance(name, str) or UNPRINTABLE.search(name):
+            raise DataError(
+                f"{called} has a class called {name!a}, which is not UTF-8 or holds control characters: rename it."
+            )
 
 
 def features_of(data: Rows) -> Mapping[str, Any]:

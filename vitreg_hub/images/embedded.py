@@ -116,7 +116,7 @@ def _indices(number: int, split: Split | None) -> np.ndarray:
     return every[held_out if split == "test" else ~held_out]
 
 
-def photos(split: Split | None = None) -> datasets.Dataset:
+def photos(split: Split | None = None, *, whole: bool = False) -> datasets.Dataset:
     """238 tiles of 128 x 128 pixels, cut side by side from 15 pictures, mostly photographs; each picture is a class.
 
     The pictures are part of scikit-learn (china, flower: CC BY 2.0 by danielbuechele and vultilion) and of
@@ -126,6 +126,7 @@ def photos(split: Split | None = None) -> datasets.Dataset:
 
     Args:
         split: None is all tiles, "test" every fifth (47), "train" the other 191. Both show the same pictures.
+        whole: Do not cut the pictures: large networks would see their tiles enlarged, with a lattice of its own.
 
     Returns:
         Columns `image` (RGB) and `label`, picture by picture, tiles row by row.
@@ -134,11 +135,12 @@ def photos(split: Split | None = None) -> datasets.Dataset:
     tiles, labels = [], []
     for label, file in enumerate(pictures):
         picture = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
-        for top in range(0, picture.height - TILE + 1, TILE):
-            for left in range(0, picture.width - TILE + 1, TILE):
+        height, width = (picture.height, picture.width) if whole else (TILE, TILE)
+        for top in range(0, picture.height - height + 1, height):
+            for left in range(0, picture.width - width + 1, width):
                 tile = io.BytesIO()
                 # BMP, since compression would take longer than all the rest
-                picture.crop((left, top, left + TILE, top + TILE)).save(tile, "BMP")
+                picture.crop((left, top, left + width, top + height)).save(tile, "BMP")
                 tiles.append({"bytes": tile.getvalue(), "path": None})
                 labels.append(label)
     chosen = _indices(len(tiles), split)

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Self
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,8 +25,12 @@ from vitreg_hub.images.data_sets import (
     hub_stream,
     image_folder,
     is_integer,
+    is_words,
+    numbered,
+    require_names,
 )
 from vitreg_hub.images.embedded import EMBEDDED
+from vitreg_hub.images.pictures import BROKEN, file_of, read_rgb
 from vitreg_hub.names import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -33,10 +38,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SPLITS = ("test", "validation", "train")
 """Splits on the Hub; if none is named, the first of these that exists is read."""
 
-# What Pillow raises for a file that is broken or not an image.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-Images = Tensor | Sequence[Image.Image] | str | Path | Rows
+Images = Tensor | np.ndarray | Sequence[Image.Image | Tensor | np.ndarray] | str | Path | Rows
 """Images in any form that `open_images` takes."""
 
 Transform = Callable[[Image.Image], Tensor]
@@ -48,7 +50,7 @@ class Batch:
 
     Attributes:
         indices: [B] int64, of the images in the source.
-        images: [B, 3, H, W].
+        images: [B, C, H, W]; C is 3, or what the model takes.
         labels: [B] int64, -1 where one is missing; None without labels.
         skipped: Why images were left out, one sentence for each.
     """
@@ -71,6 +73,7 @@ class ImageSource:
         picked: Indices of the rows that are read; None for a stream.
         image_column: Column of the images, if rows have columns.
         label_column: Column of the labels.
+        within: Folder or URLs below which rows may name files, as in `read_rgb`.
     """
 
     name: str
@@ -80,6 +83,7 @@ class ImageSource:
     picked: Sequence[int] | None = field(default=None, repr=False)
     image_column: str | None = None
     label_column: str | None = None
+    within: str | None = None
 
     @property
     def has_labels(self) -> bool:
@@ -101,7 +105,7 @@ class ImageSource:
         Every process reads the whole of a stream, but decodes only its share.
 
         Args:
-            transform: Makes a tensor [3, H, W] of an RGB image. It is not applied to images given as tensors.
+            transform: Makes a tensor [C, H, W] of an RGB image. It is not applied to images given as tensors.
             batch_size: Images per batch; the last batch may be smaller.
             rank: Which of the processes this is.
             world_size: Number of processes.
@@ -189,7 +193,9 @@ class _Reader(torch.utils.data.Dataset):
             row = source.rows[index] if row is None else row
             picture = row[source.image_column] if source.image_column else row
             try:
-                image = picture if isinstance(picture, Tensor) else read_rgb(picture)
+                image = picture if isinstance(picture, Tensor) else read_rgb(picture, within=source.within)
+            except DataError:
+                raise
             except BROKEN as error:
                 file = f" ({path})" if (path := file_of(picture)) else ""
                 sentence = f"image {index} of {source.name}{file} cannot be read: {error}."
@@ -202,6 +208,8 @@ class _Reader(torch.utils.data.Dataset):
             source._require_equal(indices[0], images[0], index, images[-1])
             if source.label_column:
                 label = row[source.label_column]
+                if label is not None and not -(2**63) <= label < 2**63:
+                    raise DataError(f"image {index} of {source.name} has the label {label}: number classes from 0.")
                 labels.append(-1 if label is None else int(label))
         return Batch(
             indices=torch.tensor(indices, dtype=torch.int64),
@@ -215,44 +223,17 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def read_rgb(value: Any) -> Image.Image:
-    """The picture of a row that `datasets` did not decode, or an opened picture; raises `BROKEN`."""
-    return to_rgb(datasets.Image().decode_example(value))
-
-
-def file_of(value: Any) -> str | None:
-    """The file of a picture as `read_rgb` takes it, if it has one."""
-    return value.get("path") if isinstance(value, dict) else getattr(value, "filename", None)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image: turned upright by its EXIF data, white where it is transparent, 16 bits cut to the upper 8.
-
-    Raises:
-        ValueError: It is not an image, or its pixels have no known range.
-    """
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"it is {type(image).__name__}, not a picture")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of kind {image.mode} have no known range, so save it with 8 bits")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
 def open_images(
     images: Images, *, name: str | None = None, max_images: int | None = None, seed: int = 0
 ) -> ImageSource:
     """Open images in any of these forms. Data sets on the Hub are streamed: nothing is copied to the disk.
 
     Args:
-        images: A tensor [N, 3, H, W] that is already preprocessed; PIL images; a folder, whose sub-folders are classes
-            if they hold all images; a data set with one column of images (or one called "image") and at most one of
-            class labels (or whole numbers called "label"); the name of an embedded data set; or ``org/name[:split]`` on
-            the Hub.
+        images: A tensor [N, C, H, W] that is already preprocessed, or a list of such [C, H, W], also as arrays of
+            floating-point numbers; PIL images, or arrays of bytes [H, W] or [H, W, 3]; a folder, whose sub-folders are
+            classes if they hold all images; a data set with one column of images (or one called "image") and at most
+            one of class labels (or whole numbers or words called "label"); the name of an embedded data set; or
+            ``org/name[:split]`` on the Hub.
         name: What to call them instead of their own name.
         max_images: Read at most this many: a random subset in order, or the first ones of a stream.
         seed: Decides which subset.
@@ -262,16 +243,19 @@ def open_images(
     """
     if max_images is not None and max_images < 1:
         raise DataError(f"max_images is {max_images}: give at least 1, or None for all.")
+    within = None
     if isinstance(images, str | Path):
-        called, images = _by_name(images)
+        called, images, within = _by_name(images)
         name = name or called
+    if isinstance(images, Sequence | np.ndarray):
+        images = _together(images)
     if isinstance(images, datasets.Dataset | datasets.IterableDataset):
         source = _of_data_set(images)
     elif isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        if images.ndim != 4 or not images.is_floating_point():
             raise DataError(
                 f"images as a tensor must be [N, 3, H, W] of floating-point numbers that the model takes as they are, "
-                f"not {images.dtype} {list(images.shape)}."
+                f"not {str(images.dtype).removeprefix('torch.')} {list(images.shape)}."
             )
         source = ImageSource(name="tensor", num_images=len(images), rows=images)
     elif isinstance(images, Sequence) and images and isinstance(images[0], Image.Image):
@@ -279,10 +263,32 @@ def open_images(
     else:
         raise DataError(f"{type(images).__name__} cannot be read as images: give {FORMS}.")
     picked = None if source.num_images is None else range(source.num_images)
-    source = replace(source, name=name or source.name, picked=picked)
+    source = replace(source, name=name or source.name, picked=picked, within=within)
     if source.num_images == 0:
         raise DataError(f"{source.name} holds no images.")
     return source if max_images is None else source.at_most(max_images, seed=seed)
+
+
+def _together(images: Sequence[Any] | np.ndarray) -> Any:
+    """Numbers as one tensor, and arrays of bytes as pictures; anything else unchanged."""
+    if not len(images) or isinstance(images[0], Image.Image):
+        return images
+    if all(isinstance(image, np.ndarray) and image.dtype == np.uint8 for image in images):
+        if all(image.ndim == 2 or image.shape[2:] == (3,) for image in images):
+            return [Image.fromarray(image) for image in images]
+        return images
+    if not all(isinstance(image, np.ndarray | Tensor) for image in images):
+        return images
+    if len(shapes := sorted({tuple(image.shape) for image in images})) > 1:
+        raise DataError(f"the images have the shapes {shapes[0]} and {shapes[1]}: resize or crop all to one size.")
+    try:
+        return torch.stack([torch.as_tensor(image, dtype=_single(image)) for image in images])
+    except TypeError:  # an array of something else than numbers
+        return images
+
+
+def _single(image: Tensor | np.ndarray) -> torch.dtype | None:
+    return torch.float32 if image.dtype == np.float64 else None
 
 
 def _of_data_set(data: Rows) -> ImageSource:
@@ -297,10 +303,13 @@ def _of_data_set(data: Rows) -> ImageSource:
     label = find_column([name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)], ["label"])
     if label is None and is_integer(features.get("label")):
         label = "label"
+    label_names = getattr(features[label], "names", None) if label else None
+    if label is None and is_words(features.get("label")) and isinstance(data, datasets.Dataset):
+        data, label, label_names = numbered(data, "label")
+    require_names(label_names, data.info.dataset_name or "the data set")
     if data.features:
         data = data.select_columns([column for column in (image, label) if column])
         data = data.cast_column(image, datasets.Image(decode=False))
-    label_names = getattr(features[label], "names", None) if label else None
     return ImageSource(
         name=data.info.dataset_name or "data set",
         num_images=len(data) if isinstance(data, datasets.Dataset) else None,
@@ -311,13 +320,13 @@ def _of_data_set(data: Rows) -> ImageSource:
     )
 
 
-def _by_name(name: str | Path) -> tuple[str, Rows]:
-    """What the images are called, and the images."""
+def _by_name(name: str | Path) -> tuple[str, Rows, str | None]:
+    """What the images are called, the images, and below which URLs their rows may name files."""
     if isinstance(name, str) and name in EMBEDDED:
-        return name, EMBEDDED[name]()
-    if Path(name).is_dir():
-        return str(name), image_folder(Path(name))
-    if Path(name).exists():
+        return name, EMBEDDED[name](), None
+    if os.path.isdir(name):
+        return str(name), image_folder(Path(name)), None
+    if os.path.exists(name):
         raise DataError(f"{name} is a file: give its folder, or the opened image in a list.")
     on_hub = ON_HUB.fullmatch(str(name).removeprefix(HUB_PREFIX))
     if on_hub and isinstance(name, str):

@@ -349,3 +349,16 @@ def test_an_odd_share_cannot_be_mixed():
     images, labels = batch(count=3)
     with pytest.raises(RecipeError, match=r"3 images at a time.*choose a batch_size"):
         mix(images, labels, settings=BOTH, num_classes=10, seed=0, step=0)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=lambda settings: type(settings).__name__)
+def test_views_of_one_channel_are_grey(settings):
+    transform = build_augment(settings, img_size=32, mean=MEAN, std=STD, interpolation="bicubic", in_chans=1)
+    picture = Image.effect_noise((48, 48), 60).convert("RGB")
+    with seeded(0):
+        views = transform(picture)
+    with seeded(0):
+        colours = built(settings)(picture)
+    assert len(views) == len(colours)
+    for view, colour in zip(views, colours, strict=True):
+        assert torch.allclose(view, colour.mean(0, keepdim=True), atol=1e-6)

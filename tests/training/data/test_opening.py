@@ -14,7 +14,7 @@ from training_files import png, served, write_folder, write_parquet, write_shard
 
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.embedded import TRAINING_SETS
-from vitreg_hub.images.source import read_rgb
+from vitreg_hub.images.pictures import read_rgb
 from vitreg_hub.training.data.classes import open_data
 from vitreg_hub.training.data.opening import as_image_source, open_held_out, open_training_data
 from vitreg_hub.training.recipes.settings import DataSettings
@@ -177,7 +177,7 @@ def test_columns_are_found_or_given(tmp_path):
         assert torch.equal(batch.images[0], to_tensor(read_rgb({"bytes": png(2), "path": None})))
     for setting, wrong, kind in (
         ("image_column", "label", "images"),
-        ("label_column", "size", "class labels or whole numbers"),
+        ("label_column", "size", "class labels, whole numbers or text"),
         ("text_column", "label", "text"),
     ):
         assert refusal(tmp_path, **{setting: "nothing"}) == (

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreg_hub.any_vit import AnyVit, ProcessorTransform, open_vit
+from vitreg_hub.any_vit import AnyVit, open_vit
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.network.kinds import kind_of
 from vitreg_hub.network.layout import VitLayout
@@ -140,16 +140,10 @@ def squared(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _normalisation_of(vit: AnyVit) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation [3, 1, 1] of a network's images; None if they are unknown."""
-    if vit.transform is None:
+    if vit.transform is None or vit.mean is None or vit.std is None:
         return None
-    if isinstance(vit.transform, ProcessorTransform):
-        processor = vit.transform.processor
-        if not processor.do_normalize:
-            return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-        return _column(processor.image_mean), _column(processor.image_std)
-    normalize = vit.transform.transforms[-1]  # pyright: ignore[reportFunctionMemberAccess]  # timm's, a Compose
-    return _column(normalize.mean), _column(normalize.std)
+    return _column(vit.mean), _column(vit.std)
 
 
-def _column(channels: Sequence[float] | Tensor) -> Tensor:
+def _column(channels: Sequence[float]) -> Tensor:
     return torch.as_tensor(channels, dtype=torch.float32).view(3, 1, 1)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from vitreg_hub.analysis.figures.base import legend, panels, patch, say
+from vitreg_hub.analysis.figures.base import legend, panels, patch
 from vitreg_hub.analysis.results import ArtifactReport, AttentionMass
 from vitreg_hub.plotting import CLASS, NORMAL, OUTLIER, REGISTER, percent_axis
 
@@ -26,9 +26,6 @@ def attention_mass_figure(reports: Sequence[ArtifactReport]) -> Figure:
         reports, title="What class token and registers attend to", height=1.5 + 0.28 * most, share="x"
     )
     for axis, report in zip(axes, reports, strict=True):
-        if not report.attention:
-            say(axis, "The model has neither class token nor registers.")
-            continue
         rows = [token_shares(report), *report.attention]
         for place, row in enumerate(rows):
             left = 0.0

@@ -1,7 +1,6 @@
 """What the figures of an analysis share: panels side by side, legends, and colour maps."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -38,14 +37,6 @@ def panels(
         axis.tick_params(labelsize=8, labelbottom=True, labelleft=True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[: len(reports)]
-
-
-def say(axis: Axes, sentence: str) -> None:
-    """Put a sentence where there is nothing to draw."""
-    axis.set_axis_off()
-    axis.text(
-        0.5, 0.5, plain(textwrap.fill(sentence, 36)), transform=axis.transAxes, ha="center", va="center", fontsize=9
-    )
 
 
 def legend(figure: Figure, handles: Sequence[Artist]) -> None:

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
-from vitreg_hub.analysis.meters.examples import displayable
 from vitreg_hub.analysis.results import Example
+from vitreg_hub.any_vit import open_vit
 from vitreg_hub.errors import DataError
+from vitreg_hub.images.pictures import displayable
 from vitreg_hub.plotting import OUTLIER, number, plain, png
 from vitreg_hub.tokens import observe
 
@@ -152,9 +153,10 @@ def token_figure(vit: nn.Module, images: Tensor, *, file: str | Path) -> Path:
 
     Args:
         vit: A ViT of timm or transformers.
-        images: [B, C, H, W], normalised.
+        images: [B, C, H, W], normalised as the model expects.
         file: PNG to write.
     """
+    opened = open_vit(vit)
     seen = observe(vit, images, norms=True, attention=(-1,))
     patch_norms = seen.norms[-1][:, seen.order.num_prefix :].unflatten(1, seen.order.grid).cpu().numpy()
     both = [seen.attention[-1].cls, seen.attention[-1].registers]
@@ -162,7 +164,8 @@ def token_figure(vit: nn.Module, images: Tensor, *, file: str | Path) -> Path:
     titles = [*(f"class {i}" for i in range(1, seen.order.num_class + 1)), *seen.order.register_names]
     lines = []
     for image, norms, attended in zip(images, patch_norms, attention, strict=True):
-        maps = [Map(title="input", values=displayable(image).cpu().numpy()), Map(title="patch norms", values=norms)]
+        shown = displayable(image, opened.mean, opened.std)
+        maps = [Map(title="input", values=shown), Map(title="patch norms", values=norms)]
         lines.append([[*maps, *(Map(title=t, values=v) for t, v in zip(titles, attended, strict=True))]])
     Path(file).write_bytes(png(draw_maps(lines, title="Norms and attention of the last block")))
     return Path(file)

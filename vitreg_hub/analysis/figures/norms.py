@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from vitreg_hub.analysis.figures.base import colour_map, legend, line, panels, patch, say
+from vitreg_hub.analysis.figures.base import colour_map, legend, line, panels, patch
 from vitreg_hub.analysis.meters.histogram import EDGES, edges
 from vitreg_hub.analysis.results import ArtifactReport, NormHistogram
 from vitreg_hub.analysis.wording import percent
@@ -25,11 +25,10 @@ from vitreg_hub.plotting import (
     whole_numbers,
 )
 
-MERGED_BINS = 8
-"""Bins of a histogram that make one bin of a figure, which is 9 % wide."""
+SHOWN_BINS = 160
+"""About how many bins a figure has at most: with the 1.1 % of a histogram, norms from 1 to 5.7 fill them."""
 NORM = "norm of the token"
 BLOCK = "block (the first is 0)"
-NONE = "No outliers in block {block}."
 
 
 def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
@@ -38,12 +37,13 @@ def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 4a.
     """
     figure, axes = panels(reports, title="Norms of the tokens after every block", height=3.6, share="y")
-    merged = [[_merged(block.histogram) for block in report.blocks] for report in reports]
+    wide = _width([block.histogram for report in reports for block in report.blocks])
+    merged = [[_merged(block.histogram, wide) for block in report.blocks] for report in reports]
     first = min(start for blocks in merged for start, counts in blocks if len(counts))
     last = max(start + len(counts) for blocks in merged for start, counts in blocks if len(counts))
     shares = [np.ma.masked_equal([_share(block, first, last) for block in blocks], 0).T for blocks in merged]
     density = LogNorm(min(share.min() for share in shares), 1)
-    heights = EDGES[first * MERGED_BINS : last * MERGED_BINS + 1 : MERGED_BINS]
+    heights = EDGES[first * wide : last * wide + 1 : wide]
     others = [n for report in reports for b in report.blocks for n in (*b.class_norms, *b.register_norms)]
     low, high = positive_limits([heights[0], heights[-1], *others])
     halo = [withStroke(linewidth=4, foreground="white")]
@@ -86,13 +86,14 @@ def norm_distribution_figure(reports: Sequence[ArtifactReport]) -> Figure:
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 3.
     """
     figure, axes = panels(reports, title="Distribution of the norms of the patch tokens")
-    spans = []
+    spans, wide, most = [], _width([report.chosen.histogram for report in reports]), 1
     for axis, report in zip(axes, reports, strict=True):
         block, cutoff = report.chosen, report.chosen.cutoff.value
         normal, outlier = _split(block.histogram, block.cutoff.norm)
-        (start, below), (_, above) = _merged(normal), _merged(outlier)
-        at = EDGES[start * MERGED_BINS : (start + len(below)) * MERGED_BINS + 1 : MERGED_BINS]
+        (start, below), (_, above) = _merged(normal, wide), _merged(outlier, wide)
+        at = EDGES[start * wide : (start + len(below)) * wide + 1 : wide]
         spans += [at[0], at[-1]]
+        most = max(most, *(below + above))
         axis.bar(at[:-1], below, np.diff(at), align="edge", color=NORMAL)
         axis.bar(at[:-1], above, np.diff(at), bottom=below, align="edge", color=OUTLIER)
         said = percent(block.outlier_fraction) if block.outlier_fraction else "no outliers"
@@ -100,26 +101,24 @@ def norm_distribution_figure(reports: Sequence[ArtifactReport]) -> Figure:
             axis.axvline(cutoff, color=OUTLIER, linestyle="--", linewidth=1.2)
             spans.append(cutoff)
             said += f" above {number(cutoff)}"
-        axis.text(0.98, 0.97, said, transform=axis.transAxes, ha="right", va="top", fontsize=9, color="black")
+        # above the panel, where neither bars nor the cutoff are
+        axis.text(0.5, 1.02, said, transform=axis.transAxes, ha="center", va="bottom", fontsize=9, color="black")
+        axis.set_title(axis.get_title(), fontsize=10, pad=18)
         axis.set(xlabel=f"{NORM} after block {report.block}", ylabel="number of patch tokens")
         axis.set(xscale="log", yscale="log")
     low, high = positive_limits(spans)
-    most = max(max(report.chosen.histogram.counts, default=1) for report in reports)
-    axes[0].set(xlim=(low, high), ylim=(0.7, most * MERGED_BINS * 3))
+    axes[0].set(xlim=(low, high), ylim=(0.7, most * 1.5))
     log_axis(axes[0].xaxis, low, high)
-    log_axis(axes[0].yaxis, 0.7, most * MERGED_BINS * 3)
+    log_axis(axes[0].yaxis, 0.7, most * 1.5)
     shown = [patch(NORMAL, "normal patches"), patch(OUTLIER, "outliers"), line(OUTLIER, "cutoff", "--")]
     legend(figure, shown if any(r.cutoff[r.block] is not None for r in reports) else shown[:1])
     return figure
 
 
 def outlier_share_figure(reports: Sequence[ArtifactReport]) -> Figure:
-    """Share of the patch tokens that are outliers, block by block."""
+    """Share of the patch tokens that are outliers, block by block, of models that have any."""
     figure, axes = panels(reports, title="Share of outliers after every block", height=2.6, share="y")
     for axis, report in zip(axes, reports, strict=True):
-        if report.first_outlier_block is None:
-            say(axis, "No block of this model has outliers.")
-            continue
         axis.bar(range(len(report.blocks)), report.outlier_fraction, color=OUTLIER)
         axis.set(xlabel=BLOCK, ylabel="share of patch tokens", xlim=(-0.6, len(report.blocks) - 0.4))
         whole_numbers(axis.xaxis)
@@ -129,14 +128,11 @@ def outlier_share_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 
 def location_figure(reports: Sequence[ArtifactReport]) -> Figure:
-    """In which share of the images the patch at each place is an outlier; one scale for all models."""
+    """In which share of the images the patch at each place is an outlier; one scale for all models, which have any."""
     figure, axes = panels(reports, title="Where outliers are", share="none")
     most = max(share for report in reports for row in report.places.per_position for share in row) or 1
     pictures = []
     for axis, report in zip(axes, reports, strict=True):
-        if not report.outlier_fraction[report.block]:
-            say(axis, NONE.format(block=report.block))
-            continue
         places = np.array(report.places.per_position)
         pictures.append(axis.imshow(places, cmap=colour_map("#ffffff", OUTLIER, "#3d1a00"), vmin=0, vmax=most))
         axis.set(xlabel="column of the grid of patches", ylabel="row")
@@ -144,20 +140,16 @@ def location_figure(reports: Sequence[ArtifactReport]) -> Figure:
         axis.set_anchor("N")
         whole_numbers(axis.xaxis, 8)
         whole_numbers(axis.yaxis, 8)
-    if pictures:
-        bar = figure.colorbar(pictures[0], ax=axes, label="share of images with an outlier there", panchor=False)
-        percent_axis(bar.ax.yaxis)
+    bar = figure.colorbar(pictures[0], ax=axes, label="share of images with an outlier there", panchor=False)
+    percent_axis(bar.ax.yaxis)
     return figure
 
 
 def outliers_per_image_figure(reports: Sequence[ArtifactReport]) -> Figure:
-    """How many images have 0, 1, 2, ... outliers."""
+    """How many images have 0, 1, 2, ... outliers, of models that have any."""
     figure, axes = panels(reports, title="Outliers per image", height=2.6)
     for axis, report in zip(axes, reports, strict=True):
         images = report.places.per_image
-        if not report.outlier_fraction[report.block]:
-            say(axis, NONE.format(block=report.block))
-            continue
         axis.bar(range(len(images)), images, width=0.8 if len(images) < 30 else 1.0, color=OUTLIER)
         axis.set(xlabel=f"outliers in one image after block {report.block}", ylabel="number of images")
         whole_numbers(axis.xaxis)
@@ -165,11 +157,19 @@ def outliers_per_image_figure(reports: Sequence[ArtifactReport]) -> Figure:
     return figure
 
 
-def _merged(histogram: NormHistogram) -> tuple[int, np.ndarray]:
-    """The counts in bins that are `MERGED_BINS` times wider: the index of the first bin, and the counts."""
-    start, lead = divmod(histogram.first_bin, MERGED_BINS)
-    tail = -(lead + len(histogram.counts)) % MERGED_BINS
-    return start, np.pad(np.array(histogram.counts, dtype=int), (lead, tail)).reshape(-1, MERGED_BINS).sum(axis=1)
+def _width(histograms: Sequence[NormHistogram]) -> int:
+    """How many bins of the histograms make one of a figure that shows them all."""
+    filled = [histogram for histogram in histograms if histogram.counts]
+    first = min((histogram.first_bin for histogram in filled), default=0)
+    last = max((histogram.first_bin + len(histogram.counts) for histogram in filled), default=1)
+    return max(1, -(-(last - first) // SHOWN_BINS))
+
+
+def _merged(histogram: NormHistogram, wide: int) -> tuple[int, np.ndarray]:
+    """The counts in bins that are this many times wider: the index of the first bin, and the counts."""
+    start, lead = divmod(histogram.first_bin, wide)
+    tail = -(lead + len(histogram.counts)) % wide
+    return start, np.pad(np.array(histogram.counts, dtype=int), (lead, tail)).reshape(-1, wide).sum(axis=1)
 
 
 def _share(merged: tuple[int, np.ndarray], first: int, last: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vitreg_hub.analysis.figures.base import legend, line, panels, patch, say
+from vitreg_hub.analysis.figures.base import legend, line, panels, patch
 from vitreg_hub.analysis.results import ArtifactReport, LocalInformation, Redundancy
 from vitreg_hub.analysis.wording import names, percent
 from vitreg_hub.plotting import CHANCE, CLASS, NORMAL, OUTLIER, REGISTER, number, percent_axis, plain
@@ -30,9 +30,6 @@ def redundancy_figure(reports: Sequence[ArtifactReport]) -> Figure:
     measured = [_measured(report.redundancy) for report in reports]
     lowest = min(2 * np.flatnonzero(g.counts)[0] / len(g.counts) - 1 for groups in measured for g in groups.values())
     for axis, groups in zip(axes, measured, strict=True):
-        if not groups:
-            say(axis, "Neighbours of patches were not compared.")
-            continue
         for name, group in groups.items():
             at, density = _density(group.counts, lowest)
             axis.stairs(density, at, color=COLOURS[name], fill=True, alpha=0.35)
@@ -57,10 +54,8 @@ def local_information_figure(reports: Sequence[ArtifactReport]) -> Figure:
         found = [getattr(probe, name) for probes in measured for probe in probes.values() for name in (value, chance)]
         most = max(found) or 1.0
         for row, probes in enumerate(measured):
-            for place, group in ((row - 0.2, "normal"), (row + 0.2, "outlier")):
-                if group not in probes:
-                    axis.text(0, place, " not measured", va="center", fontsize=7, color="#555555")
-                    continue
+            places = (row - 0.2, row + 0.2) if len(probes) > 1 else (row,)
+            for place, group in zip(places, probes, strict=True):
                 width, by_chance = getattr(probes[group], value), getattr(probes[group], chance)
                 bars = axis.barh(place, width, height=0.36, color=COLOURS[group])
                 axis.vlines(by_chance, place - 0.18, place + 0.18, color=CHANCE, linewidth=2.2, gid="chance")
@@ -73,7 +68,8 @@ def local_information_figure(reports: Sequence[ArtifactReport]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     percent_axis(axes[0].xaxis)
     chance = line(CHANCE, "best constant answer (chance)")
-    legend(figure, [patch(NORMAL, "normal patches"), patch(OUTLIER, "outliers"), chance])
+    groups = {"normal": patch(NORMAL, "normal patches"), "outlier": patch(OUTLIER, "outliers")}
+    legend(figure, [*(groups[g] for g in groups if any(g in probes for probes in measured)), chance])
     return figure
 
 
@@ -85,9 +81,6 @@ def global_information_figure(reports: Sequence[ArtifactReport]) -> Figure:
     )
     for axis, report in zip(axes, reports, strict=True):
         found = report.global_information
-        if not found.tokens:
-            say(axis, found.why_not or "Not measured.")
-            continue
         places = range(len(found.tokens))
         colours = [token_colour(token.token) for token in found.tokens]
         bars = axis.barh(places, [token.accuracy for token in found.tokens], color=colours, height=0.75)

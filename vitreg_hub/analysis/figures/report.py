@@ -1,7 +1,8 @@
 """All figures of an analysis."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -41,35 +42,23 @@ class ReportFigure:
 
 
 def report_figures(reports: Sequence[ArtifactReport]) -> tuple[ReportFigure, ...]:
-    """Draw everything that was measured of models, side by side; figures without any data are left out."""
-    models = ", ".join(names(reports))
+    """Draw everything that was measured of models, side by side; what has no data is left out."""
+    named = [replace(r, model=replace(r.model, name=name)) for r, name in zip(reports, names(reports), strict=True)]
     drawn: list[ReportFigure] = []
 
-    def add(section: str, name: str, caption: str, figure: Figure, of: str = models) -> None:
+    def add(section: str, name: str, caption: str, figure: Figure, of: str) -> None:
         alt = f"{figure.get_suptitle()}: {of}".replace(r"\$", "$")
         drawn.append(ReportFigure(section=section, name=name, alt=alt, caption=caption, png=png(figure)))
 
-    if len(reports) > 1:
-        along = "training steps" if in_training(reports) else "models, from the fewest parameters to the most"
-        add("comparison", "comparison", COMPARISON.format(along=along), comparison_figure(reports))
-    add("norms", "norms_by_block", NORMS_BY_BLOCK, norms_by_block_figure(reports))
-    add("norms", "norm_distribution", NORM_DISTRIBUTION, norm_distribution_figure(reports))
-    if any(report.first_outlier_block is not None for report in reports):
-        add("norms", "outlier_share", OUTLIER_SHARE, outlier_share_figure(reports))
-    if any(report.outlier_fraction[report.block] for report in reports):
-        add("places", "locations", LOCATIONS, location_figure(reports))
-        add("places", "outliers_per_image", OUTLIERS_PER_IMAGE, outliers_per_image_figure(reports))
-    if any(report.redundancy.normal or report.redundancy.outlier for report in reports):
-        add("redundancy", "redundancy", REDUNDANCY, redundancy_figure(reports))
-    if any(report.local_information.normal or report.local_information.outlier for report in reports):
-        add("local", "local_information", LOCAL, local_information_figure(reports))
-    if any(report.global_information.tokens for report in reports):
-        add("global", "global_information", GLOBAL, global_information_figure(reports))
-    if any(report.attention for report in reports):
-        add("attention", "attention_mass", ATTENTION, attention_mass_figure(reports))
-    for index, (name, report) in enumerate(zip(names(reports), reports, strict=True), start=1):
+    for section, name, caption, draw, has_data in MEASURES:
+        shown = [report for report in named if has_data(report)]
+        if len(shown) > (draw is comparison_figure):
+            along = "training steps" if in_training(shown) else "models, from the fewest parameters to the most"
+            add(section, name, caption.format(along=along), draw(shown), ", ".join(names(shown)))
+    for index, report in enumerate(named, start=1):
         if shown := report.examples:
-            add("examples", f"examples_{index}", EXAMPLES, examples_figure(shown, name=name), of=f"{len(shown)} images")
+            figure = examples_figure(shown, name=report.model.name)
+            add("examples", f"examples_{index}", EXAMPLES, figure, f"{len(shown)} images")
     return tuple(drawn)
 
 
@@ -114,3 +103,32 @@ EXAMPLES = (
     "principal components of its tokens as red, green and blue; and what the class token and each register attend "
     "to. The numbers below a map are its darkest and its brightest value."
 )
+
+
+def _always(_: ArtifactReport) -> bool:
+    return True
+
+
+def _has_outliers(report: ArtifactReport) -> bool:
+    return report.outlier_fraction[report.block] > 0
+
+
+MEASURES: tuple[tuple[str, str, str, Callable[..., Figure], Callable[[ArtifactReport], Any]], ...] = (
+    ("comparison", "comparison", COMPARISON, comparison_figure, _always),
+    ("norms", "norms_by_block", NORMS_BY_BLOCK, norms_by_block_figure, _always),
+    ("norms", "norm_distribution", NORM_DISTRIBUTION, norm_distribution_figure, _always),
+    ("norms", "outlier_share", OUTLIER_SHARE, outlier_share_figure, lambda r: r.first_outlier_block is not None),
+    ("places", "locations", LOCATIONS, location_figure, _has_outliers),
+    ("places", "outliers_per_image", OUTLIERS_PER_IMAGE, outliers_per_image_figure, _has_outliers),
+    ("redundancy", "redundancy", REDUNDANCY, redundancy_figure, lambda r: r.redundancy.normal or r.redundancy.outlier),
+    (
+        "local",
+        "local_information",
+        LOCAL,
+        local_information_figure,
+        lambda r: r.local_information.normal or r.local_information.outlier,
+    ),
+    ("global", "global_information", GLOBAL, global_information_figure, lambda r: r.global_information.tokens),
+    ("attention", "attention_mass", ATTENTION, attention_mass_figure, lambda r: r.attention),
+)
+"""Section, name, caption, figure of several models, and which models have something to show in it."""

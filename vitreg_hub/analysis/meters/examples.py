@@ -1,6 +1,6 @@
 """Keeps what the model makes of a few images, for pictures."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Self
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitreg_hub.analysis.results import Example
 from vitreg_hub.errors import DataError
+from vitreg_hub.images.pictures import displayable
 from vitreg_hub.passes import Needs
 from vitreg_hub.tokens import Observation, TokenOrder
 
@@ -25,10 +26,20 @@ class ExampleMeter:
     Args:
         block: Block whose norms and attention are shown.
         chosen: Indices of the images in the data set.
+        mean: Normalisation of the images, as in `displayable`.
+        std: The same.
     """
 
-    def __init__(self, *, block: int, chosen: Collection[int]) -> None:
+    def __init__(
+        self,
+        *,
+        block: int,
+        chosen: Collection[int],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
         self.needs = Needs(normed=True, attention=(block,))
+        self._mean, self._std = mean, std
         self._block, self._chosen = block, frozenset(chosen)
         self._order = TokenOrder()
         self._kept: dict[int, dict[str, Tensor]] = {}
@@ -39,7 +50,7 @@ class ExampleMeter:
         for i, index in enumerate(indices.tolist()):
             if index in self._chosen:
                 maps = {
-                    "image": displayable(seen.images[i]),
+                    "image": torch.from_numpy(displayable(seen.images[i], self._mean, self._std)),
                     "norms": seen.norms[self._block, i, seen.order.num_prefix :].unflatten(0, seen.order.grid),
                     "outliers": outliers[i].unflatten(0, seen.order.grid),
                     "cls": attention.cls[i].float().transpose(0, 1),  # [C, H, rows, columns]
@@ -69,13 +80,6 @@ class ExampleMeter:
             )
             for kept, colours in zip(maps, components, strict=True)
         )
-
-
-def displayable(image: Tensor) -> Tensor:
-    """[3, height, width] of any range -> [height, width, 3] in [0, 1], the darkest value 0 and the brightest 1."""
-    image = image.float()
-    low, high = torch.aminmax(image)
-    return ((image - low) / (high - low).clamp_min(1e-12)).permute(1, 2, 0)
 
 
 def pca_maps(patches: Tensor, grid: tuple[int, int]) -> np.ndarray:

@@ -2,16 +2,11 @@
 
 import numpy as np
 
-from vitreg_hub.analysis.results import NormHistogram
+from vitreg_hub.analysis.results import BINS_PER_OCTAVE, LARGEST, NUM_BINS, SMALLEST, NormHistogram
 
-BINS_PER_OCTAVE = 64
-"""A bin is 1.1 % wide."""
-SMALLEST, LARGEST = -16, 24
-"""Powers of 2 between which norms are distinguished; those outside fall into the first or the last bin."""
 EDGES = np.exp2(np.arange(SMALLEST * BINS_PER_OCTAVE, LARGEST * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE).astype(
     np.float32
 )
-NUM_BINS = len(EDGES) - 1
 CENTERS = np.log2(EDGES[:-1]) + 0.5 / BINS_PER_OCTAVE
 """Middles of the bins, as log2 of the norm."""
 
@@ -36,6 +31,13 @@ def bin_sums(bins: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
 def count_above(counts: np.ndarray, edge: float) -> int:
     """How many norms are greater than an edge of the bins."""
     return int(counts[np.searchsorted(EDGES, np.float32(edge)) :].sum())
+
+
+def gap_at(counts: np.ndarray, norm: float) -> tuple[float, float] | None:
+    """Upper edge of the last filled bin below a norm and lower edge of the first above; None if a side is empty."""
+    (filled,) = np.nonzero(counts)
+    below, above = filled[CENTERS[filled] <= np.log2(norm)], filled[CENTERS[filled] > np.log2(norm)]
+    return (float(EDGES[below[-1] + 1]), float(EDGES[above[0]])) if len(below) and len(above) else None
 
 
 def quantiles(counts: np.ndarray, shares: tuple[float, ...]) -> list[float]:

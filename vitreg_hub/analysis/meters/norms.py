@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from vitreg_hub.analysis.meters.histogram import EDGES, bin_sums, bins_of, count_above, packed, quantiles
+from vitreg_hub.analysis.meters.histogram import EDGES, bin_sums, bins_of, count_above, gap_at, packed, quantiles
 from vitreg_hub.analysis.meters.outliers import find_cutoff
 from vitreg_hub.analysis.results import QUANTILES, BlockNorms, Cutoff
 from vitreg_hub.tokens import Observation, TokenOrder
@@ -83,7 +83,7 @@ class NormMeter:
             )
             outliers = count_above(counts, cutoff.norm)
         else:
-            cutoff = Cutoff(value=self.cutoff, source="given", why="given")
+            cutoff = Cutoff(value=self.cutoff, source="given", why="given", gap=gap_at(counts, self.cutoff))
             outliers = self._above[index]
         smallest, largest = float(self._smallest[index]), float(self._largest[index])
         inner = [min(max(norm, smallest), largest) for norm in quantiles(counts, QUANTILES)[1:-1]]

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vitreg_hub.analysis.meters.histogram import BINS_PER_OCTAVE, CENTERS, EDGES
-from vitreg_hub.analysis.results import Cutoff
+from vitreg_hub.analysis.meters.histogram import CENTERS, EDGES, gap_at
+from vitreg_hub.analysis.results import BINS_PER_OCTAVE, Cutoff
 
 MIN_PATCHES = 500
 """With fewer norms, modes cannot be seen."""
@@ -86,6 +86,7 @@ def find_cutoff(
         outlier_weight=float(share[at]),
         normal_norm=float(2 ** mean_low[at]),
         outlier_norm=float(2 ** mean_up[at]),
+        gap=gap_at(counts, float(EDGES[at + 1])),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vitreg_hub.analysis.results import QUANTILES, ArtifactReport, Similarities
-from vitreg_hub.analysis.wording import amount, names, percent
+from vitreg_hub.analysis.wording import amount, interval, names, percent
 from vitreg_hub.plotting import number
 
 
@@ -59,6 +59,7 @@ def summary(reports: Sequence[ArtifactReport]) -> Table:
         ("training step", lambda r: _or("-", r.model.step)),
         ("chosen block", lambda r: str(r.block)),
         ("share of outliers in that block", lambda r: percent(r.outlier_fraction[r.block])),
+        ("its 95 % interval by picture", lambda r: interval(r.places.interval)),
         ("cutoff in that block", lambda r: number(r.chosen.cutoff.value)),
         ("largest norm in that block", lambda r: number(r.chosen.quantile(1.0))),
         ("median norm in that block", lambda r: number(r.chosen.quantile(0.5))),
@@ -157,11 +158,12 @@ Named = Sequence[tuple[str, ArtifactReport]]
 
 
 def _cutoffs(named: Named) -> Table:
-    head = ("model", "block", "cutoff", "how", "separation", "normal norm", "outlier norm", "share above", "why")
+    norms = ("normal norm", "outlier norm", "largest below", "smallest above")
+    head = ("model", "block", "cutoff", "how", "separation", *norms, "share above", "why")
     rows = []
     for name, report in named:
         cut = report.chosen.cutoff
-        norms = (number(cut.separation), number(cut.normal_norm), number(cut.outlier_norm))
+        norms = tuple(map(number, (cut.separation, cut.normal_norm, cut.outlier_norm, *(cut.gap or (None, None)))))
         share = percent(report.chosen.outlier_fraction)
         rows.append((name, str(report.block), number(cut.value), cut.source, *norms, share, cut.why))
     title = "The cutoff (separation: Ashman's D of the two modes; norms: at their centres)"

@@ -15,7 +15,7 @@ from vitreg_hub.analysis.report.page import render
 from vitreg_hub.analysis.results import ArtifactReport, to_json
 from vitreg_hub.errors import DataError
 from vitreg_hub.files import new_folder, require_absent, whole_file
-from vitreg_hub.images.source import BROKEN
+from vitreg_hub.images.pictures import BROKEN, read_rgb
 from vitreg_hub.plotting import png
 
 REPORT_JSON = "report.json"
@@ -75,8 +75,6 @@ def draw_attention(
 
 def _opened(file: str | Path) -> Image.Image:
     try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
+        return read_rgb(file)
     except BROKEN as error:
         raise DataError(f"{file} cannot be read as an image: {error}.") from error
