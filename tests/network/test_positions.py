@@ -220,8 +220,7 @@ def test_copies_follow_it(case, copied):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@every_case
+@pytest.mark.parametrize(("case", "backend"), [*((case, "eager") for case in CASES), ("dinov2_reg4", "aot_eager")])
 def test_compile(case, backend):
     torch.compiler.reset()
     bundle = golden_bundle(case)
