@@ -4,9 +4,11 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import datasets
 import numpy as np
+import pyarrow
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vitreg_hub.errors import DataError
@@ -58,8 +60,7 @@ def with_classes_only(data: TrainingData) -> TrainingData:
     """The same without images that have no class, where others of a folder have one."""
     if not _is_folder(data) or not data.has_labels:
         return data
-    known = np.flatnonzero(_labels(data) >= 0)
-    return replace(data, rows=data.rows.select(known), num_images=len(known))
+    return _part(data, np.flatnonzero(_labels(data) >= 0))
 
 
 def strays(data: TrainingData) -> str | None:
@@ -69,10 +70,8 @@ def strays(data: TrainingData) -> str | None:
     places = np.flatnonzero(_labels(data) < 0)
     if not len(places):
         return None
-    first = data.called(data.rows[int(places[0])], int(places[0]))
-    return (
-        f"{data.name} has {len(places)} images beside its class folders, which have no class and do not count: {first}"
-    )
+    first = _some(_called(data, places), len(places))
+    return f"{data.name} has images beside its class folders, which have no class and do not count: {first}"
 
 
 def lost_classes(data: TrainingData) -> Iterator[str]:
@@ -91,8 +90,7 @@ def lost_classes(data: TrainingData) -> Iterator[str]:
         if number < 0 or any(_can_be_read(data, int(place)) for place in places):
             continue
         name = data.label_names[number] if data.label_names else number
-        files = [data.called(data.rows[int(place)], int(place)) for place in places[:MOST_NAMED]]
-        yield f"no image of {name} in {data.name} can be read ({_some(files, len(places))})"
+        yield f"no image of {name} in {data.name} can be read ({_some(_called(data, places), len(places))})"
 
 
 def missing_classes(data: TrainingData) -> str | None:
@@ -117,7 +115,7 @@ def hold_out(data: TrainingData, share: float, *, seed: int) -> tuple[TrainingDa
         raise DataError(
             f"{data.name} is a stream, of which data.held_out cannot choose images: give data.test instead."
         )
-    labels = _labels(data) if data.has_labels else np.zeros(len(data.rows), dtype=int)
+    labels = _labels(data) if data.has_labels else np.zeros(data.num_images or 0, dtype=int)
     random = np.random.default_rng(seed_of(seed, HELD_OUT_STREAM))
     chosen = []
     for number in np.unique(labels):
@@ -126,16 +124,15 @@ def hold_out(data: TrainingData, share: float, *, seed: int) -> tuple[TrainingDa
     kept = np.setdiff1d(np.arange(len(labels)), chosen)
     if not chosen or not len(kept):
         raise DataError(f"{data.name} has {len(labels)} images, of which data.held_out {share} leaves none: give more.")
-    parts = {data.name: kept, f"{data.name} (held out)": np.sort(chosen)}
-    train, test = (
-        replace(data, name=name, rows=data.rows.select(places), num_images=len(places))
-        for name, places in parts.items()
-    )
-    return train, test
+    return _part(data, kept), replace(_part(data, np.sort(chosen)), name=f"{data.name} (held out)")
 
 
 def _is_local(data: TrainingData) -> bool:
     return isinstance(data.rows, datasets.Dataset)
+
+
+def _local(data: TrainingData) -> datasets.Dataset:
+    return cast(datasets.Dataset, data.rows)
 
 
 def _is_folder(data: TrainingData) -> bool:
@@ -144,13 +141,23 @@ def _is_folder(data: TrainingData) -> bool:
 
 def _labels(data: TrainingData) -> np.ndarray:
     """The class of each row, -1 where it has none."""
-    column = data.rows.select_columns([data.label_column]).with_format("arrow")[:].column(data.label_column)
-    return column.fill_null(-1).to_numpy()
+    name = cast(str, data.label_column)
+    table = cast(pyarrow.Table, _local(data).select_columns([name]).with_format("arrow")[:])
+    return table.column(name).fill_null(-1).to_numpy()
+
+
+def _part(data: TrainingData, places: np.ndarray) -> TrainingData:
+    return replace(data, rows=_local(data).select(places), num_images=len(places))
+
+
+def _called(data: TrainingData, places: np.ndarray) -> list[str]:
+    """Names of the first of some images."""
+    return [data.called(_local(data)[int(place)], int(place)) for place in places[:MOST_NAMED]]
 
 
 def _can_be_read(data: TrainingData, place: int) -> bool:
     try:
-        read_rgb(data.rows[place][data.image_column], within=data.within)
+        read_rgb(_local(data)[place][data.image_column], within=data.within)
     except BROKEN:
         return False
     return True
@@ -161,7 +168,8 @@ def _class_folders(data: TrainingData) -> list[Path]:
     if data.folder is None:
         return []
     below = [path for path in sorted(data.folder.iterdir()) if path.is_dir()]
-    return [path for path in below if not path.name.startswith((".", "__MACOSX"))] if len(below) > 1 else []
+    below = [path for path in below if not path.name.startswith((".", "__MACOSX"))]
+    return below if len(below) > 1 else []
 
 
 def _files(folder: Path, *, images: bool) -> Iterator[str]:

@@ -100,7 +100,8 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
             f"{data.name} does not say how many classes it has: give data.num_classes, or a column of class labels "
             "(data.label_column)."
         )
-    model = replace(recipe.model, arch=arch_of(recipe.model), registers=None)
+    arch = arch_of(recipe.model)
+    model = replace(recipe.model, arch=arch, registers=None)
     backbone = build_backbone(model, num_classes=num_classes, seed=recipe.seed, label_names=data.label_names)
     config = resolve_model_data_config(backbone)
     config["input_size"] = (3, *backbone.patch_embed.img_size)
@@ -148,7 +149,7 @@ def assemble(recipe: Recipe, *, rank: int, world_size: int) -> Parts:
                 block.compile()
     transform = cast(Transform, create_transform(**config))
     return Parts(
-        arch=model.arch,
+        arch=arch,
         data=data,
         held_out=held_out,
         eval_images=held_out or as_image_source(data),

@@ -75,8 +75,9 @@ def build_backbone(
             kept = not num_classes or keeps_head(bundle, settings, num_classes=num_classes, label_names=label_names)
             if not kept and bundle.num_classes == num_classes:
                 for head in bundle.kind.heads:
-                    trunc_normal_(made.get_submodule(head).weight, std=HEAD_INIT_STD)
-                    nn.init.zeros_(made.get_submodule(head).bias)
+                    layer = cast(nn.Linear, made.get_submodule(head))
+                    trunc_normal_(layer.weight, std=HEAD_INIT_STD)
+                    nn.init.zeros_(layer.bias)
     model = cast(VisionTransformer, made)
     if settings.drop_path:
         set_drop_path(model, settings.drop_path)

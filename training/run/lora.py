@@ -1,6 +1,7 @@
 """Low-rank changes of a network's matrices, which are merged into them in the copy that is evaluated and published."""
 
 import math
+from typing import cast
 
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def add_low_rank(model: VisionTransformer, rank: int) -> None:
     model.requires_grad_(False)
     for block in model.blocks:
         for name in MATRICES:
-            layer = block.get_submodule(name)
+            layer = cast(nn.Linear, block.get_submodule(name))
             change = LowRank(layer.weight, rank)
             parametrize.register_parametrization(layer, "weight", change)
 

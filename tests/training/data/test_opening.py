@@ -286,7 +286,7 @@ def test_a_picture_beside_class_folders_does_not_count_and_is_named(tmp_path):
     assert tested == classes | {99: None}
     assert len(notes) == 2
     for root, note in zip((train, test), notes, strict=True):
-        assert note.startswith(f"{root} has 1 images beside its class folders, which have no class and do not count: ")
+        assert note.startswith(f"{root} has images beside its class folders, which have no class and do not count: ")
         assert note.endswith("sheet.png.")
     assert classes_of(settings, needs=())[0] == classes | {99: None}  # where classes are not learnt
     (batch,) = as_image_source(open_data(settings, needs=(), seed=0)[1]).batches(to_tensor, batch_size=9)

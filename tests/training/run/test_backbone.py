@@ -1,5 +1,7 @@
 """What a run starts from, and which of its weights change."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ from models import random_bundle
 
 from vitreg_hub.errors import RecipeError, UnknownArchError
 from vitreg_hub.training.recipes.settings import ModelSettings
-from vitreg_hub.training.run.backbone import build_backbone, set_trainable, with_registers_of
+from vitreg_hub.training.run.backbone import arch_of, build_backbone, set_trainable, with_registers_of
 
 
 def test_scratch_is_seeded_and_leaves_the_global_generator_alone():
@@ -84,3 +86,36 @@ def test_bundle_of_another_register_count_is_still_a_bundle():
     bundle = with_registers_of("vit_nano_reg8", random_bundle("vit_nano_reg2"), called="start")
     bundle.require_consistent()
     assert bundle.build().num_reg_tokens == 8
+
+
+def test_architecture_and_size_are_the_starts_with_other_registers_if_asked():
+    start = ModelSettings(arch=None, start="vit_nano_reg4.digits")
+    assert arch_of(start) == "vit_nano_reg4"
+    assert arch_of(replace(start, registers=8)) == "vit_nano_reg8"
+    with pytest.raises(RecipeError, match="has 3 registers: give one of"):
+        arch_of(replace(start, registers=3))
+
+
+OTHERS = tuple("9876543210")
+
+
+@pytest.mark.parametrize(
+    ("head", "names", "kept"),
+    [
+        ("auto", tuple("0123456789"), True),
+        ("auto", None, True),
+        ("auto", OTHERS, False),
+        ("new", None, False),
+        ("kept", OTHERS, True),
+    ],
+)
+def test_a_head_is_kept_for_the_same_classes(head, names, kept):
+    settings = ModelSettings(arch="vit_nano_reg4", start="vit_nano_reg4.digits", head=head)
+    model = build_backbone(settings, num_classes=10, seed=0, label_names=names)
+    before = timm.create_model("vit_nano_reg4", pretrained=True).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (kept or not name.startswith("head.")), name
+    if not kept:
+        assert 0.01 < model.head.weight.std() < 0.03
+        with pytest.raises(RecipeError, match=r"but (model.head is new|.* has the class '0' where the data have '9')"):
+            build_backbone(replace(settings, trainable="registers"), num_classes=10, seed=0, label_names=names)
