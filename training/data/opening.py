@@ -191,6 +191,10 @@ def _open(name: str, split: Split, settings: DataSettings) -> TrainingData:
         raise DataError(f"{called} holds no images.")
     if training and settings.streaming and isinstance(rows, datasets.Dataset):
         rows = rows.to_iterable_dataset(num_shards=min(len(rows), MAX_SHARDS))
+    if (settings.num_classes or 0) > max(MOST_CLASSES, num_images or 0):
+        raise DataError(
+            f"data.num_classes is {settings.num_classes}, which is more than {MOST_CLASSES:,} and the images."
+        )
     features = features_of(rows)
 
     def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:
