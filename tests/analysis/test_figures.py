@@ -324,7 +324,7 @@ def test_figures_without_data_are_left_out():
 
 
 def test_models_without_data_have_no_panel():
-    copy = replace(NO_CLASS, model=PLAIN.model)
+    copy = replace(NO_CLASS, model=replace(NO_CLASS.model, name="plain"))
     drawn = {figure.name: figure.alt.partition(": ")[2] for figure in report_figures([copy, PLAIN])}
     assert drawn["norm_distribution"] == "plain, plain (2)"
     for name in ("outlier_share", "locations", "outliers_per_image", "global_information", "attention_mass"):

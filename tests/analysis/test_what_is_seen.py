@@ -222,11 +222,12 @@ def test_reports_are_ordinary_files(tmp_path):
 
 
 def test_a_folder_without_models_names_the_likely_mistake(teal, tmp_path):
-    (tmp_path / "run" / "best").mkdir(parents=True)
-    (tmp_path / "run" / "best" / "config.json").write_text("{}")
-    for model, says in ((tmp_path, "it holds images, which --images takes"), (tmp_path / "run", "such as .*/run/best")):
-        with pytest.raises(DataError, match=says):
-            analyze_all([model])
+    with pytest.raises(DataError, match=r"nor checkpoints .*: it holds images, which --images takes"):
+        analyze_all([tmp_path])
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"it holds models, give one, such as .*/best"):
+        analyze_all([tmp_path])
 
 
 def test_help_says_whose_attention(capsys):

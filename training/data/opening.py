@@ -207,6 +207,10 @@ def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Colle
             num_images = settings.stream_images
     if num_images == 0:
         raise DataError(f"{called} holds no images.")
+    if (settings.num_classes or 0) > max(MOST_CLASSES, num_images or 0):
+        raise DataError(
+            f"data.num_classes is {settings.num_classes}, which is more than {MOST_CLASSES:,} and the images."
+        )
     features = features_of(rows)
 
     def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:

@@ -45,24 +45,13 @@ def read_rgb(value: Any, *, within: str | None = None) -> Image.Image:
         DataError: The row names a file elsewhere.
         BROKEN: It cannot be read, or is no picture.
     """
-    if not isinstance(value, dict | str | Path):
-        return to_rgb(value)
-    content, path = None, value
-    if isinstance(value, dict):
-        content, path = value.get("bytes"), value.get("path")
-        if content is None and path is None:
-            raise ValueError("the row holds no picture")
-        if content is None and "://" in (path := _allowed(path, within)):
-            with xopen(path, "rb") as remote:
-                content = remote.read()
-    if content is None:
-        about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("it is not an ordinary file")
-        size = about.st_size
+    if isinstance(value, str | Path):
+        file, size = value, _size_of(value)
+    elif isinstance(value, dict):
+        file, size = _named(value, within)
     else:
-        path, size = io.BytesIO(content), len(content)
-    with Image.open(path, formats=FORMATS) as picture:
+        return to_rgb(value)
+    with Image.open(file, formats=FORMATS) as picture:
         if picture.width * picture.height > max(SMALL, PIXELS_PER_BYTE * size):
             raise ValueError(
                 f"{picture.width} x {picture.height} pixels from only {size:,} bytes are a decompression bomb, or a "
@@ -70,6 +59,27 @@ def read_rgb(value: Any, *, within: str | None = None) -> Image.Image:
             )
         picture.load()
         return to_rgb(picture)
+
+
+def _named(row: dict[str, Any], within: str | None) -> tuple[str | io.BytesIO, int]:
+    """The content or the file of a row, and its size."""
+    content, path = row.get("bytes"), row.get("path")
+    if content is None and path is None:
+        raise ValueError("the row holds no picture")
+    if content is None:
+        path = _allowed(str(path), within)
+        if "://" not in path:
+            return path, _size_of(path)
+        with xopen(path, "rb") as remote:
+            content = remote.read()
+    return io.BytesIO(content), len(content)
+
+
+def _size_of(file: str | Path) -> int:
+    about = os.stat(file)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is not an ordinary file")
+    return about.st_size
 
 
 def _allowed(path: str, within: str | None) -> str:

@@ -222,3 +222,9 @@ def test_teachers_that_do_not_fit_are_refused(teachers):
         task_of(teachers("by 14", "vit_small_reg0", **(TINY | {"patch_size": 14, "img_size": 56})))
     with pytest.raises(UnknownArchError):
         task_of("no_such_model")
+
+
+def test_teachers_of_other_channels_are_refused(teachers):
+    folder = teachers("gray", in_chans=1, **TINY)
+    with pytest.raises(RecipeError, match=r"task\.teacher takes 1 and the student takes 3 channels, but distillation"):
+        task_of(folder)

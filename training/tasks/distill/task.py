@@ -30,6 +30,10 @@ class Teacher:
         vit = open_vit(name, img_size=(height, width))
         if vit.untrained:
             raise RecipeError(f"task.teacher {name} has no weights: give a bundle, or an architecture with a tag.")
+        channels = {"task.teacher": vit.in_chans, "the student": student.patch_embed.proj.in_channels}
+        if set(channels.values()) != {3}:
+            told = " and ".join(f"{who} takes {number}" for who, number in channels.items())
+            raise RecipeError(f"{told} channels, but distillation needs images of 3 in both: take other models.")
         layout = VitLayout.of(vit.model)
         probe = torch.empty(1, 3, height, width, device="meta")
         grid, wanted = layout.grid(probe), VitLayout.of(student).grid(probe)
