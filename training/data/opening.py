@@ -313,7 +313,8 @@ def _rows(
         return name, image_folder(Path(name), classes=classes), Path(name), None
     if on_hub := ON_HUB.fullmatch(name.removeprefix(HUB_PREFIX)):
         repo_id, named = on_hub.groups()
-        return *hub_stream(repo_id, named, HUB_SPLITS[split]), None, None
+        called, rows, within = hub_stream(repo_id, named, HUB_SPLITS[split])
+        return called, rows, None, within
     near = difflib.get_close_matches(name, TRAINING_SETS, n=1)
     hint = f", did you mean {near[0]!r}" if near else ""
     raise DataError(f"there are no training data {name!r}{hint}: give {FORMS}.")
