@@ -9,7 +9,7 @@ LONGEST = 1500
 
 
 def printable(text: str) -> str:
-    """Text that may come from someone else's file: on one line, without what moves a terminal's cursor or no file takes."""
+    """Text of someone else's file on one line, without what moves a terminal's cursor or what no file takes."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
