@@ -109,5 +109,7 @@ def test_a_folder_is_asked_for_where_only_a_folder_will_do():
     with pytest.raises(BundleError, match="hf-hub:lab/x is not a folder: fetch a published bundle with `vitreg pull`"):
         bundle_folder("hf-hub:lab/x")
     for name in ("vit_small_reg4.dinov2_lvd142m", "vit_small_reg4"):
-        with pytest.raises(BundleError, match=r"ModelBundle.load\('vit_small_reg4.dinov2_lvd142m'\).save\(folder\) writes"):
+        with pytest.raises(
+            BundleError, match=r"ModelBundle.load\('vit_small_reg4.dinov2_lvd142m'\).save\(folder\) writes"
+        ):
             bundle_folder(name)

@@ -10,7 +10,15 @@ from contextlib import contextmanager
 
 from jsonargparse import DefaultHelpFormatter
 
-from vitreg_hub.errors import HubError, HubRefusedError, LicenseError, RecipeError, UnknownArchError, VitregError, printable
+from vitreg_hub.errors import (
+    HubError,
+    HubRefusedError,
+    LicenseError,
+    RecipeError,
+    UnknownArchError,
+    VitregError,
+    printable,
+)
 
 USAGE = 2
 """Exit status of a command line that cannot be read."""
@@ -25,7 +33,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class _OneLine(logging.Formatter):
     """A log line as it is, without what a terminal would obey."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().formatMessage(record).split("\n")))
 
 
