@@ -160,6 +160,16 @@ def test_small_config_asks_for_no_unbounded_work(what, opens, saved):
     assert len(str(caught.value)) < 2_000
 
 
+@pytest.mark.parametrize("what", list(TOO_MUCH)[:8])
+def test_timm_opens_no_folder_that_asks_for_unbounded_work(what, saved):
+    change, says = TOO_MUCH[what]
+    edit_config(saved, change)
+    before = time.monotonic()
+    with pytest.raises(BundleError, match=says):
+        timm.create_model(f"local-dir:{saved}")
+    assert time.monotonic() - before < 2
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000, '{"vitreg":' * 10_000, "\ufffe", '{"vitreg": NaN'])
 @pytest.mark.parametrize("opens", [ModelBundle.load, describe, open_vit])
 def test_config_that_cannot_be_read(text, opens, saved):
