@@ -1,5 +1,7 @@
 """The parts of a card about what a model is, how to use it and what it is for."""
 
+import re
+
 from vitreg_hub import licenses
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.files import TOWER_SUFFIX
@@ -48,6 +50,8 @@ classifier = AutoModelForImageClassification.from_pretrained({name}).eval()
 with torch.inference_mode():
     logits = classifier(**inputs).logits  # [1, {num_classes}]"""
 
+MARKDOWN = re.compile(r"[\\`*\[\]!|]")
+"""What would make more of the name of a class than text: a picture, a link, code."""
 INSTALL = "`pip install vitreg_hub`"
 
 CITATION = """\
@@ -236,7 +240,7 @@ def limits(bundle: ModelBundle) -> str:
     args, images = bundle.model_args, bundle.preprocess
     channels, height, width = images.input_size
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (images.mean, images.std))
-    names = bundle.label_names or ()
+    names = [MARKDOWN.sub(r"\\\g<0>", name) for name in bundle.label_names or ()]
     told = f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
     lines = [
         {

@@ -8,6 +8,7 @@ from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import RecipeFacts, TrainingRun
 from vitreg_hub.environment import without_folders
+from vitreg_hub.errors import printable
 from vitreg_hub.images.data_sets import ON_HUB
 from vitreg_hub.images.embedded import TRAINING_SETS
 from vitreg_hub.names import HUB_PREFIX
@@ -108,7 +109,7 @@ def one_line(told: Any) -> Any:
     """A value with all its texts on one line, so that none can leave its place in a list or a table."""
     match told:
         case str():
-            return " ".join(told.split())
+            return " ".join(printable(told).split())
         case Mapping():
             return {one_line(key): one_line(value) for key, value in told.items()}
         case list() | tuple():

@@ -16,8 +16,8 @@ BLOCK = re.compile(
     re.MULTILINE,
 )
 MARK = re.compile(r"^<!-- (?P<end>/?)vitreg:(?P<name>\w+) -->", re.MULTILINE)
-COMMENT = re.compile(r"<!--(?! \{)")
-"""A comment that our texts never hold, because it could be the mark of a block."""
+TAG = re.compile(r"<(?=[a-zA-Z/?!])(?!!-- \{)")
+"""HTML, which our texts never hold: it could be someone's script, or a comment that is the mark of a block."""
 
 
 def join(blocks: Mapping[str, str]) -> str:
@@ -59,6 +59,6 @@ def replace_blocks(body: str, blocks: Mapping[str, str]) -> str:
 
 
 def _lines(text: str) -> str:
-    """Complete lines, in which anything like a comment is shown as text."""
-    shown = COMMENT.sub("&lt;!--", text).strip("\n")
+    """Complete lines, in which anything like HTML is shown as text."""
+    shown = TAG.sub("&lt;", text).strip("\n")
     return f"{shown}\n" if shown else ""

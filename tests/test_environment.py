@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vitreg_hub.environment import command, commit, duration, hardware, now, public_text, versions
+from vitreg_hub.errors import VitregError
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {
@@ -60,6 +61,70 @@ TEXTS = {
     "https://me:secret@host/a/{00..99}.tar?X-Amz-Signature=secret": "https://***@host/a/{00..99}.tar?***",
     "pipe:curl -H Authorization:Bearer SECRET https://host/a.tar": "pipe:***",
 }
+HOME = (
+    *("/home/jane", "/Users/jane", "~", "~jane", "../../home/jane", "/root/jane/x y"),
+    *("C:\\Users\\jane", "c:/Users/jane", "\\\\server\\jane", "~\\jane", "..\\..\\jane", "file:///home/jane"),
+)
+AROUND = (
+    "{}",
+    "--out={}",
+    "cat {}",
+    "a|{}",
+    "a | {}",
+    "me@host:{}",
+    "zip://x::{}",
+    "a && {}",
+    ">{}",
+    "`{}`",
+    "see <{}>",
+    "{} {}",
+)
+SECRETS = (
+    *("ghp_", "gho_", "github_pat_", "glpat-", "sk-", "sk-proj-", "AKIA", "xoxb-", "AIza", "hf_"),
+    *(
+        "--wandb-key ",
+        "--wandb.key=",
+        "--hub_token=",
+        "--password ",
+        "WANDB_API_KEY=",
+        "api_key=",
+        "Authorization: Bearer ",
+    ),
+)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("home", HOME)
+def test_no_home_is_seen_in_any_text(home, around):
+    path = f"{home}{chr(92) if chr(92) in home else '/'}weights.pth"
+    shown = public_text(around.replace("{}", path))
+    assert "jane" not in shown
+    assert "weights.pth" in shown
+    assert public_text(shown) == shown
+    assert "jane" not in command(["vitreg", "convert", around.replace("{}", path)])
+
+
+@pytest.mark.parametrize("around", ["{}", "a {} b", "x={}", "https://host/{}/a", "[a,{}]", "a|{}"])
+@pytest.mark.parametrize("secret", SECRETS)
+def test_no_secret_is_seen_in_any_text(secret, around):
+    told = "Q7" * 10
+    shown = public_text(around.replace("{}", f"{secret}{told}"))
+    assert told not in shown
+    assert "***" in shown
+    assert told not in command(["vitreg", "train", *f"{secret}{told}".split(" ")])
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2Jb", "a\nb", "a\udcffb", "a\x07b", "a\u202eb"])
+def test_text_of_others_does_not_move_the_cursor_and_can_be_written(text):
+    for shown in (public_text(text), str(VitregError(text))):
+        assert shown.isprintable()
+        assert shown.encode().decode() == shown
+
+
+def test_a_message_is_short_whatever_it_quotes():
+    assert len(str(VitregError("x" * 60_000))) < 2_000
+
+
 UNCHANGED = (
     *("photos/train", "./photos", "digits", "lab/photos:train", "hf-hub:lab/model@best", "...", "/", "", "vit_*_reg4"),
     *("vit_nano_reg4.digits", "shards/{a,b}/c/train-{0000..0099}.tar", "a photo of a {}.", "{a: b}/c"),

@@ -490,7 +490,7 @@ def test_attentions_carry_gradients(kernel):
 def test_lora(saved, tmp_path):
     peft = pytest.importorskip("peft")  # by itself: transformers' opinion of its version does not matter here
     _, folder = saved
-    lora = peft.LoraConfig(target_modules=["qkv", "proj"], modules_to_save=["head"], r=4)
+    lora = peft.LoraConfig(target_modules=["attn.qkv", "attn.proj"], modules_to_save=["head"], r=4)
     model = peft.get_peft_model(AutoModelForImageClassification.from_pretrained(folder), lora)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trainable) == 2 * 2 * (3 + 3) // 2 + 2 + 2  # A and B of qkv and proj in 3 blocks, of the stem, the head
@@ -516,7 +516,7 @@ def test_adapters_of_transformers(saved, tmp_path):
     peft = usable("peft")
     _, folder = saved
     model = AutoModelForImageClassification.from_pretrained(folder)
-    model.add_adapter(peft.LoraConfig(target_modules=["qkv", "proj"], r=4, init_lora_weights=False))
+    model.add_adapter(peft.LoraConfig(target_modules=["attn.qkv", "attn.proj"], r=4, init_lora_weights=False))
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path != folder) == [
         "adapter_config.json",

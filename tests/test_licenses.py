@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 import timm
@@ -146,6 +147,7 @@ def test_the_hub_takes_the_metadata(license, tmp_path):
     assert stated_licenses({}, tmp_path / "README.md") == ((license,) if license else ())
 
 
+MANY = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 28))
 CARDS = {
     "---\nlicense: MIT\n---\n# Model\n": ("mit",),
     "---\nlicense:\n- mit\n- apache-2.0\n---\n": ("mit", "apache-2.0"),
@@ -159,14 +161,21 @@ CARDS = {
     "---\nlicense: [\n---\n": (),
     "---\n- mit\n---\n": (),
     "# Model\n\nlicense: mit\n": (),
+    "---\nlicense: &l mit\nlicense_name: *l\n---\n": ("mit",),
+    f"---\nlicense: mit\nmore: {'[' * 5_000}\n---\n": (),
+    f"---\nlicense: mit\nmore: {'[' * 200}{']' * 200}\n---\n": (),
+    f"---\nlicense: mit\nmore:\n{'- x' * 10**6}\n---\n": (),
+    f"---\nlicense: mit\n{MANY}---\n": (),
     "": (),
 }
 
 
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: repr(card[:40]))
 def test_what_a_card_tells(card, tmp_path):
     (tmp_path / "README.md").write_text(card)
+    before = time.monotonic()
     assert stated_licenses({}, tmp_path / "README.md") == CARDS[card]
+    assert time.monotonic() - before < 2
 
 
 def test_what_other_files_tell(tmp_path):

@@ -20,10 +20,11 @@ LARGEST_METADATA = 2**16
 DEEPEST = 60
 """Lists and objects in each other: Python copies and prints them by recursion."""
 
-SIDE, WIDTH, COUNT = 10**5, 10**6, 10**4
+SIDE, WIDTH, COUNT = 10**5, 2**15, 10**4
 MOST = {
     **dict.fromkeys(("img_size", "image_size", "input_size"), SIDE),
-    **dict.fromkeys(("embed_dim", "hidden_size", "intermediate_size", "num_classes", "num_labels"), WIDTH),
+    **dict.fromkeys(("embed_dim", "hidden_size"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "num_classes", "num_labels"), 10**6),
     **dict.fromkeys(("patch_size", "in_chans", "num_channels", "num_heads", "num_attention_heads"), COUNT),
     **dict.fromkeys(("reg_tokens", "num_register_tokens", "mlp_ratio"), COUNT),
     **dict.fromkeys(("depth", "num_hidden_layers", "num_layers"), 500),

@@ -50,7 +50,7 @@ def console() -> Iterator[None]:
     handler.setFormatter(_OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("vitreg_hub").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # tells of every try; our own sentence comes after
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it tells of every try, twice
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:

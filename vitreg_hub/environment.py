@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
+
+from vitreg_hub.errors import printable
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +27,24 @@ MODULES = {
 }
 """Programs of this package, by the folder of their `__main__.py`."""
 
-BETWEEN = re.compile(r"""((?:[=,;:"'()\[\]{}]+\s*)+)""")
-"""What separates an option from its value, and values from each other."""
-SECRET_OPTION = re.compile(r"--?(.*[._-])?(token|password|secret|api[-_]?key)", re.IGNORECASE)
-TOKEN, LONG_TOKEN = re.compile(r"hf_\w+"), re.compile(r"hf_\w{16,}")
-"""An access token of the Hub, as a value and anywhere else."""
+BETWEEN = re.compile(r"""((?:[=,;:"'`()\[\]{}|@&<>]+\s*|\s+(?=[/~\\]|\.\.[/\\]))+)""")
+"""What separates an option from its value, and values and paths from each other: a path may hold spaces."""
+NAMES = r"(?:token|password|passwd|pwd|secret|credentials?|auth|(?:api|access|wandb|private)[-_]?key)"
+OPTION = rf"(?<![\w-])--?(?:[\w.-]*[._-])?(?:{NAMES}|key)"
+SECRET_BEFORE = re.compile(rf"(?:{OPTION}|\bBearer)$", re.IGNORECASE)
+SECRET = re.compile(rf"((?:{OPTION}(?:=|\s+)|\b(?:\w+_)?{NAMES}=|\bBearer\s+))\S+", re.IGNORECASE)
+"""What follows the name of a secret, as the next argument or in a text."""
+TOKEN = re.compile(r"hf_\w+")
+LONG_TOKEN = re.compile(
+    r"hf_\w{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|(?:AKIA|ASIA)[0-9A-Z]{12,}"
+    r"|AIza[\w-]{20,}|xox[a-z]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]+\.[\w-]*"
+)
+"""An access token of the Hub as a value, and those of the Hub and other services anywhere."""
+DRIVE = re.compile(r"(?<!\w)[A-Za-z]:(?=\\|/(?!/))")
+"""The beginning of a path on Windows."""
 QUERY = re.compile(r"(://[^?#]*)[?#].*", re.DOTALL)
 """The end of a URL, which may hold signatures and keys."""
-URL = re.compile(r"""((?!file:)\b[a-z][a-z0-9+.-]*://[^\s'"\[\](),]*)""", re.IGNORECASE)
+URL = re.compile(r"""((?!file:)\b[a-z][a-z0-9+.-]*://(?:(?!::)[^\s'"\[\](),|<>])*)""", re.IGNORECASE)
 PIPE = re.compile(r"(pipe:).*", re.DOTALL)
 """A shell command, any part of which may be secret."""
 HIDDEN = "***"
@@ -71,9 +83,9 @@ def command(argv: Sequence[str] | None = None) -> str | None:
 def _shown(arg: str, *, before: str) -> str:
     """An argument as others may see it, given the one before it."""
     option, equals, _ = arg.partition("=")
-    if equals and SECRET_OPTION.fullmatch(option):
+    if equals and SECRET_BEFORE.search(option):
         return f"{option}={HIDDEN}"
-    if SECRET_OPTION.fullmatch(before):
+    if SECRET_BEFORE.search(before):
         return HIDDEN
     return public_text(arg)
 
@@ -81,8 +93,9 @@ def _shown(arg: str, *, before: str) -> str:
 def public_text(text: str) -> str:
     """A text as others may see it: paths outside the current folder are cut to their last part, secrets are hidden."""
     shown = PIPE.sub(rf"\1{HIDDEN}", QUERY.sub(rf"\1?{HIDDEN}", text))
+    shown = DRIVE.sub("", LONG_TOKEN.sub(HIDDEN, SECRET.sub(rf"\1{HIDDEN}", shown)))
     texts = [_shown_url(part) if URL.fullmatch(part) else _shown_paths(part) for part in URL.split(shown)]
-    return LONG_TOKEN.sub(HIDDEN, "".join(texts))
+    return printable("".join(texts))
 
 
 def _shown_url(url: str) -> str:
@@ -103,7 +116,9 @@ def _shown_paths(text: str) -> str:
 
 def without_folders(name: str) -> str:
     """A name as it is, or the last part of a path that leaves the current folder: a machine's folders stay private."""
-    if name.startswith(("/", "~")) or os.path.normpath(name).startswith(".."):
+    if re.match(r"\\|[A-Za-z]:[\\/]|~?\w*\\|\.\.\\", name):  # Windows'
+        name = PureWindowsPath(name).as_posix()
+    if re.match(r"/|~|[A-Za-z]:/", name) or os.path.normpath(name).startswith(".."):
         return os.path.basename(name.rstrip("/")) or name
     return name
 

@@ -7,10 +7,13 @@ from pathlib import Path
 LONGEST = 1500
 """Characters of a message."""
 
+JOINERS = "\u200c\u200d"
+"""Invisible, but parts of words and emoji."""
+
 
 def printable(text: str) -> str:
-    """Text of someone else's file on one line, without what moves a terminal's cursor or what no file takes."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    """Text that may come from someone else's file: on one line, in characters that a terminal only shows."""
+    return "".join(char if char.isprintable() or char in JOINERS else " " for char in text)
 
 
 class VitregError(ValueError):

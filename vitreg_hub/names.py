@@ -114,12 +114,20 @@ class ModelName:
         if not tags(self.arch):
             raise UnknownArchError(f"{self.arch} has no weights; `vitreg list` prints the tags of those that have.")
 
+    def beside(self) -> list[str]:
+        """The paths of what lies where a path of that name would lie, of which it may be a misspelling."""
+        folder = Path(self.given).parent
+        try:
+            return sorted(str(path) for path in folder.iterdir())
+        except OSError:
+            return []
+
     def _require_tag(self, known: Sequence[str]) -> None:
         if self.tag not in known:
             raise UnknownArchError(f"{self.arch} has no weights {self.tag!r}; it has {', '.join(known) or 'none'}.")
 
     def _unknown(self, known: Collection[str]) -> UnknownArchError:
-        near = difflib.get_close_matches(self.given, list(known), n=3)
+        near = difflib.get_close_matches(self.given, [*self.beside(), *known], n=3)
         return UnknownArchError(
             f"there is no folder and no architecture {self.given!r}; closest: {', '.join(near) or 'none'}. "
             "`vitreg list` prints ours, and `timm.list_models()` timm's; a Hub repository needs the prefix "

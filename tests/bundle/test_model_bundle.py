@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,11 @@ import timm
 import torch
 from models import ONE_OF_EACH_KIND, random_bundle, randomised
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
+from vitreg_hub.any_vit import open_vit
 from vitreg_hub.bundle.doors import DOORS, verify
+from vitreg_hub.bundle.info import describe
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.errors import BundleError, DataError, UnknownArchError
@@ -113,6 +118,90 @@ def test_broken_weights_rule_is_named(breaks, opens, saved):
 def test_what_a_trainer_writes_beside_the_weights_is_no_second_weights_file(saved):
     (saved / "training_args.bin").write_bytes(b"a pickle that is never read")
     assert ModelBundle.load(saved).arch == "vit_nano_reg4"
+
+
+def model_args(**args) -> Callable[[dict], object]:
+    return lambda config: config["model_args"].update(args)
+
+
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth else []
+
+
+TOO_MUCH = {
+    "depth": (model_args(depth=10**9), "depth is 1000000000, but 500 is the most"),
+    "depth of 300 digits": (model_args(depth=10**300), "depth is 10{200}.*, but 500 is the most"),
+    "width": (model_args(embed_dim=10**12), "embed_dim is 1000000000000, but"),
+    "heads": (model_args(num_heads=10**9), "num_heads is 1000000000, but"),
+    "registers": (model_args(reg_tokens=10**9), "reg_tokens is 1000000000, but"),
+    "image": (model_args(img_size=[10**9, 10**9]), "img_size is 1000000000, but"),
+    "MLP": (model_args(mlp_ratio=1e300), "mlp_ratio is 1e.300, but"),
+    "classes": (lambda config: config.update(num_classes=10**12), "num_classes is 1000000000000, but 1,000,000 is"),
+    "crop": (lambda config: config["pretrained_cfg"].update(crop_pct=1e-300), "crop_pct must be at least 0.1"),
+    "initialisation": (model_args(weight_init="x"), "weight_init must be 'skip', .* not 'x'"),
+    "nested": (lambda config: config["vitreg"].update(more=nested(400)), "more is nested deeper than 60"),
+    "half a character": (
+        lambda config: config.update(label_names=["\ud800"] * 10),
+        "label_names|the file cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("opens", [ModelBundle.load, describe, open_vit, AutoModel.from_pretrained])
+@pytest.mark.parametrize("what", TOO_MUCH)
+def test_small_config_asks_for_no_unbounded_work(what, opens, saved):
+    change, says = TOO_MUCH[what]
+    edit_config(saved, change)
+    before = time.monotonic()
+    with pytest.raises(BundleError, match=says) as caught:
+        opens(saved)
+    assert time.monotonic() - before < 2
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2_000
+
+
+@pytest.mark.parametrize("what", list(TOO_MUCH)[:8])
+def test_timm_opens_no_folder_that_asks_for_unbounded_work(what, saved):
+    change, says = TOO_MUCH[what]
+    edit_config(saved, change)
+    before = time.monotonic()
+    with pytest.raises(BundleError, match=says):
+        timm.create_model(f"local-dir:{saved}")
+    assert time.monotonic() - before < 2
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000, '{"vitreg":' * 10_000, "\ufffe", '{"vitreg": NaN'])
+@pytest.mark.parametrize("opens", [ModelBundle.load, describe, open_vit])
+def test_config_that_cannot_be_read(text, opens, saved):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(BundleError) as caught:
+        opens(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("opens", [ModelBundle.load, describe, open_vit])
+def test_config_that_is_no_file_or_huge(opens, saved):
+    config = saved / "config.json"
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(BundleError):
+        opens(saved)
+    config.unlink()
+    with config.open("wb") as file:
+        file.truncate(2**35)  # takes no room
+    with pytest.raises(BundleError, match=r"config\.json has 32,768 MB, more than the 8"):
+        opens(saved)
+
+
+@pytest.mark.parametrize("opens", [ModelBundle.load, describe])
+def test_keys_that_nothing_reads_are_named(opens, saved, caplog):
+    opens(saved)
+    edit_config(saved, lambda config: config.update(initializer_range=0.1, apply_layernorm=False))  # transformers'
+    opens(saved)
+    assert not caplog.text
+    edit_config(saved, lambda config: config.update(mean=[0.5] * 3, crop_pct=0.9))
+    opens(saved)
+    assert "config.json holds crop_pct, mean, which nothing reads" in caplog.text
 
 
 STRANGE_CONFIGS = [

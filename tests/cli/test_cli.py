@@ -103,7 +103,10 @@ def test_reader_of_the_output_may_stop():
 MISTAKES = {
     "no architecture matches 'vit_hug'; `vitreg list` prints all 147.": ["list", "vit_hug"],
     "{tmp}/nothing is not a folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
-    "{tmp} is not a bundle: it has no config.json.": ["verify", "{tmp}"],
+    "{tmp} is not a bundle: it has no config.json, but there is {tmp}/broken.": ["verify", "{tmp}"],
+    "no architecture matches 'reg4'; '*reg4*' would, and `vitreg list` prints all 147.": ["list", "reg4"],
+    "there is no folder and no architecture '{tmp}/brokne'; closest: {tmp}/broken. ": ["info", "{tmp}/brokne"],
+    "{tmp}/brokne is not a folder: did you mean {tmp}/broken.": ["push", "{tmp}/brokne", "lab/x", "--dry-run"],
     "hf-hub:lab/x is not a folder: fetch": ["push", "hf-hub:lab/x", "lab/y", "--dry-run"],
     "vit_small_reg4.dinov2_lvd142m is not a folder: ModelBundle.load('vit_small_reg4.dinov2_lvd142m').save(folder) w": [
         "push",

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import time
 
 import pytest
 import timm
@@ -160,10 +161,18 @@ def test_pull_of_a_missing_repository(hub, tmp_path):
 
 def test_no_network(hub, saved, tmp_path):
     hub.__exit__(None, None, None)
-    for act in (lambda: push(saved, REPO), lambda: pull(REPO, tmp_path / "pulled")):
+    acts = (
+        lambda: push(saved, REPO),
+        lambda: plan(saved, REPO, verify=lambda *args, **kwargs: pytest.fail("it waits for the doors first")),
+        lambda: pull(REPO, tmp_path / "pulled"),
+        list_models,
+    )
+    for act in acts:
+        before = time.monotonic()
         with pytest.raises(HubError, match="cannot be reached") as caught:
             act()
         sentence(caught)
+        assert time.monotonic() - before < 2
 
 
 def test_dropped_download_leaves_nothing(hub, saved, tmp_path):

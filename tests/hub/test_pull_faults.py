@@ -19,9 +19,9 @@ from pushers import push
 from vitreg_hub.bundle.info import describe
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.conversion.checkpoint.opening import open_checkpoint
-from vitreg_hub.errors import BundleError, HubError, VitregError
+from vitreg_hub.errors import BundleError, HubError, HubRefusedError, VitregError
 from vitreg_hub.files import checksum
-from vitreg_hub.hub import list_models, pull
+from vitreg_hub.hub import list_models, plan, pull
 from vitreg_hub.remote.download import download
 
 REPO = "lab/model"
@@ -260,6 +260,26 @@ def test_pull_gives_up_and_leaves_nothing(hub, published, tmp_path, impatient, w
     require_sound_cache()
     hub.fault = lambda request: None
     require_pulled(hub, pull(REPO, tmp_path / "pulled"))
+
+
+@pytest.mark.parametrize(("verb", "path"), [("GET", "/revision/main"), ("GET", "/tree/"), ("GET", "/config.json")])
+def test_hub_that_forbids_to_read_has_refused(hub, published, tmp_path, path, verb):
+    """A script that is told that the Hub failed would try again for ever."""
+    hub.fault = Fault(method=verb, path=path, act=403).on(hub)
+    with pytest.raises(HubRefusedError, match=r"^the access token may not do this with lab/model.*: use one that may "):
+        pull(REPO, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize("body", [b'{"error": "moved"}', b"[]", b'"x"', b"null", b"3", b'[{"error": 1}]'])
+@pytest.mark.parametrize("status", [200, 301])
+def test_server_that_answers_other_json(hub, old, published, tmp_path, status, body):
+    hub.fault = lambda request: (status, {"Content-Type": "application/json"}, body)
+    acts = [lambda: pull(REPO, tmp_path / "pulled"), lambda: plan(old, REPO, verify=lambda *args, **kwargs: {})]
+    for act in acts + [list_models] * ((status, body) != (200, b"[]")):  # an empty list is none of others
+        with pytest.raises(VitregError) as caught:
+            act()
+        sentence(caught)
+    require_nothing(tmp_path)
 
 
 def damage(commit, name):

@@ -487,6 +487,19 @@ def test_text_of_others_cannot_end_a_block():
     assert card.count("<!-- /vitreg:summary -->") == 1
 
 
+EVIL = ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "![x](http://host/x.png)", "a\x1b[2J`b`", "[a](b)")
+
+
+def test_text_of_others_is_text():
+    told = Provenance(origin=EVIL[0], dataset=EVIL[1], command="<svg onload=x>", hardware="</details>")
+    card = render(replace(random_bundle(num_classes=5), label_names=EVIL, provenance=told))
+    body = card.partition("\n---\n")[2]
+    assert not re.search(r"<(?!!-- )[a-zA-Z/!?]", re.sub(r"<!-- /?vitreg:\w+ -->|<!-- {.*} -->", "", body))
+    assert "![x]" not in body
+    assert "[a](b)" not in body
+    assert "\x1b" not in card
+
+
 def test_card_of_a_real_run_tells_its_last_evaluation(tmp_path):
     train(TINY["distill"], tmp_path / "run")
     card = (tmp_path / "run" / "model" / "README.md").read_text()

@@ -239,7 +239,9 @@ def read_config(folder: Path, *, called: str) -> dict[str, Any]:
         if not folder.is_dir():
             raise BundleError(f"{called} is not a folder, so not a bundle.")
         if not (folder / CONFIG_FILE).is_file():
-            raise BundleError(f"{called} is not a bundle: it has no {CONFIG_FILE}.")
+            inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_FILE}"))
+            hint = f", but there is {', '.join(inside[:3])}" if inside else ""
+            raise BundleError(f"{called} is not a bundle: it has no {CONFIG_FILE}{hint}.")
         content = read_small(folder / CONFIG_FILE)
     try:
         config = read_json(content)

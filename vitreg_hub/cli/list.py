@@ -21,7 +21,8 @@ def run(pattern: str = "*", *, hub: bool = False) -> None:
 def _architectures(pattern: str) -> list[tuple[str, ...]]:
     chosen = [spec for name, spec in ARCHS.items() if fnmatch.fnmatch(name, pattern)]
     if not chosen:
-        raise VitregError(f"no architecture matches {pattern!r}; `vitreg list` prints all {len(ARCHS)}.")
+        hint = f"'*{pattern}*' would, and " if any(pattern in name for name in ARCHS) else ""
+        raise VitregError(f"no architecture matches {pattern!r}; {hint}`vitreg list` prints all {len(ARCHS)}.")
     rows = [("name", "params", "width/depth/heads", "patch", "size", "tags")]
     for spec in chosen:
         shape = f"{spec.embed_dim}/{spec.depth}/{spec.num_heads}"

@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub as hf
 
 from vitreg_hub.arch import get_arch
-from vitreg_hub.remote.client import hub_errors, patiently
+from vitreg_hub.remote.client import hub_errors, patiently, reach
 
 TAG = "vitreg"
 """On every card that this package writes."""
@@ -46,6 +46,7 @@ def list_models(
     shown: list[Any] = ["tags", "downloads", "likes", "lastModified", "private"]
     ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, sort="downloads", expand=shown)
     with hub_errors("the list of models"):
+        reach()
         found = patiently(lambda: list(ask(filter=tags, author=author, search=search, limit=limit)))
     return tuple(
         PublishedModel(

@@ -17,7 +17,7 @@ from vitreg_hub.errors import HubError, HubRefusedError
 from vitreg_hub.files import BUNDLE_FILES, EXTRA_FILES, new_folder, require_absent, require_space
 from vitreg_hub.hub.shipment import Shipment, Verify, make_shipments
 from vitreg_hub.hub.target import Target, compare, look
-from vitreg_hub.remote.client import hub_errors, patiently
+from vitreg_hub.remote.client import hub_errors, patiently, reach
 from vitreg_hub.remote.commit import commit_files, open_pull_request, set_tag
 from vitreg_hub.remote.download import download
 
@@ -131,6 +131,8 @@ def push(
     """
     require_token(repo_id)
     target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
+    with hub_errors(repo_id):
+        reach()
     shipment, towers = make_shipments(folder, repo_id, branch=branch, license=license, verify=verify)
     if towers is not None:
         _plan(towers, _as_private(target, repo_id))  # its problems are found before the bundle is sent
@@ -163,6 +165,8 @@ def plan(
     """
     _require_repo_id(repo_id)
     target = Target(**where)
+    with hub_errors(repo_id):
+        reach()
     shipment, towers = make_shipments(folder, repo_id, branch=target.branch, license=license, verify=verify)
     planned = _plan(shipment, target)
     if towers is None:

@@ -2,11 +2,14 @@
 
 import errno
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx2 as httpx
 import huggingface_hub as hf
@@ -19,8 +22,12 @@ Result = TypeVar("Result")
 
 WAITS = (1, 2, 4)
 """Seconds between the tries of a request."""
+REACHED = 3
+"""Seconds in which something must answer at the Hub's address."""
 LONGEST_WAIT = 300
 """Seconds: the Hub counts requests in windows of five minutes (https://huggingface.co/docs/hub/rate-limits)."""
+MAY_PASS = (408, 409, 412, 423, 425, 429)
+"""Statuses of requests that the Hub may accept later; others below 500 are refusals."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 """Errors of a folder that cannot be made."""
@@ -42,6 +49,22 @@ def _is_garbled(error: BaseException | None) -> bool:
     return isinstance(error, json.JSONDecodeError) or (type(error) is OSError and error.errno is None)
 
 
+def reach() -> None:
+    """Look once whether anything answers at the Hub's address: the client tries for minutes. A proxy is not asked.
+
+    Raises:
+        httpx.ConnectError: Nothing does.
+    """
+    where = urlsplit(hf.constants.ENDPOINT)
+    if hf.constants.HF_HUB_OFFLINE or getproxies() or where.hostname is None:
+        return
+    port = where.port or (80 if where.scheme == "http" else 443)
+    try:
+        socket.create_connection((where.hostname, port), timeout=REACHED).close()
+    except OSError as error:
+        raise httpx.ConnectError(str(error)) from error
+
+
 def patiently(request: Callable[[], Result]) -> Result:
     """Make a request that may safely be repeated, and repeat it after failures that may pass.
 
@@ -60,6 +83,8 @@ def patiently(request: Callable[[], Result]) -> Result:
             pause(error, wait)
         except RuntimeError as error:  # how hf_xet reports a download that broke off, after several tries
             raise HubError(f"fetching failed ({one_line(error)}): try again, or set HF_HUB_DISABLE_XET=1.") from error
+        except (AttributeError, LookupError, TypeError) as error:  # how the client meets JSON of another kind
+            raise HubError(no_hub()) from error
     raise AssertionError("the last try either returns or raises")
 
 
@@ -100,10 +125,9 @@ def hub_errors(repo_id: str) -> Iterator[None]:
             "run `hf auth login` or set HF_TOKEN."
         ) from error
     except hf_errors.LocalEntryNotFoundError as error:
-        raise HubError(_missing(repo_id, error)) from error
+        raise _missing(repo_id, error) from error
     except hf_errors.HfHubHTTPError as error:
-        kind = HubRefusedError if error.response.status_code in (401, 403) else HubError
-        raise kind(_refusal(repo_id, error)) from error
+        raise _refusal(repo_id, error) from error
     except (httpx.TransportError, ConnectionError, TimeoutError) as error:  # hf_xet raises Python's own
         raise HubError(
             f"{endpoint} cannot be reached ({type(error).__name__}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
@@ -132,25 +156,32 @@ def _is_of_cache(path: Path) -> bool:
     return cache.is_relative_to(path) or path.is_relative_to(cache) or path.is_relative_to(home)
 
 
-def _missing(repo_id: str, error: hf_errors.LocalEntryNotFoundError) -> str:
+def _missing(repo_id: str, error: hf_errors.LocalEntryNotFoundError) -> HubError:
     """Why something that is not in the cache could not be fetched."""
     if isinstance(error.__cause__, hf_errors.HfHubHTTPError):
         return _refusal(repo_id, error.__cause__)
     endpoint = hf.constants.ENDPOINT
     if isinstance(error.__cause__, hf_errors.FileMetadataError):
-        return no_hub()
+        return HubError(no_hub())
     partial = isinstance(error, hf_errors.IncompleteSnapshotError)
     missing = f"only a part of {repo_id} is" if partial else f"{repo_id} is not"
-    return f"{endpoint} cannot be reached and {missing} in the cache: check the network or HF_HUB_OFFLINE."
+    return HubError(f"{endpoint} cannot be reached and {missing} in the cache: check the network or HF_HUB_OFFLINE.")
 
 
-def _refusal(repo_id: str, error: hf_errors.HfHubHTTPError) -> str:
+def _refusal(repo_id: str, error: hf_errors.HfHubHTTPError) -> HubError:
+    status = error.response.status_code
+    refused = status < 500 and status not in MAY_PASS
+    return (HubRefusedError if refused else HubError)(_reason(repo_id, error))
+
+
+def _reason(repo_id: str, error: hf_errors.HfHubHTTPError) -> str:
     status = error.response.status_code
     if status == 401:
         return f"the access token for {repo_id} is missing or invalid: run `hf auth login` or set HF_TOKEN."
     if status == 403:
         reason = f" ({one_line(error.server_message).rstrip('.')})" if error.server_message else ""
-        return f"the access token may not do this with {repo_id}{reason}: use a token with write permission there."
+        needed = "read it" if error.response.request.method in ("GET", "HEAD") else "write there"
+        return f"the access token may not do this with {repo_id}{reason}: use one that may {needed}."
     if status == 429:
         return f"the Hub accepts no more requests for {repo_id} for now (status 429): wait some minutes and try again."
     if status >= 500:

@@ -31,7 +31,7 @@ from vitreg_hub.files import (
     require_space,
 )
 from vitreg_hub.names import HUB_PREFIX, parse_repo
-from vitreg_hub.remote.client import hub_errors, is_transient, patiently
+from vitreg_hub.remote.client import hub_errors, is_transient, no_hub, patiently, reach
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,11 @@ def _commit(repo_id: str, revision: str | None) -> tuple[str, bool]:
         return revision, True
     api = hf.HfApi(library_name="vitreg_hub")
     try:
-        info = patiently(partial(api.model_info, repo_id, revision=revision))
-        return info.sha, True  # pyright: ignore[reportReturnType]  # only listings leave it out
+        reach()
+        commit = patiently(partial(api.model_info, repo_id, revision=revision)).sha
+        if commit is None:
+            raise HubError(no_hub())
+        return commit, True
     except (httpx.TransportError, hf_errors.HfHubHTTPError, hf_errors.OfflineModeIsEnabled) as error:
         offline = isinstance(error, hf_errors.OfflineModeIsEnabled)
         if not (offline or is_transient(error)):
