@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ import datasets
 import pyarrow.compute
 from datasets.exceptions import DatasetsError
 
-from vitreg_hub.errors import DataError
+from vitreg_hub.errors import DataError, readable
 from vitreg_hub.images.data_sets import (
     ON_HUB,
     SPLIT_FOLDERS,
@@ -45,6 +46,9 @@ TEXT_COLUMNS = ("text", "txt", "caption")
 
 HUB_SPLITS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
 """The split to read on the Hub if none is named: the first of these that exists."""
+
+MOST_FILES = 100_000
+"""Of one name with braces."""
 
 MAX_SHARDS = 64
 """Largest number of shards into which local rows are divided to be read as a stream."""
@@ -117,7 +121,8 @@ def open_training_data(settings: DataSettings) -> TrainingData:
     Raises:
         DataError: There are no such data, or a column is missing.
     """
-    return _open(settings.train, "train", settings)
+    with readable(settings.train, error=DataError):
+        return _open(settings.train, "train", settings)
 
 
 def open_held_out(settings: DataSettings, training: TrainingData) -> ImageSource | None:
@@ -132,7 +137,8 @@ def open_held_out(settings: DataSettings, training: TrainingData) -> ImageSource
     name = settings.test or (settings.train if settings.train in TRAINING_SETS else None)
     if name is None:
         return None
-    held_out = _open(name, "test", settings)
+    with readable(name, error=DataError):
+        held_out = _open(name, "test", settings)
     if held_out.name == training.name and name not in TRAINING_SETS:  # whose parts differ
         raise DataError(f"{name} is what is trained on: give other images as data.test, or null for none.")
     return as_image_source(_numbered_as(training, held_out))
@@ -278,7 +284,10 @@ def _files(name: str) -> list[str]:
         return files
     if _ending(name) not in READERS:
         return []
-    return [file for path in dict.fromkeys(_braces(name)) for file in _matches(path, name)]
+    paths = list(islice(_braces(name), MOST_FILES + 1))
+    if len(paths) > MOST_FILES:
+        raise DataError(f"{name} stands for more than {MOST_FILES:,} files: give fewer.")
+    return [file for path in dict.fromkeys(paths) for file in _matches(path, name)]
 
 
 def _ending(name: str) -> str:
@@ -300,14 +309,14 @@ def _matches(path: str, name: str) -> list[str]:
 
 def _braces(pattern: str) -> Iterator[str]:
     """Yield all names of a pattern with ``{first..last}`` or ``{one,other}``, as in a shell."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if not match:
         yield pattern
         return
     first, last, several = match.groups()
-    inner = several.split(",") if several else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-    if not inner:
+    if not several and int(first) > int(last):
         raise DataError(f"{pattern} counts from {first} to {last}: give the smaller number first.")
+    inner = several.split(",") if several else (f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1))
     for part in inner:
         yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
 

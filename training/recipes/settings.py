@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,6 +14,7 @@ from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.tasks.ranges import (
     Amount,
     Area,
+    BelowOne,
     Count,
     Epochs,
     NotNegative,
@@ -24,6 +26,9 @@ from vitreg_hub.training.tasks.ranges import (
 )
 from vitreg_hub.training.tasks.settings import TaskSettings
 from vitreg_hub.typed import shown, wanted
+
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""What no file's name or config.json can hold: zero bytes, and bytes that are not UTF-8, as Python writes them."""
 
 Trainable = Literal["all", "registers", "registers+norms"]
 DecayRule = Literal["timm", "dinov2", "openclip"]
@@ -51,7 +56,7 @@ class ModelSettings:
     start_required: bool = False
     img_size: Side | None = None
     patch_size: Side | None = None
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: BelowOne = 0.0
     layer_scale: NotNegative | None = None
     trainable: Trainable = "all"
 
@@ -85,7 +90,7 @@ class DataSettings:
     shuffle_block: Width = 2048
     stream_images: Count | None = None
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    max_corrupt: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    max_corrupt: BelowOne = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +200,7 @@ class OptimSettings:
     weight_decay: NotNegative = 0.05
     weight_decay_end: NotNegative | None = None
     decay_rule: DecayRule = "timm"
-    betas: tuple[Share, Share] | None = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] | None = (0.9, 0.999)
     eps: NotNegative | None = None
     layer_decay: Positive = 1.0
     patch_embed_lr: NotNegative = 1.0
@@ -342,8 +347,8 @@ def _out_of_range(settings: Any, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _out_of_range(value, f"{name}.")
             continue
-        if isinstance(value, str) and "\0" in value:
-            yield f"{name} is {shown(value)}, give a text without zero bytes."
+        if isinstance(value, str) and NO_TEXT.search(value):
+            yield f"{name} is {shown(value)}, give a text of UTF-8 without zero bytes."
         try:
             _allowed(type(settings), known.name).validate_python(value)
         except ValidationError as error:
