@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 
-from vitreg_hub.errors import DataError
+from vitreg_hub.errors import DataError, readable
 from vitreg_hub.images.data_sets import (
     MOST_CLASSES,
     ON_HUB,
@@ -57,6 +58,9 @@ TEXT_COLUMNS = ("text", "txt", "caption")
 HUB_SPLITS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
 """The split to read on the Hub if none is named: the first of these that exists."""
 
+MOST_FILES = 100_000
+"""Of one name with braces."""
+
 MAX_SHARDS = 64
 """Largest number of shards into which local rows are divided to be read as a stream."""
 
@@ -65,9 +69,6 @@ UNREADABLE += (ArithmeticError, MemoryError, struct.error, zlib.error, pickle.Un
 UNREADABLE += (DatasetsError,)
 """What `datasets` raises, even in the middle of a stream, for files that are broken, of another kind or out of reach:
 it decodes all members of an archive, also those that nobody asks for."""
-
-MOST_FILES = 100_000
-"""Files that ``{first..last}`` may count."""
 
 INFLATED, PER_BYTE = 2**29, 100
 """Bytes that a group of rows of parquet may have unpacked, and from then on for each byte of the file: pictures are
@@ -197,7 +198,8 @@ def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Colle
         DataError: There are no such data, or a column is missing.
     """
     training = split == "train"
-    called, rows, folder, within = _rows(name, split, settings.streaming, classes)
+    with readable(name, error=DataError):
+        called, rows, folder, within = _rows(name, split, settings.streaming, classes)
     rows = rows.with_format(None)
     if isinstance(rows, datasets.Dataset):
         num_images = len(rows)
@@ -387,7 +389,10 @@ def _files(name: str) -> list[str]:
         return files
     if _ending(name) not in READERS:
         return []
-    return [file for path in dict.fromkeys(_braces(name)) for file in _matches(path, name)]
+    paths = list(islice(_braces(name), MOST_FILES + 1))
+    if len(paths) > MOST_FILES:
+        raise DataError(f"{name} stands for more than {MOST_FILES:,} files: give fewer.")
+    return [file for path in dict.fromkeys(paths) for file in _matches(path, name)]
 
 
 def _ending(name: str) -> str:
@@ -409,16 +414,16 @@ def _matches(path: str, name: str) -> list[str]:
 
 def _braces(pattern: str) -> Iterator[str]:
     """Yield all names of a pattern with ``{first..last}`` or ``{one,other}``, as in a shell."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if not match:
         yield pattern
         return
     first, last, several = match.groups()
-    if not several and (max(len(first), len(last)) > 18 or int(last) - int(first) >= MOST_FILES):
-        raise DataError(f"{pattern} counts more than {MOST_FILES:,} files: count fewer.")
-    inner = several.split(",") if several else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-    if not inner:
+    if not several and max(len(first), len(last)) > 18:
+        raise DataError(f"{pattern} stands for more than {MOST_FILES:,} files: give fewer.")
+    if not several and int(first) > int(last):
         raise DataError(f"{pattern} counts from {first} to {last}: give the smaller number first.")
+    inner = several.split(",") if several else (f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1))
     for part in inner:
         yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
 

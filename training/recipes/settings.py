@@ -14,6 +14,7 @@ from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.tasks.ranges import (
     Amount,
     Area,
+    BelowOne,
     Count,
     Epochs,
     NotNegative,
@@ -25,6 +26,9 @@ from vitreg_hub.training.tasks.ranges import (
 )
 from vitreg_hub.training.tasks.settings import TaskSettings
 from vitreg_hub.typed import shown, wanted
+
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""What no file's name or config.json can hold: zero bytes, and bytes that are not UTF-8, as Python writes them."""
 
 TRAINABLE = re.compile(r"all|head|lora|last:[1-9]\d{0,3}|registers(\+norms)?")
 DecayRule = Literal["timm", "dinov2", "openclip"]
@@ -59,7 +63,7 @@ class ModelSettings:
     start_required: bool = False
     img_size: Side | None = None
     patch_size: Side | None = None
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: BelowOne = 0.0
     layer_scale: NotNegative | None = None
     head: Literal["auto", "new", "kept"] = "auto"
     trainable: str = "all"
@@ -91,7 +95,7 @@ class DataSettings:
 
     train: str
     test: str | None = None
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    held_out: BelowOne = 0.0
     image_column: str | None = None
     label_column: str | None = None
     text_column: str | None = None
@@ -100,7 +104,7 @@ class DataSettings:
     shuffle_block: Width = 2048
     stream_images: Count | None = None
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    max_corrupt: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    max_corrupt: BelowOne = 0.01
     allow_remote: bool = False
 
 
@@ -211,7 +215,7 @@ class OptimSettings:
     weight_decay: NotNegative = 0.05
     weight_decay_end: NotNegative | None = None
     decay_rule: DecayRule = "timm"
-    betas: tuple[Share, Share] | None = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] | None = (0.9, 0.999)
     eps: NotNegative | None = None
     layer_decay: Positive = 1.0
     patch_embed_lr: NotNegative = 1.0
@@ -371,8 +375,8 @@ def _out_of_range(settings: Any, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _out_of_range(value, f"{name}.")
             continue
-        if isinstance(value, str) and "\0" in value:
-            yield f"{name} is {shown(value)}, give a text without zero bytes."
+        if isinstance(value, str) and NO_TEXT.search(value):
+            yield f"{name} is {shown(value)}, give a text of UTF-8 without zero bytes."
         try:
             _allowed(type(settings), known.name).validate_python(value)
         except ValidationError as error:

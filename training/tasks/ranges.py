@@ -14,8 +14,9 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 Epochs = Annotated[float, Field(ge=0, le=10**6)]
 
 Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 
 def _ascending(ends: tuple[float, float]) -> tuple[float, float]:

@@ -318,8 +318,6 @@ def test_numbers_that_contradict_each_other():
     with pytest.raises(DataError) as caught:
         loader(rows(10), 12, world_size=2, accumulate=2)
     assert "rows has 10 images, which is less than one batch: give a batch_size of at most 8" in sentence(caught)
-    with pytest.raises(RecipeError, match=r"num_workers is -1 and augment\.repeats is 1"):
-        loader(rows(10), num_workers=-1)
 
 
 # Streams

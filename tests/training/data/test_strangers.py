@@ -252,5 +252,5 @@ def test_a_model_is_no_folder_of_images(tmp_path):
 def test_numbers_in_patterns_are_bounded(tmp_path):
     write_parquet(tmp_path, range(2))
     for last in ("999999999999", "9" * 5000):
-        with pytest.raises(DataError, match="counts more than 100,000 files"):
+        with pytest.raises(DataError, match="stands for more than 100,000 files"):
             opened(f"{tmp_path}/part-{{0..{last}}}.parquet")

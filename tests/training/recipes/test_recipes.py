@@ -1,6 +1,9 @@
 """Named recipes against the published numbers, and recipes as files."""
 
 import dataclasses
+import json
+import time
+from functools import partial
 
 import pytest
 import yaml
@@ -9,6 +12,7 @@ from vitreg_hub.arch import ARCHS, REGISTER_COUNTS
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.recipes.files import (
     RECIPE_FILE,
+    changed,
     public_settings,
     recipe_from_yaml,
     recipe_to_yaml,
@@ -280,6 +284,110 @@ def test_file_that_is_no_whole_recipe(says):
         recipe_from_yaml(yaml.safe_dump(NO_RECIPES[says](plain)))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+DEEP_ALIASES = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 28))
+NO_VALUES = {
+    **dict.fromkeys(("seed: 2020-99-99", "!!int x", "seed: !!int x", "name: !!timestamp x", "watch: {keep: !!bool x}")),
+    "seed: !!float ''": "this cannot be read as float",
+    "seed: !!int ''": "this cannot be read as int",
+    "seed: " + "9" * 5000: "this cannot be read as int",
+    "seed: 0x" + "f" * 5000: "this cannot be read as int",
+    "seed: !!python/name:os.system x": "is not YAML",
+    "seed: !!binary x": "is not YAML",
+    "seed: !!set {a}": "seed takes a whole number",
+    "name: !!omap [a: 1]": "name takes a text",
+    DEEP_ALIASES: "an alias stands for several values: write them out",
+    "name: &a [*a]": "an alias stands for several values",
+    "[" * 20_000: "lists or objects in each other without end",
+    "{a: " * 9000: "lists or objects in each other without end",
+    "name: " + "x" * 60_000: "has more than 50,000 letters",
+    "k" * 900 + ": 1": "has no setting kkk",
+    'name: "\\ud800"': "name is '\\ud800', give a text of UTF-8 without zero bytes",
+    'name: "a\\0b"': "name is 'a\\x00b', give a text of UTF-8 without zero bytes",
+    "name: \x07": "is not YAML",
+}
+"""YAML without values, or with more than anybody needs, and what is said of it."""
+
+
+@pytest.mark.parametrize("text", NO_VALUES, ids=lambda text: text[:30])
+def test_yaml_that_gives_no_values(text):
+    began = time.monotonic()
+    for read in (recipe_from_yaml, partial(updated, RECIPES["supervised_digits"](), called="mine.yaml")):
+        with pytest.raises(RecipeError) as caught:
+            read(text)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+    assert (NO_VALUES[text] or "cannot be read as") in str(caught.value)
+    assert time.monotonic() - began < 4
+
+
+def test_an_alias_of_one_value_is_taken():
+    recipe = updated(RECIPES["supervised_digits"](), "seed: &few 3\nwatch: {keep: *few}", called="mine.yaml")
+    assert (recipe.seed, recipe.watch.keep) == (3, 3)
+
+
+OUT_OF_RANGE = {
+    "model.img_size": (0, -16, 10**9),
+    "model.patch_size": (0, -1, 10**9),
+    "model.drop_path": (1, -0.1),
+    "model.layer_scale": (-1, 1e308),
+    "data.num_workers": (-1, 100_000),
+    "data.num_classes": (0, 10**12),
+    "data.shuffle_block": (0, 10**12),
+    "data.max_corrupt": (-1, 1),
+    "augment.scale": ((1.0, 0.1), (0, 1), (0.5, 2)),
+    "augment.ratio": ((2.0, 0.1), (0, 1)),
+    "augment.hflip": (-1, 2),
+    "augment.repeats": (0,),
+    "optim.lr": (-1e-3, 1e300),
+    "optim.betas": ((1, 1), (0.9, -1)),
+    "optim.warmup_epochs": (-1, 1e300),
+    "optim.layer_decay": (0, -1),
+    "optim.clip": (0, -1),
+    "scale.accumulate": (0, -1),
+    "watch.log_every": (0,),
+    "watch.eval_every": (-1,),
+    "watch.save_every": (-1,),
+    "watch.keep": (0, -1),
+    "watch.eval_images": (-1,),
+    "watch.knn_neighbors": (0, -1),
+    "watch.knn_temperature": (0, -1),
+    "watch.artifact_images": (-1, 10**9),
+    "watch.cutoff": (-1,),
+    "task.smoothing": (-0.1, 1),
+    "task.mixup": (-1,),
+    "task.mix_probability": (2,),
+    "task.ema": (0, 1, 2),
+    "batch_size": (0, -64, 10**12),
+    "epochs": (0, -1, 1e300),
+    "epoch_steps": (0, 10**30),
+    "seed": (-1, 10**30),
+}
+NO_NUMBERS = (float("nan"), float("inf"), float("-inf"))
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_numbers_out_of_range(name):
+    """In a file, on a command line and in Python alike."""
+    recipe = RECIPES["supervised_digits"]()
+    *parts, last = name.split(".")
+    numbers = [*OUT_OF_RANGE[name], *(NO_NUMBERS if isinstance(setting(recipe, name), float) else ())]
+    for value in numbers:
+        said = []
+        nested = {parts[0]: {last: value}} if parts else {last: value}
+        plain = json.loads(json.dumps(nested))
+        with pytest.raises(RecipeError) as caught:
+            updated(recipe, yaml.safe_dump(plain), called="mine.yaml")
+        said.append(str(caught.value))
+        with pytest.raises(RecipeError) as caught:
+            changed(recipe, {name: yaml.safe_dump(plain[parts[0]][last] if parts else value)}, called="recipe")
+        said.append(str(caught.value))
+        part = {parts[0]: dataclasses.replace(getattr(recipe, parts[0]), **{last: value})} if parts else {last: value}
+        with pytest.raises(RecipeError) as caught:
+            dataclasses.replace(recipe, **part)
+        said.append(str(caught.value).replace(".0", ""))
+        assert all(f"recipe supervised_digits: {name} is " in text and ", give " in text for text in said), said
 
 
 @pytest.mark.parametrize("name", RECIPES)

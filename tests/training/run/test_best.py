@@ -370,12 +370,16 @@ def test_as_good_as_a_lost_best_is_not_taken_before_what_is_better(script, tmp_p
     assert marked(tmp_path / "run") == [1, 4]
 
 
-def test_best_is_read_without_its_weights_and_a_damaged_one_is_named(script, tmp_path):
+def test_a_damaged_model_of_a_finished_run_is_named(script, tmp_path):
     run = tmp_path / "run"
     found = script.train(RECIPE, run).best
-    for folder in ("best", "model"):
-        (run / folder / "model.safetensors").unlink()
     assert script.train(RECIPE, run).best == found
+    for folder in ("best", "model"):
+        weights = (run / folder / "model.safetensors").read_bytes()
+        (run / folder / "model.safetensors").write_bytes(weights[:-9])
+        with pytest.raises(BundleError, match=rf"delete .*{folder} and start the run again"):
+            script.train(RECIPE, run)
+        (run / folder / "model.safetensors").write_bytes(weights)
     config = json.loads((run / "best" / "config.json").read_text())
     del config["vitreg"]["provenance"]["made"]["step"]
     (run / "best" / "config.json").write_text(json.dumps(config))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vitreg_hub.objectives import SUPERVISED
-from vitreg_hub.training.tasks.ranges import NotNegative, Share
+from vitreg_hub.training.tasks.ranges import BelowOne, NotNegative, Share
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 
@@ -35,7 +35,7 @@ class Supervised(TaskSettings):
     classifies = True
 
     loss: Literal["bce", "ce"] = "bce"
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    smoothing: BelowOne = 0.0
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
     mix_probability: Share = 1.0
