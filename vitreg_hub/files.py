@@ -26,8 +26,18 @@ OPENCLIP_CONFIG, OPENCLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.sa
 TOWER_SUFFIX = "-open_clip"
 """Ends the name of the folder, or repository, with both towers of a CLIP model, beside that of its bundle."""
 
+MAX_HEADER = 16 * 2**20
+"""Bytes of the header of a .safetensors file; that of a ViT has some 50 kB."""
+LARGE_HEADER = f"has a header of more than {MAX_HEADER} bytes, more than any ViT needs"
+
 SWAP, NEW, OLD = "-swap", "new", "old"
 """What `replaced_folder` calls its folders."""
+
+
+def has_large_header(path: Path) -> bool:
+    """Whether reading the header of a .safetensors file would take long."""
+    with path.open("rb") as file:
+        return MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size
 
 
 def require_absent(target: Path) -> None:
