@@ -13,7 +13,8 @@ from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import ArtifactSummary, provenance_to_json
 from vitreg_hub.environment import without_folders
 from vitreg_hub.files import ARTIFACTS_FIGURE, CARD_FILE, CONFIG_FILE, EXTRA_FILES, read_content, replace_files
-from vitreg_hub.model_cards.card import decoded, encoded, render, tells, update
+from vitreg_hub.model_cards.card import decoded, encoded, render, update
+from vitreg_hub.model_cards.marked import blocks_in
 from vitreg_hub.plotting import png
 
 BLOCKS = {"artifacts": "artifacts", "doors": "results"}
@@ -25,11 +26,6 @@ def record(folder: str | Path, report: ArtifactReport, *, card: bool = True) -> 
 
     If there is no card, one is written; otherwise this package's blocks are updated, and the author's text stays. All
     files change, or none.
-
-    Args:
-        folder: A bundle's folder.
-        report: The report on this bundle's model.
-        card: Whether to write or update the card.
 
     Returns:
         Whether the card describes it.
@@ -57,7 +53,7 @@ def _keep(folder: Path, *, files: Mapping[str, bytes], card: bool, **measured: A
         beside = [name for name in EXTRA_FILES if name in files or (folder / name).is_file()]
         old = read_content(folder / CARD_FILE)
         new = render(bundle, files=beside) if old is None else update(decoded(old), bundle, files=beside)
-        described = all(tells(new, BLOCKS[name]) for name in measured)
+        described = all(BLOCKS[name] in blocks_in(new) for name in measured)
         files[CARD_FILE] = encoded(new)
     replace_files(folder, files)
     return described
@@ -81,8 +77,6 @@ def summary(report: ArtifactReport) -> ArtifactSummary:
 def figure(report: ArtifactReport, *, name: str) -> bytes:
     """Norms of all tokens after every block, as a PNG file: the one figure that shows whether, where and how much.
 
-    Args:
-        report: What was measured.
-        name: Of the model, instead of the path under which it was analysed.
+    The model gets this name, instead of the path under which it was analysed.
     """
     return png(norms_by_block_figure([dataclasses.replace(report, model=dataclasses.replace(report.model, name=name))]))

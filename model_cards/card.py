@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -42,11 +43,8 @@ def render(
         revision: Branch on which it is published; main by default.
         towers: Whether both towers of a CLIP model are published beside it; by default, whether the bundle says so.
     """
-    repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
-    bundle = _on_lines(bundle)
-    data = metadata(bundle, repo, revision=revision)
-    blocks = _blocks(bundle, repo=repo, files=files, revision=revision, towers=towers) | {METADATA: record(data)}
-    return f"{front_matter(data)}\n{join(blocks)}"
+    data, blocks = _content(bundle, repo=repo, files=files, revision=revision, towers=towers)
+    return f"{front_matter(data)}\n{join(blocks | {METADATA: record(data)})}"
 
 
 def update(
@@ -54,10 +52,9 @@ def update(
     bundle: ModelBundle,
     *,
     repo: str | None = None,
-    files: Sequence[str] = (),
     revision: str | None = None,
     settled_license: bool = False,
-    towers: bool | None = None,
+    **more: Any,
 ) -> str:
     """An existing card with our blocks and metadata brought up to date, and every other character as it was.
 
@@ -68,18 +65,13 @@ def update(
         existing: The card.
         bundle: The model.
         repo: ``org/name`` under which it is published; by default the card's own, with its branch.
-        files: Names of the extra files beside the bundle.
         revision: Branch on which it is published.
         settled_license: Whether the bundle's license holds even if the author has changed the card's.
-        towers: As for `render`.
+        **more: Files and towers, as for `render`.
 
     Raises:
         BundleError: A block has lost one of its marks.
     """
-    if "\r" in existing and "\n" not in existing:  # line ends of another time
-        how = {"repo": repo, "files": files, "revision": revision, "towers": towers}
-        how["settled_license"] = settled_license
-        return update(existing.replace("\r", "\n"), bundle, **how).replace("\n", "\r")
     mark, text = ("\ufeff", existing[1:]) if existing.startswith("\ufeff") else ("", existing)
     if not REGEX_YAML_BLOCK.sub("", text, count=1).strip():
         text = _with_empty_blocks(text)
@@ -90,19 +82,11 @@ def update(
     published = PUBLISHED.search(there.get("usage", ""))
     if repo is None and published:
         repo, revision = published[1], revision or published[2]
-    repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
-    bundle = _on_lines(bundle)
-    data = metadata(bundle, repo, revision=revision)
-    new = _blocks(bundle, repo=repo, files=files, revision=revision, towers=towers)
+    data, new = _content(bundle, repo=repo, revision=revision, **more)
     merged = merge(text, old=recorded(there.get(METADATA, "")), new=data, settled_license=settled_license)
     if merged is None:
         return mark + replace_blocks(text, new)
     return mark + replace_blocks(merged, new | {METADATA: record(data)})
-
-
-def tells(card: str, block: str) -> bool:
-    """Whether a card has a block of ours."""
-    return block in blocks_in(card)
 
 
 def decoded(content: bytes) -> str:
@@ -128,23 +112,32 @@ def _with_empty_blocks(text: str) -> str:
     return (f"{head}{line_end}{line_end}" if head else "") + body.replace("\n", line_end)
 
 
-def _on_lines(bundle: ModelBundle) -> ModelBundle:
-    """A bundle whose texts cannot leave their lines."""
-    return replace(bundle, provenance=one_line(bundle.provenance), label_names=one_line(bundle.label_names))
+def _content(
+    bundle: ModelBundle,
+    *,
+    repo: str | None,
+    revision: str | None,
+    files: Sequence[str] = (),
+    towers: bool | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The metadata and the blocks; no text of the bundle can leave its line."""
+    told, names = one_line(bundle.provenance), one_line(bundle.label_names)
+    bundle = replace(bundle, provenance=told, label_names=names)
+    repo, revision = repo or PLACEHOLDER.format(arch=bundle.arch), None if revision == MAIN else revision
+    usage = description.usage(bundle, repo=repo, revision=revision, towers=towers)
+    return metadata(bundle, repo, revision=revision), blocks_of(bundle, title=repo, usage=usage, files=files)
 
 
-def _blocks(
-    bundle: ModelBundle, *, repo: str, files: Sequence[str], revision: str | None, towers: bool | None
-) -> dict[str, str]:
-    """The text of every block, in order."""
+def blocks_of(bundle: ModelBundle, *, title: str, usage: str, files: Sequence[str], folder: str = "") -> dict[str, str]:
+    """The text of every block, in order; `folder` is where the extra files are, as seen from the card."""
     texts = (
-        description.summary(bundle, title=repo.rpartition("/")[2]),
-        description.usage(bundle, repo=repo, revision=revision, towers=towers),
+        description.summary(bundle, title=title.rpartition("/")[2]),
+        usage,
         description.registers(bundle),
         description.limits(bundle),
-        reports.origin(bundle, files=files),
+        reports.origin(bundle, files=files, folder=folder),
         reports.results(bundle),
-        reports.artifacts(bundle, files=files),
+        reports.artifacts(bundle, files=files, folder=folder),
         reports.environment(bundle),
         description.CITATION,
     )

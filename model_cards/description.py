@@ -8,7 +8,6 @@ from vitreg_hub.model_cards.facts import (
     FEATURES,
     KEPT_TOWER,
     LOGITS,
-    Tokens,
     count,
     in_words,
     measured_on,
@@ -27,7 +26,7 @@ model = timm.create_model("{name}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 images = transform(Image.open("photo.jpg").convert("{mode}")).unsqueeze(0)
 with torch.inference_mode():
-    tokens = model.forward_features(images)  # {tokens}: {kinds}
+    tokens = model.forward_features(images)  # {tokens}
     {output}
 ```"""
 
@@ -35,12 +34,12 @@ TRANSFORMERS_USAGE = """\
 ```python
 {imports}
 
-processor = AutoImageProcessor.from_pretrained({name})
+{before}processor = AutoImageProcessor.from_pretrained({name})
 model = AutoModel.from_pretrained({name}).eval()
 with torch.inference_mode():
     inputs = processor(Image.open("photo.jpg").convert("{mode}"), return_tensors="pt")
-    outputs = model(**inputs)
-tokens = outputs.last_hidden_state  # {tokens}: {kinds}{classify}
+    outputs = model(**inputs{options})
+{lines}{classify}
 ```"""
 
 CLASSIFY = """
@@ -48,18 +47,6 @@ CLASSIFY = """
 classifier = AutoModelForImageClassification.from_pretrained({name}).eval()
 with torch.inference_mode():
     logits = classifier(**inputs).logits  # [1, {num_classes}]"""
-
-PLUGIN_USAGE = """\
-```python
-{imports}
-
-{folder}processor = AutoImageProcessor.from_pretrained({name})
-model = AutoModel.from_pretrained({name}).eval()
-with torch.inference_mode():
-    inputs = processor(Image.open("photo.jpg").convert("{mode}"), return_tensors="pt")
-    outputs = model(**inputs, output_hidden_states=True)
-{lines}{classify}
-```"""
 
 INSTALL = "`pip install vitreg_hub`"
 
@@ -104,77 +91,81 @@ parameters, {count(args["depth"], "block")} of width {args["embed_dim"]:,} with 
 
 def usage(bundle: ModelBundle, *, repo: str, revision: str | None = None, towers: bool | None = None) -> str:
     """Code for timm and for transformers, without and with this package; arguments as of `card.render`."""
-    facts = _usage_facts(bundle)
-    plugin = "import vitreg_hub  # before models are loaded"
     in_timm = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
     name = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
     parts = [
         "## Usage",
         "### timm",
-        TIMM_USAGE.format(imports=_imports("import timm"), name=in_timm, **facts),
+        timm_usage(bundle, "import timm", name=in_timm),
         "### transformers",
-        TRANSFORMERS_USAGE.format(
-            imports=_imports(_from_transformers(bundle)), name=name, classify=_classify(bundle, name), **facts
-        ),
+        _transformers_usage(bundle, name=name),
         f"With `import vitreg_hub` before ({INSTALL}), `AutoModel` gives the same numbers, and more:",
-        _plugin_usage(bundle, imports=_imports(plugin, _from_transformers(bundle)), name=name),
+        _plugin_usage(bundle, "import vitreg_hub  # before models are loaded", name=name),
     ]
     if towers is None:
         conversion, objective = bundle.provenance.conversion, objective_of(bundle.provenance.run)
         kept = conversion is not None and KEPT_TOWER in conversion.dropped
         towers = kept or (objective is not None and objective.text_tower)
     if towers:
-        parts += ["### open_clip", _towers(repo + TOWER_SUFFIX, revision)]
+        branch = f" (branch `{revision}`)" if revision else ""
+        where = f"`{repo}{TOWER_SUFFIX}`{branch}"
+        text = (
+            f"This is the image tower. For zero-shot classification, open_clip finds it with its text tower in {where}."
+        )
+        parts += ["### open_clip", text]
     return "\n\n".join(parts)
-
-
-def _towers(repo: str, revision: str | None) -> str:
-    branch = f" (branch `{revision}`)" if revision else ""
-    return (
-        f"This is the image tower. For zero-shot classification, open_clip finds it with its text tower in `{repo}`"
-        f"{branch}."
-    )
 
 
 def usage_of_shipped(bundle: ModelBundle, *, name: str) -> str:
     """The same for weights that are part of this package, under the name by which timm then knows them."""
-    timm_code = TIMM_USAGE.format(
-        imports=_imports("import timm", "import vitreg_hub"), name=name, **_usage_facts(bundle)
-    )
-    imports = f"{_imports(_from_transformers(bundle))}\n\nfrom vitreg_hub.timm_models import SHIPPED_WEIGHTS"
-    code = _plugin_usage(bundle, imports=imports, name="folder", folder=f'folder = SHIPPED_WEIGHTS / "{name}"\n')
+    timm_code = timm_usage(bundle, "import timm", "import vitreg_hub", name=name)
+    before = f'from vitreg_hub.timm_models import SHIPPED_WEIGHTS\n\nfolder = SHIPPED_WEIGHTS / "{name}"\n'
+    code = _plugin_usage(bundle, name="folder", before=before)
     about = "The weights are part of this package, as a bundle:"
     return "\n\n".join(
         ["## Usage", f"It needs this package: {INSTALL}.", "### timm", timm_code, "### transformers", about, code]
     )
 
 
-def _plugin_usage(bundle: ModelBundle, *, imports: str, name: str, folder: str = "") -> str:
-    kinds = {word: number for number, word in Tokens.of(bundle).kinds}
-    width, depth = bundle.model_args["embed_dim"], bundle.model_args["depth"]
-    shapes = {"register_tokens": kinds.get("register"), "patch_tokens": kinds["patch"]}
-    lines = [f"{name} = outputs.{name}  # [1, {number}, {width}]" for name, number in shapes.items() if number]
-    lines.append(f"hidden_states = outputs.hidden_states  # {depth + 1}: before the first block and after each")
-    return PLUGIN_USAGE.format(
-        imports=imports,
+def timm_usage(bundle: ModelBundle, *imports: str, name: str) -> str:
+    """Code for timm."""
+    kind = output(bundle)
+    width = bundle.embed_dim if kind == FEATURES else bundle.num_classes
+    return TIMM_USAGE.format(
+        imports=import_lines(*imports),
         name=name,
-        folder=folder,
         mode=_mode(bundle),
-        lines="\n".join(lines),
-        classify=_classify(bundle, name),
+        tokens=_tokens(bundle),
+        output=f"{kind} = model(images)  # [1, {width}]",
     )
 
 
-def _from_transformers(bundle: ModelBundle) -> str:
-    classifier = ", AutoModelForImageClassification" if output(bundle) == LOGITS else ""
-    return f"from transformers import AutoImageProcessor, AutoModel{classifier}"
+def _transformers_usage(
+    bundle: ModelBundle, *imports: str, name: str, before: str = "", options: str = "", lines: str = ""
+) -> str:
+    classifies = output(bundle) == LOGITS
+    classes = "AutoImageProcessor, AutoModel" + (", AutoModelForImageClassification" if classifies else "")
+    return TRANSFORMERS_USAGE.format(
+        imports=import_lines(*imports, f"from transformers import {classes}"),
+        before=before,
+        name=name,
+        mode=_mode(bundle),
+        options=options,
+        lines=lines or f"tokens = outputs.last_hidden_state  # {_tokens(bundle)}",
+        classify=CLASSIFY.format(name=name, num_classes=bundle.num_classes) if classifies else "",
+    )
 
 
-def _classify(bundle: ModelBundle, name: str) -> str:
-    return CLASSIFY.format(name=name, num_classes=bundle.num_classes) if output(bundle) == LOGITS else ""
+def _plugin_usage(bundle: ModelBundle, *imports: str, name: str, before: str = "") -> str:
+    kinds, width, depth = _token_kinds(bundle), bundle.embed_dim, bundle.model_args["depth"]
+    shapes = {"register_tokens": kinds.get("register"), "patch_tokens": kinds["patch"]}
+    lines = [f"{key} = outputs.{key}  # [1, {number}, {width}]" for key, number in shapes.items() if number]
+    lines.append(f"hidden_states = outputs.hidden_states  # {depth + 1}: before the first block and after each")
+    options = ", output_hidden_states=True"
+    return _transformers_usage(bundle, *imports, name=name, before=before, options=options, lines="\n".join(lines))
 
 
-def _imports(*lines: str) -> str:
+def import_lines(*lines: str) -> str:
     """Import statements with those of torch and Pillow."""
     lines = (*lines, "import torch", "from PIL import Image")
     return "\n".join(sorted(lines, key=lambda line: (line.startswith("from"), line.lower())))
@@ -184,16 +175,23 @@ def _mode(bundle: ModelBundle) -> str:
     return "L" if bundle.preprocess.input_size[0] == 1 else "RGB"
 
 
-def _usage_facts(bundle: ModelBundle) -> dict[str, str]:
-    tokens = Tokens.of(bundle)
-    name = output(bundle)
-    width = tokens.width if name == FEATURES else bundle.num_classes
-    return {
-        "mode": _mode(bundle),
-        "tokens": f"[1, {tokens.num}, {tokens.width}]",
-        "kinds": tokens.words,
-        "output": f"{name} = model(images)  # [1, {width}]",
+def _token_kinds(bundle: ModelBundle) -> dict[str, int]:
+    """How many tokens of each kind leave the final norm, in their order; patches come last."""
+    height, width = bundle.grid
+    kinds = {
+        "class token": int("cls_token" in bundle.state_dict),
+        "distillation token": int("dist_token" in bundle.state_dict),
+        "register": bundle.num_registers,
+        "patch": height * width,
     }
+    return {name: number for name, number in kinds.items() if number}
+
+
+def _tokens(bundle: ModelBundle) -> str:
+    """The shape of all tokens, and what they are."""
+    kinds = _token_kinds(bundle)
+    words = ", ".join(name if name.endswith("token") else count(number, name) for name, number in kinds.items())
+    return f"[1, {sum(kinds.values())}, {bundle.embed_dim}]: {words}"
 
 
 def what_registers_are() -> str:
@@ -208,7 +206,8 @@ def what_registers_are() -> str:
 
 def registers(bundle: ModelBundle) -> str:
     """What registers are, and those of this model."""
-    number, prefix = bundle.num_registers, Tokens.of(bundle).num_prefix
+    number, kinds = bundle.num_registers, _token_kinds(bundle)
+    prefix = sum(kinds.values()) - kinds["patch"]
     lines = [what_registers_are(), ""]
     if not number:
         lines.append(
@@ -237,7 +236,8 @@ def limits(bundle: ModelBundle) -> str:
     args, images = bundle.model_args, bundle.preprocess
     channels, height, width = images.input_size
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (images.mean, images.std))
-    told = f" ({_few(bundle.label_names)})" if bundle.label_names else ""
+    names = bundle.label_names or ()
+    told = f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
     lines = [
         {
             LOGITS: f"Classifies images into {bundle.num_classes:,} classes{told}; its tokens are features for other "
@@ -268,8 +268,3 @@ def _license_limits(license: str | None) -> str:
     if licenses.is_noncommercial(license):
         return f"The license, {license}, does not allow every use: commercial use is excluded or restricted."
     return f"The license is {license}."
-
-
-def _few(names: tuple[str, ...], most: int = 10) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown}, ..."

@@ -13,12 +13,13 @@ from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.doors import verify
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.files import EXTRA_FILES
-from vitreg_hub.model_cards import description, reports
+from vitreg_hub.model_cards import description
 from vitreg_hub.model_cards.artifacts import record, record_doors
+from vitreg_hub.model_cards.card import blocks_of
 from vitreg_hub.model_cards.facts import in_words, scores
 from vitreg_hub.model_cards.merging import MODEL_INDEX, front_matter
 from vitreg_hub.model_cards.metadata import TAGS, metadata
-from vitreg_hub.timm_models import DINOV2_SIZES, SHIPPED_WEIGHTS
+from vitreg_hub.tags import DINOV2, SHIPPED_WEIGHTS
 
 CARDS = Path(__file__).parent / "cards"
 WEIGHTS = "../../vitreg_hub/weights"
@@ -42,18 +43,7 @@ weights: it gives them names of its own, ships none of them and has measured not
 
 ## Usage
 
-```python
-import timm
-import torch
-import vitreg_hub
-from PIL import Image
-
-model = timm.create_model("{name}", pretrained=True, num_classes=0).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-images = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)
-with torch.inference_mode():
-    tokens = model.forward_features(images)  # [1, {tokens}, {width}]: class token, 4 registers, {patches:,} patches
-```
+{usage}
 
 `ModelBundle.load("{name}").save("folder")` makes a bundle of them, which transformers opens too.
 
@@ -97,19 +87,10 @@ def _shipped_card(name: str, shipped: Mapping[str, ModelBundle]) -> str:
     data = metadata(bundle, name)
     for result in data[MODEL_INDEX][0]["results"] if MODEL_INDEX in data else ():
         del result["source"]  # there is no repository to point to
-    parts = (
-        description.summary(bundle, title=name),
-        description.usage_of_shipped(bundle, name=name),
-        description.registers(bundle),
-        description.limits(bundle),
-        reports.origin(bundle, files=files, folder=beside),
-        reports.results(bundle),
-        _comparison(shipped),
-        reports.artifacts(bundle, files=files, folder=beside),
-        reports.environment(bundle),
-        description.CITATION,
-    )
-    return front_matter(data) + "\n" + "\n\n".join(part for part in parts if part) + "\n"
+    usage = description.usage_of_shipped(bundle, name=name)
+    blocks = blocks_of(bundle, title=name, usage=usage, files=files, folder=beside)
+    blocks["results"] += f"\n\n{_comparison(shipped)}"
+    return front_matter(data) + "\n" + "\n\n".join(part for part in blocks.values() if part) + "\n"
 
 
 def _comparison(shipped: Mapping[str, ModelBundle]) -> str:
@@ -140,7 +121,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _dinov2_card() -> str:
-    names = [f"vit_{size}_reg4.{DINOV2_TAG}" for size in DINOV2_SIZES]
+    names = list(DINOV2)
     cfgs = [cfg for name in names if (cfg := timm.get_pretrained_cfg(name))]
     specs = [get_arch(name.partition(".")[0]) for name in names]
     rows = [
@@ -169,9 +150,14 @@ def _dinov2_card() -> str:
         rows="\n".join(rows),
         facts="\n".join(facts),
         name=names[0],
-        tokens=1 + spec.num_registers + spec.num_patches,
-        width=spec.embed_dim,
-        patches=spec.num_patches,
+        usage=description.TIMM_USAGE.format(
+            imports=description.import_lines("import timm", "import vitreg_hub"),
+            name=names[0],
+            mode="RGB",
+            tokens=f"[1, {1 + spec.num_registers + spec.num_patches}, {spec.embed_dim}]: class token, "
+            f"{spec.num_registers} registers, {spec.num_patches:,} patches",
+            output=f"features = model(images)  # [1, {spec.embed_dim}]",
+        ),
         registers=description.what_registers_are(),
         citation=description.CITATION,
     )

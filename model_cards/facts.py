@@ -1,17 +1,17 @@
-"""Facts about a bundle that several parts of its card need: tokens, output, scores, and the images behind them."""
+"""Facts about a bundle that several parts of its card need: output, scores, and the images behind them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from vitreg_hub.arch import get_arch
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import DataOfRun, TrainingRun
+from vitreg_hub.bundle.provenance import RecipeFacts, TrainingRun
 from vitreg_hub.environment import without_folders
 from vitreg_hub.images.data_sets import ON_HUB
 from vitreg_hub.images.embedded import TRAINING_SETS
 from vitreg_hub.names import HUB_PREFIX
-from vitreg_hub.objectives import ACCURACY, KNN_ACCURACY, ZERO_SHOT_ACCURACY, Objective, Score
+from vitreg_hub.objectives import OBJECTIVES, SCORES, Objective, Score
 
 CLIP_FAMILIES = ("clip", "clip_quickgelu")
 CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")
@@ -29,35 +29,13 @@ KEPT_TOWER = "text tower; kept beside the bundle, in open_clip's own form"
 LOGITS, EMBEDDINGS, FEATURES = "logits", "embeddings", "features"
 
 
-OLDER_OBJECTIVES = {
-    "Supervised": Objective(words="classification", score=ACCURACY),
-    "DinoV2": Objective(words="self-distillation as in DINOv2", score=KNN_ACCURACY),
-    "Contrastive": Objective(
-        words="matching images with captions as in CLIP", score=ZERO_SHOT_ACCURACY, text_tower=True
-    ),
-    "Distill": Objective(
-        words="distillation of tokens",
-        score=Score(
-            name="patch_cosine",
-            words="patch cosine to the teacher",
-            task="image-feature-extraction",
-            metric="cosine_similarity",
-        ),
-    ),
-}
-"""What runs trained for that do not tell it, by the kind of their task."""
-SCORES = {score.name: score for score in (ACCURACY, KNN_ACCURACY, ZERO_SHOT_ACCURACY)}
-"""Metrics that any model may have; a run tells those that are its own."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Images:
     """Images that something was measured on.
 
     Attributes:
-        name: Name of the data, without a machine's folders.
+        name: Without a machine's folders.
         dataset: Identifier on the Hub, or name of an embedded set; otherwise `CUSTOM`.
-        split: Part of the data, if known.
         words: Name in a sentence.
     """
 
@@ -89,7 +67,7 @@ def scores(bundle: ModelBundle) -> list[tuple[str, float]]:
 
 def objective_of(run: TrainingRun | None) -> Objective | None:
     """What a run trained for, as far as it or the kind of its task tells."""
-    return run and (run.objective or OLDER_OBJECTIVES.get(run.facts.task.kind or ""))
+    return run and (run.objective or OBJECTIVES.get(run.facts.task or ""))
 
 
 def score_of(bundle: ModelBundle, metric: str) -> Score | None:
@@ -107,7 +85,7 @@ def in_words(bundle: ModelBundle, metric: str) -> str:
 
 def measured_on(bundle: ModelBundle) -> Images | None:
     """The images of a bundle's metrics; None if they are unknown."""
-    data = bundle.provenance.run.facts.data if bundle.provenance.run else DataOfRun()
+    data = bundle.provenance.run.facts if bundle.provenance.run else RecipeFacts()
     held_out = data.test or (data.train if data.train in TRAINING_SETS else None)
     if held_out and held_out in TRAINING_SETS:
         return Images(name=held_out, dataset=held_out, split="test", words=f"the held-out part of {held_out}")
@@ -145,44 +123,3 @@ def count(number: int, word: str) -> str:
     if number != 1:
         word += "es" if word.endswith("ch") else "s"
     return f"{number:,} {word}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokens:
-    """The tokens of a bundle's model after the final norm, in their order.
-
-    Attributes:
-        kinds: Number and name of each kind.
-        width: Channels of each.
-    """
-
-    kinds: tuple[tuple[int, str], ...]
-    width: int
-
-    @classmethod
-    def of(cls, bundle: ModelBundle) -> Self:
-        """Count the tokens of an image of the native size."""
-        _, height, width = bundle.preprocess.input_size
-        patch = bundle.model_args["patch_size"]
-        kinds = (
-            (int("cls_token" in bundle.state_dict), "class token"),
-            (int("dist_token" in bundle.state_dict), "distillation token"),
-            (bundle.num_registers, "register"),
-            ((height // patch) * (width // patch), "patch"),
-        )
-        return cls(kinds=tuple(kind for kind in kinds if kind[0]), width=bundle.model_args["embed_dim"])
-
-    @property
-    def num(self) -> int:
-        """All of them."""
-        return sum(number for number, _ in self.kinds)
-
-    @property
-    def num_prefix(self) -> int:
-        """Those before the patches."""
-        return sum(number for number, _ in self.kinds[:-1])
-
-    @property
-    def words(self) -> str:
-        """The kinds for a sentence."""
-        return ", ".join(name if name.endswith("token") else count(number, name) for number, name in self.kinds)

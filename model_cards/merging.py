@@ -46,13 +46,9 @@ def recorded(text: str) -> dict[str, Any]:
 
 
 def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any], settled_license: bool = False) -> str | None:
-    """Bring a card's metadata up to date.
+    """Bring a card's metadata from what we wrote last, if known, to what we would write today.
 
-    Args:
-        card: The whole text.
-        old: What we wrote into it last; empty if unknown.
-        new: What we would write today.
-        settled_license: Whether our license holds even if the author has changed the card's.
+    A settled license holds even if the author has changed the card's.
 
     Returns:
         The card; None if its metadata cannot be read or merged.

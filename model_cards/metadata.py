@@ -40,8 +40,8 @@ def base_model(bundle: ModelBundle) -> str | None:
     texts = [bundle.provenance.origin]  # also names the source of a start
     if conversion:
         texts.insert(0, conversion.source)
-    if run and run.facts.model.start:
-        texts.insert(0, run.facts.model.start)
+    if run and run.facts.start:
+        texts.insert(0, run.facts.start)
     for text in texts:
         if found := BASE_MODEL.search(text):
             return found[1]
@@ -75,9 +75,9 @@ def _how(bundle: ModelBundle, name: str) -> dict[str, Any]:
     run = bundle.provenance.run
     if run is None:
         return {}
-    watch = run.facts.watch
-    how = {"num_images": run.evaluated} if run.evaluated else {"max_images": watch.eval_images}
+    told = run.facts
+    how = {"num_images": run.evaluated} if run.evaluated else {"max_images": told.eval_images}
     if name == "knn_accuracy":
-        how |= {"max_reference_images": watch.eval_images, "max_neighbors": watch.knn_neighbors}
-        how |= {"temperature": watch.knn_temperature}
+        how |= {"max_reference_images": told.eval_images, "max_neighbors": told.knn_neighbors}
+        how |= {"temperature": told.knn_temperature}
     return {key: value for key, value in how.items() if value is not None}

@@ -21,10 +21,7 @@ AUGMENTS = {
 def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") -> str:
     """The recipe of a training run or the report of a conversion; empty for other models.
 
-    Args:
-        bundle: The model.
-        files: Names of the extra files beside it.
-        folder: Where those are, as seen from the card; ends in a slash.
+    Extra files are named, and are in a folder as seen from the card, which ends in a slash.
     """
     told = bundle.provenance
     if told.run:
@@ -34,29 +31,28 @@ def origin(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "") 
 
 def _training(bundle: ModelBundle, run: TrainingRun, files: Sequence[str], folder: str) -> str:
     told, step, total, best = run.facts, run.step, run.total_steps, bundle.provenance.best
-    data, optim, start = told.data, told.optim, told.model.start
-    others = (told.name, told.task.kind, optim.opt, optim.lr, optim.weight_decay, told.seed, step, total)
-    if data.train is None or told.augment.kind is None or told.batch_size is None or None in others:
+    others = (told.name, told.task, told.opt, told.lr, told.weight_decay, told.seed, step, total)
+    if told.train is None or told.augment is None or told.batch_size is None or None in others:
         return ""  # an older bundle tells less
     if best:
         score = in_words(bundle, best.score)
         steps = f"the best of the run's evaluations by {score}, after {best.step:,} of {total:,} steps"
     else:
         steps = f"{total:,} steps" if step == total else f"**{step:,} of {total:,} steps, not finished**,"
-    rate, decay = f"{optim.lr:g}", f"{optim.weight_decay:g}"
-    if optim.lr_batch:
-        rate += f" for {optim.lr_batch:,} images, scaled by the square root of the batch size"
-    if optim.weight_decay_end is not None:
-        decay += f" to {optim.weight_decay_end:g}"
+    rate, decay = f"{told.lr:g}", f"{told.weight_decay:g}"
+    if told.lr_batch:
+        rate += f" for {told.lr_batch:,} images, scaled by the square root of the batch size"
+    if told.weight_decay_end is not None:
+        decay += f" to {told.weight_decay_end:g}"
     lines = ["## Training", ""]
     lines.append(f"- Recipe `{told.name}`: {steps} of {count(told.batch_size, 'image')}, seed {told.seed}.")
-    source = f" ({SOURCES[data.train]})" if data.train in SOURCES else ""
-    lines.append(f"- Data: {without_folders(data.train)}{source}.")
-    if start:
-        lines.append(f"- Started from {without_folders(start)}; trained: {told.model.trainable.replace('+', ' and ')}.")
-    lines.append(f"- Optimiser: {optim.opt}, peak learning rate {rate}; weight decay {decay}.")
+    source = f" ({SOURCES[told.train]})" if told.train in SOURCES else ""
+    lines.append(f"- Data: {without_folders(told.train)}{source}.")
+    if told.start:
+        lines.append(f"- Started from {without_folders(told.start)}; trained: {told.trainable.replace('+', ' and ')}.")
+    lines.append(f"- Optimiser: {told.opt}, peak learning rate {rate}; weight decay {decay}.")
     lines.append(f"- Objective: {_objective(run)}.")
-    lines.append(f"- Images were augmented by {AUGMENTS.get(told.augment.kind, told.augment.kind)}.")
+    lines.append(f"- Images were augmented by {AUGMENTS.get(told.augment, told.augment)}.")
     if RECIPE_FILE in files:
         lines.append(f"- Every setting: [{RECIPE_FILE}]({folder}{RECIPE_FILE}).")
     if METRICS_FILE in files:
@@ -68,15 +64,15 @@ def _training(bundle: ModelBundle, run: TrainingRun, files: Sequence[str], folde
 
 def _objective(run: TrainingRun) -> str:
     """The objective, with label smoothing, mixing of images and averaging of weights if they were on."""
-    task, objective = run.facts.task, objective_of(run)
-    words = objective.words if objective else str(task.kind)
-    if task.teacher:
-        words += f", from the teacher {without_folders(task.teacher)}"
+    told, objective = run.facts, objective_of(run)
+    words = objective.words if objective else str(told.task)
+    if told.teacher:
+        words += f", from the teacher {without_folders(told.teacher)}"
     extras = (
-        ("label smoothing {:g}", task.smoothing),
-        ("mixup of alpha {:g}", task.mixup),
-        ("cutmix of alpha {:g}", task.cutmix),
-        ("weights averaged with decay {:g} per step", task.ema),
+        ("label smoothing {:g}", told.smoothing),
+        ("mixup of alpha {:g}", told.mixup),
+        ("cutmix of alpha {:g}", told.cutmix),
+        ("weights averaged with decay {:g} per step", told.ema),
     )
     return ", ".join([words, *(text.format(value) for text, value in extras if value)])
 
@@ -112,16 +108,16 @@ def results(bundle: ModelBundle) -> str:
 
 
 def _how(run: TrainingRun, *, knn: bool) -> str:
-    watch, most = run.facts.watch, ""
+    told, most = run.facts, ""
     if run.evaluated:
         most = f", {count(run.evaluated, 'image')}"
-    elif watch.eval_images is not None:
-        most = f", at most {count(watch.eval_images, 'image')}"
-    if not knn or watch.eval_images is None or watch.knn_neighbors is None or watch.knn_temperature is None:
+    elif told.eval_images is not None:
+        most = f", at most {count(told.eval_images, 'image')}"
+    if not knn or told.eval_images is None or told.knn_neighbors is None or told.knn_temperature is None:
         return most
-    reference = f"at most {count(watch.eval_images, 'training image')}"
-    neighbors = f"up to {count(watch.knn_neighbors, 'neighbor')}"
-    return f"{most}; k-NN among {reference}, with {neighbors} and temperature {watch.knn_temperature:g}"
+    reference = f"at most {count(told.eval_images, 'training image')}"
+    neighbors = f"up to {count(told.knn_neighbors, 'neighbor')}"
+    return f"{most}; k-NN among {reference}, with {neighbors} and temperature {told.knn_temperature:g}"
 
 
 def _chosen(score: str) -> str:
@@ -152,7 +148,7 @@ def artifacts(bundle: ModelBundle, *, files: Sequence[str] = (), folder: str = "
     found, run = bundle.provenance.artifacts, bundle.provenance.run
     if not found:
         told = NOT_MEASURED
-        if METRICS_FILE in files and run and run.facts.watch.artifact_images:
+        if METRICS_FILE in files and run and run.facts.artifact_images:
             drawn = f", drawn in [{CURVES_FIGURE}]({folder}{CURVES_FIGURE})" if CURVES_FIGURE in files else ""
             told = (
                 "No full report was made; what each evaluation of the run found of outliers is in "

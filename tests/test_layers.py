@@ -20,7 +20,7 @@ PACKAGES = {
 }
 LAYERS = [
     {"errors", "import_hook", "objectives"},
-    {"arch", "compat", "console", "docstrings", "environment", "licenses", "plotting", "tags", "tested", "typed"},
+    {"arch", "compat", "console", "environment", "licenses", "plotting", "tags", "tested", "typed"},
     {"network"},
     {"timm_models", "files", "names"},
     {"remote", "tokens"},

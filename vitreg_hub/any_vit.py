@@ -38,7 +38,6 @@ class AnyVit:
 
     Attributes:
         name: As it was given, or the class of a module; says if the weights are untrained.
-        model: The network; in evaluation mode, unless it was given as a module.
         transform: Makes a tensor [3, H, W] of an RGB image; None where it is unknown.
         preprocessing: The transform in words.
         untrained: Whether the weights are random, since the name asks for none.
@@ -53,12 +52,7 @@ class AnyVit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessorTransform:
-    """An image processor of transformers as a transform of one image.
-
-    Attributes:
-        processor: The image processor.
-        overrides: Settings to call it with.
-    """
+    """An image processor of transformers as a transform of one image, called with settings of its own."""
 
     processor: Any  # each kind has settings of its own
     overrides: dict[str, Any]
@@ -118,23 +112,24 @@ def open_vit(
 
 def _named(name: ModelName, size: tuple[int, int] | None, *, untrained: bool) -> nn.Module:
     if name.is_ours and not untrained:
-        return ModelBundle.load(name.given).build(**_timm_args(size))
+        return _bundled(name, size)
     with torch.random.fork_rng(devices=[]), hub_errors(name.given):
         torch.default_generator.manual_seed(0)  # timm draws all weights, also those that it replaces
         return _create(name.given, size, pretrained=not untrained)
 
 
+def _bundled(name: ModelName, size: tuple[int, int] | None) -> nn.Module:
+    return ModelBundle.load(name.given).build(**({"img_size": size} if size else {}))
+
+
 def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
+    args: dict[str, Any] = {"img_size": size} if size else {}
     try:
-        return timm.create_model(name, pretrained=pretrained, **_timm_args(size))
+        return timm.create_model(name, pretrained=pretrained, **args)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         raise DataError(f"{name} takes no other image size than its own: leave img_size out.") from error
-
-
-def _timm_args(size: tuple[int, int] | None) -> dict[str, Any]:
-    return {} if size is None else {"img_size": size}
 
 
 def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, BaseImageProcessor | None]:
@@ -147,7 +142,7 @@ def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, B
             config_file = Path(where, CONFIG_FILE)
         config = json.loads(config_file.read_text(encoding="utf-8"))
         if "vitreg" in config:
-            return ModelBundle.load(name.given).build(**_timm_args(size)), None
+            return _bundled(name, size), None
         if "model_type" not in config and "architecture" in config:
             return _create(name.given if name.repo_id else f"local-dir:{where}", size, pretrained=True), None
         config = AutoConfig.from_pretrained(where, revision=revision)

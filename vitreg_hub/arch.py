@@ -32,10 +32,9 @@ class Family:
         img_size: Native image side in pixels.
         init_values: Initial LayerScale, None for a lineage without it.
         pre_norm: LayerNorm before the first block, and then no bias in the patch embedding (timm ties the two).
-        mean: Channel means of the normalisation, for pixels in [0, 1].
-        std: Channel standard deviations of the normalisation.
+        mean: Of each channel, for pixels in [0, 1].
         crop_pct: Share of the resized image that the centre crop keeps.
-        norm_eps: LayerNorm epsilon that the upstream bases have.
+        norm_eps: LayerNorm epsilon of the upstream bases.
         act: timm's name of the MLP's activation, where that is not SwiGLU.
         timm_class: Name of the class of the upstream bases.
     """
@@ -84,10 +83,7 @@ class ArchSpec:
         size: Word for the width and depth.
         base: Upstream timm entrypoint that builds the network.
         num_registers: Register tokens, between the class token and the patches, without positions.
-        patch_size: Side of a patch in pixels.
         embed_dim: Width D of a token.
-        depth: Blocks.
-        num_heads: Attention heads per block.
         mlp_ratio: Output width of the MLP's first layer over D; with SwiGLU that layer holds gate and value.
         swiglu: Whether the MLP is timm's SwiGLUPacked (gate first).
         act_layer: timm's name of an activation that the base does not have already.
@@ -115,7 +111,7 @@ class ArchSpec:
 
     @property
     def lineage(self) -> Family:
-        """What this row shares with the other sizes of its family."""
+        """What all sizes of its family share."""
         return FAMILIES[self.family]
 
     @property
@@ -164,15 +160,17 @@ class ArchSpec:
         return stem + tokens + self.depth * (attention + mlp + norms_and_scales) + 2 * dim
 
 
-def _rows() -> Iterator[dict[str, Any]]:
-    """The rows without their number of registers: family, size, base, patch, width/depth/heads."""
-
-    def line(family: str, size: str, base: str, patch_size: int, shape: tuple[int, int, int], **facts: Any):
-        embed_dim, depth, num_heads = shape
-        return dict(
+def _specs(
+    family: str, size: str, base: str, patch_size: int, shape: tuple[int, int, int], **facts: Any
+) -> Iterator[ArchSpec]:
+    """A row for every number of registers, given width, depth and heads."""
+    embed_dim, depth, num_heads = shape
+    for number in (0,) if FAMILIES[family].distilled else REGISTER_COUNTS:
+        yield ArchSpec(
             family=family,
             size=size,
             base=base,
+            num_registers=number,
             patch_size=patch_size,
             embed_dim=embed_dim,
             depth=depth,
@@ -180,56 +178,51 @@ def _rows() -> Iterator[dict[str, Any]]:
             **facts,
         )
 
+
+def _rows() -> Iterator[ArchSpec]:
     # The toy row: for tests, the quickstart and the weights that ship with the package.
-    yield line("dinov2", "nano", "vit_small_patch14_dinov2", 4, (128, 4, 4), own_img_size=32)
+    yield from _specs("dinov2", "nano", "vit_small_patch14_dinov2", 4, (128, 4, 4), own_img_size=32)
     # dinov2/models/vision_transformer.py `vit_small` ... `vit_giant2`; tiny: deit/models.py `deit_tiny_patch16_224`.
-    yield line("dinov2", "tiny", "vit_small_patch14_dinov2", 14, (192, 12, 3))
-    yield line("dinov2", "small", "vit_small_patch14_dinov2", 14, (384, 12, 6))
-    yield line("dinov2", "base", "vit_base_patch14_dinov2", 14, (768, 12, 12))
-    yield line("dinov2", "large", "vit_large_patch14_dinov2", 14, (1024, 24, 16))
+    yield from _specs("dinov2", "tiny", "vit_small_patch14_dinov2", 14, (192, 12, 3))
+    yield from _specs("dinov2", "small", "vit_small_patch14_dinov2", 14, (384, 12, 6))
+    yield from _specs("dinov2", "base", "vit_base_patch14_dinov2", 14, (768, 12, 12))
+    yield from _specs("dinov2", "large", "vit_large_patch14_dinov2", 14, (1024, 24, 16))
     # 2 * 4096 / 1536: gate and value of dinov2/layers/swiglu_ffn.py `SwiGLUFFNFused` for width 1536.
-    yield line(
+    yield from _specs(
         "dinov2", "giant", "vit_giant_patch14_dinov2", 14, (1536, 40, 24), mlp_ratio=2 * 4096 / 1536, swiglu=True
     )
     # deit/models_v2.py `deit_small_patch16_LS` ... `deit_huge_patch14_LS`.
-    yield line("deit3", "small", "deit3_small_patch16_224", 16, (384, 12, 6))
-    yield line("deit3", "medium", "deit3_medium_patch16_224", 16, (512, 12, 8))
-    yield line("deit3", "base", "deit3_base_patch16_224", 16, (768, 12, 12))
-    yield line("deit3", "large", "deit3_large_patch16_224", 16, (1024, 24, 16))
-    yield line("deit3", "huge", "deit3_huge_patch14_224", 14, (1280, 32, 16))
+    yield from _specs("deit3", "small", "deit3_small_patch16_224", 16, (384, 12, 6))
+    yield from _specs("deit3", "medium", "deit3_medium_patch16_224", 16, (512, 12, 8))
+    yield from _specs("deit3", "base", "deit3_base_patch16_224", 16, (768, 12, 12))
+    yield from _specs("deit3", "large", "deit3_large_patch16_224", 16, (1024, 24, 16))
+    yield from _specs("deit3", "huge", "deit3_huge_patch14_224", 14, (1280, 32, 16))
     # open_clip/model_configs ViT-B-16, ViT-L-14, ViT-H-14, ViT-g-14 (whose MLP is 6144 wide). OpenAI's and some later
     # weights use QuickGELU, which timm has under names of their own, except for the giant.
     for family, infix in (("clip", ""), ("clip_quickgelu", "quickgelu_")):
         giant: dict[str, Any] = {"act_layer": "quick_gelu"} if infix else {}
-        yield line(family, "base", f"vit_base_patch16_clip_{infix}224", 16, (768, 12, 12))
-        yield line(family, "large", f"vit_large_patch14_clip_{infix}224", 14, (1024, 24, 16))
-        yield line(family, "huge", f"vit_huge_patch14_clip_{infix}224", 14, (1280, 32, 16))
-        yield line(family, "giant", "vit_giant_patch14_clip_224", 14, (1408, 40, 16), mlp_ratio=6144 / 1408, **giant)
+        yield from _specs(family, "base", f"vit_base_patch16_clip_{infix}224", 16, (768, 12, 12))
+        yield from _specs(family, "large", f"vit_large_patch14_clip_{infix}224", 14, (1024, 24, 16))
+        yield from _specs(family, "huge", f"vit_huge_patch14_clip_{infix}224", 14, (1280, 32, 16))
+        yield from _specs(
+            family, "giant", "vit_giant_patch14_clip_224", 14, (1408, 40, 16), mlp_ratio=6144 / 1408, **giant
+        )
     # deit/models.py; timm's own `vit_large_patch16_224` and `vit_huge_patch14_224`.
-    yield line("plain", "tiny", "deit_tiny_patch16_224", 16, (192, 12, 3))
-    yield line("plain", "small", "deit_small_patch16_224", 16, (384, 12, 6))
-    yield line("plain", "base", "deit_base_patch16_224", 16, (768, 12, 12))
-    yield line("plain", "large", "vit_large_patch16_224", 16, (1024, 24, 16))
-    yield line("plain", "huge", "vit_huge_patch14_224", 14, (1280, 32, 16))
-    yield line("deit_distilled", "tiny", "deit_tiny_distilled_patch16_224", 16, (192, 12, 3))
-    yield line("deit_distilled", "small", "deit_small_distilled_patch16_224", 16, (384, 12, 6))
-    yield line("deit_distilled", "base", "deit_base_distilled_patch16_224", 16, (768, 12, 12))
+    yield from _specs("plain", "tiny", "deit_tiny_patch16_224", 16, (192, 12, 3))
+    yield from _specs("plain", "small", "deit_small_patch16_224", 16, (384, 12, 6))
+    yield from _specs("plain", "base", "deit_base_patch16_224", 16, (768, 12, 12))
+    yield from _specs("plain", "large", "vit_large_patch16_224", 16, (1024, 24, 16))
+    yield from _specs("plain", "huge", "vit_huge_patch14_224", 14, (1280, 32, 16))
+    yield from _specs("deit_distilled", "tiny", "deit_tiny_distilled_patch16_224", 16, (192, 12, 3))
+    yield from _specs("deit_distilled", "small", "deit_small_distilled_patch16_224", 16, (384, 12, 6))
+    yield from _specs("deit_distilled", "base", "deit_base_distilled_patch16_224", 16, (768, 12, 12))
 
 
-ARCHS: dict[str, ArchSpec] = {
-    spec.name: spec
-    for facts in _rows()
-    for spec in (ArchSpec(num_registers=n, **facts) for n in REGISTER_COUNTS)
-    if not (spec.lineage.distilled and spec.num_registers)
-}
+ARCHS: dict[str, ArchSpec] = {spec.name: spec for spec in _rows()}
 
 
 def require_divisible(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> None:
-    """Refuse an image that would lose its last rows or columns: timm cuts them off silently.
-
-    Args:
-        img_size: Side, or height and width, in pixels.
-        patch_size: Side, or height and width, of a patch in pixels.
+    """Refuse an image that would lose its last rows or columns: timm cuts them off silently. Sizes are in pixels.
 
     Raises:
         DataError: The patch does not divide the image.
@@ -244,14 +237,7 @@ def require_divisible(img_size: int | Sequence[int], patch_size: int | Sequence[
 
 
 def require_whole_patches(timm_args: Mapping[str, Any]) -> None:
-    """Refuse arguments of a timm ViT whose image would lose its last rows or columns, unless the model pads it.
-
-    Args:
-        timm_args: With `img_size` and `patch_size`.
-
-    Raises:
-        DataError: The patch does not divide the image.
-    """
+    """The same for arguments of a timm ViT, unless the model pads its images."""
     if not (timm_args.get("dynamic_img_pad") and timm_args.get("dynamic_img_size")):  # timm pads only with both
         require_divisible(timm_args["img_size"], timm_args["patch_size"])
 

@@ -201,13 +201,7 @@ class VitRegForImageClassification(VitRegPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> ImageClassifierOutput:
-        """Classify images.
-
-        Args:
-            pixel_values: As for `VitRegModel`.
-            labels: [B] classes, or [B, num_labels] for several labels per image or regression.
-            **kwargs: As for `VitRegModel`.
-        """
+        """Classify images; labels are [B] classes, or [B, num_labels] for several per image or regression."""
         encoded = self._encode(pixel_values, **kwargs)
         logits = self.timm_model.forward_head(cast(Tensor, encoded.last_hidden_state))
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load
@@ -44,20 +44,13 @@ NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 """Close to what the Hub accepts as `license_name`."""
 
 
-class LicenseFields(TypedDict, total=False):
-    """Keyword arguments of `huggingface_hub.ModelCardData`."""
-
-    license: str
-    license_name: str
-
-
 def is_noncommercial(license: str) -> bool:
     """Whether a license forbids commercial use, judging by its name."""
     return NONCOMMERCIAL.fullmatch(_spelled(license)) is not None
 
 
-def metadata(license: str | None) -> LicenseFields:
-    """A license as a card's metadata states it: the Hub refuses cards with values other than its own."""
+def metadata(license: str | None) -> dict[str, Any]:
+    """A license as `huggingface_hub.ModelCardData` takes it: the Hub refuses cards with values other than its own."""
     if license is None:
         return {"license": UNKNOWN}
     return {"license": license} if license in IDENTIFIERS else {"license": OTHER, "license_name": license}
@@ -70,7 +63,7 @@ def stated_licenses(
 
     Args:
         config: config.json of timm, or of a bundle; those of other libraries state none.
-        card: README.md; need not exist, and states nothing if its metadata cannot be read.
+        card: README.md, if it exists and its metadata can be read.
         header: The metadata in the header of a .safetensors file.
     """
     cfg, ours = config.get("pretrained_cfg", config), config.get("vitreg")  # older ones of timm have one level

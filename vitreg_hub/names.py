@@ -30,9 +30,7 @@ class ModelName:
     """A model as a user named it: a file or folder, a repository on the Hub, or else an architecture.
 
     Attributes:
-        given: What was typed.
         path: The file or folder of that name, if there is one.
-        repo_id: ``org/name`` on the Hub.
         revision: Branch, tag or commit; None for the main branch.
         arch: Name of an architecture, ours or timm's, which may not exist.
         tag: Tag of its weights, or empty.
@@ -77,11 +75,7 @@ class ModelName:
         return folder if tag in known and folder.is_dir() else None
 
     def require_ours(self) -> None:
-        """Refuse an architecture or a tag that `vitreg list` does not have.
-
-        Raises:
-            UnknownArchError: There is no such architecture, or it has no such tag.
-        """
+        """Refuse an architecture or a tag that `vitreg list` does not have, with an UnknownArchError."""
         if not self.is_ours:
             raise self._unknown(ARCHS)
         if self.tag:
@@ -103,20 +97,12 @@ class ModelName:
         return bool(self.tag or self.shipped)
 
     def require_known(self) -> None:
-        """Refuse a name that means nothing, without opening a model.
-
-        Raises:
-            UnknownArchError: It is neither a path, a repository nor an architecture, or has no such tag.
-        """
+        """Refuse a name that means nothing, with an UnknownArchError, without opening a model."""
         if self.arch:
             self.asks_for_weights()
 
     def require_weights(self) -> None:
-        """Refuse an architecture that `vitreg list` does not have, or that has no weights there.
-
-        Raises:
-            UnknownArchError: As `require_ours`, or there are no weights at all.
-        """
+        """Refuse an architecture that `vitreg list` does not have, or that has no weights there, likewise."""
         self.require_ours()
         if not tags(self.arch):
             raise UnknownArchError(f"{self.arch} has no weights; `vitreg list` prints the tags of those that have.")

@@ -40,3 +40,19 @@ KNN_ACCURACY = Score(name="knn_accuracy", words="k-NN accuracy", task="image-cla
 ZERO_SHOT_ACCURACY = Score(
     name="zero_shot_accuracy", words="zero-shot accuracy", task="zero-shot-image-classification", metric="accuracy"
 )
+PATCH_COSINE = Score(
+    name="patch_cosine",
+    words="patch cosine to the teacher",
+    task="image-feature-extraction",
+    metric="cosine_similarity",
+)
+
+SUPERVISED = Objective(words="classification", score=ACCURACY)
+DINOV2 = Objective(words="self-distillation as in DINOv2", score=KNN_ACCURACY)
+CONTRASTIVE = Objective(words="matching images with captions as in CLIP", score=ZERO_SHOT_ACCURACY, text_tower=True)
+DISTILL = Objective(words="distillation of tokens", score=PATCH_COSINE)
+
+OBJECTIVES = {"Supervised": SUPERVISED, "DinoV2": DINOV2, "Contrastive": CONTRASTIVE, "Distill": DISTILL}
+"""By the kind of the task: older runs tell no more."""
+SCORES = {score.name: score for score in (ACCURACY, KNN_ACCURACY, ZERO_SHOT_ACCURACY)}
+"""Metrics that any model may have; a run tells those that are its own."""

@@ -16,13 +16,7 @@ EXTRA = "tested"
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """A library that this package was tested with.
-
-    Attributes:
-        name: As pip knows it.
-        installed: Its installed version, or None.
-        tested: The versions that were tested.
-    """
+    """A library, named as pip does, with its installed version, if any, and the versions that were tested."""
 
     name: str
     installed: str | None
@@ -47,11 +41,7 @@ def tested_ranges() -> dict[str, SpecifierSet]:
 
 
 def libraries(ranges: Mapping[str, SpecifierSet] | None = None) -> list[Library]:
-    """Every library that this package was tested with, and its installed version.
-
-    Args:
-        ranges: Tested versions by name; those of this installation by default.
-    """
+    """Every library that this package was tested with, by default in the ranges of this installation."""
     ranges = tested_ranges() if ranges is None else ranges
     return [Library(name=name, installed=_installed(name), tested=tested) for name, tested in ranges.items()]
 

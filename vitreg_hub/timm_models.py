@@ -18,7 +18,7 @@ from torch import nn
 
 from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches, row
 from vitreg_hub.network.kinds import STEM, is_registers, kind_of
-from vitreg_hub.tags import DINOV2_SIZES, SHIPPED_WEIGHTS
+from vitreg_hub.tags import DINOV2, SHIPPED_WEIGHTS
 
 CLASSIFIERS = ("deit3", "plain", "deit_distilled")
 """Families that are trained to classify ImageNet-1k."""
@@ -41,10 +41,9 @@ def eval_cfg(spec: ArchSpec) -> PretrainedCfg:
 
 def _weights() -> Iterator[tuple[str, PretrainedCfg]]:
     """Yield (architecture.tag, cfg) of all weights: timm's DINOv2 with registers, and the bundles in the package."""
-    for size in DINOV2_SIZES:
-        repo = f"vit_{size}_patch14_reg4_dinov2.lvd142m"
-        cfg = get_pretrained_cfg(repo)
-        yield f"vit_{size}_reg4.dinov2_lvd142m", dataclasses.replace(cfg, hf_hub_id=f"timm/{repo}", url=None)  # pyright: ignore[reportArgumentType]  # there is one
+    for ours, timms in DINOV2.items():
+        cfg = get_pretrained_cfg(timms)
+        yield ours, dataclasses.replace(cfg, hf_hub_id=f"timm/{timms}", url=None)  # pyright: ignore[reportArgumentType]  # there is one
     for folder in sorted(SHIPPED_WEIGHTS.glob("*.*")):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fields: dict[str, Any] = {

@@ -47,13 +47,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenOrder:
-    """Which token is what: class tokens, then registers, then patches. By default there are none: nothing was seen yet.
-
-    Attributes:
-        num_class: Class tokens.
-        num_registers: Registers.
-        grid: Rows and columns of patches.
-    """
+    """Which token is what: class tokens, then registers, then a grid of patches. By default there are none."""
 
     num_class: int = 0
     num_registers: int = 0
@@ -199,38 +193,22 @@ def observe(
 
 
 def block_tokens(model: nn.Module, images: Tensor, *, blocks: Sequence[int] = (-1,)) -> dict[int, Tokens]:
-    """Tokens of the residual stream after chosen blocks, before the final norm.
-
-    Args:
-        model: A ViT of timm or transformers; nothing of it is changed.
-        images: [B, 3, height, width], preprocessed.
-        blocks: Indices of blocks, negative ones from the end.
+    """Tokens of the residual stream after chosen blocks, before the final norm; arguments and errors as of `observe`.
 
     Returns:
         Tokens by block, by the indices that were given.
-
-    Raises:
-        DataError: As `observe`.
     """
     return observe(model, images, blocks=blocks).tokens
 
 
 def attention_maps(model: nn.Module, images: Tensor, *, blocks: Sequence[int] = (-1,)) -> dict[int, Attention]:
-    """Attention of chosen blocks, whichever kernel the model uses.
+    """Attention of chosen blocks, whichever kernel the model uses; arguments and errors as of `observe`.
 
     Fused kernels never form the weights, so they are computed again, only for these blocks.
-
-    Args:
-        model: A ViT of timm or transformers; nothing of it is changed.
-        images: [B, 3, height, width], preprocessed.
-        blocks: Indices of blocks, negative ones from the end.
 
     Returns:
         Attention by block, by the indices that were given: `weights` of all tokens, and the maps of the class token
         (`cls`) and of each register (`registers`) over the patches.
-
-    Raises:
-        DataError: As `observe`.
     """
     return observe(model, images, attention=blocks).attention
 

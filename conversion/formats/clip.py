@@ -10,14 +10,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitreg_hub.arch import CLIP_MEAN, CLIP_STD
-from vitreg_hub.conversion.formats.base import (
-    PRE_NORM,
-    CheckpointFormat,
-    Facts,
-    Outputs,
-    height_and_width,
-    unknown_keys,
-)
+from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat, Outputs
+from vitreg_hub.conversion.formats.facts import Facts, height_and_width, unknown_keys
 from vitreg_hub.conversion.formats.rules import Reshape, drop, keep, qkv, same
 from vitreg_hub.conversion.formats.timm_format import NO_ANTIALIAS, TOWER, bare_facts, usual_images
 from vitreg_hub.conversion.formats.transformers_format import TransformersFormat

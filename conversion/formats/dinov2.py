@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from vitreg_hub import typed
-from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat, Facts
+from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat
+from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.formats.rules import drop, keep
 from vitreg_hub.conversion.formats.timm_format import ATTENTION_AND_MLP, STEM_AND_NORM, TOWER, WIDTH_64
 from vitreg_hub.errors import ConversionError

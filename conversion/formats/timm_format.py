@@ -7,14 +7,8 @@ from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from vitreg_hub.arch import ARCHS
-from vitreg_hub.conversion.formats.base import (
-    LAYER_SCALE,
-    CheckpointFormat,
-    Facts,
-    Outputs,
-    names_in_order,
-    unknown_keys,
-)
+from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat, Outputs
+from vitreg_hub.conversion.formats.facts import Facts, names_in_order, unknown_keys
 from vitreg_hub.conversion.formats.rules import drop, keep, same
 from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.network.position_rule import TIMM_RULE, Grid, PositionRule

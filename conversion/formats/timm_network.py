@@ -8,7 +8,7 @@ from timm.layers import Attention, GELUTanh, QuickGELU, SwiGLU
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitreg_hub.conversion.formats.base import Facts
+from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.kinds import KINDS, kind_of
 from vitreg_hub.network.residual_scale import stream_norms

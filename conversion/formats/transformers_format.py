@@ -7,14 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vitreg_hub.conversion.formats.base import (
-    CheckpointFormat,
-    Facts,
-    Outputs,
-    height_and_width,
-    names_in_order,
-    unknown_keys,
-)
+from vitreg_hub.conversion.formats.base import CheckpointFormat, Outputs
+from vitreg_hub.conversion.formats.facts import Facts, height_and_width, names_in_order, unknown_keys
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import CONFIG_FILE, PREPROCESSOR_FILE
 from vitreg_hub.network.position_rule import Grid

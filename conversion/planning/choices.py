@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from timm.models import VisionTransformer
 
 from vitreg_hub.arch import ARCHS, REGISTER_COUNTS, ArchSpec, get_arch, row
-from vitreg_hub.conversion.formats.base import Facts
+from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.planning.assignment import Assignment, Structure
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.network.kinds import kind_of

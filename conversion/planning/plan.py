@@ -13,8 +13,9 @@ from vitreg_hub.bundle.config import BundleConfig, Preprocess, empty_model, shap
 from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.bundle.rules import rule_problems
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
-from vitreg_hub.conversion.formats.base import CheckpointFormat, Facts
+from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.detect import detect, find_format, refuse_look_alikes, without_useless_prefix
+from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.planning.assignment import Assignment, Structure, assign
 from vitreg_hub.conversion.planning.choices import Choices, Request
 from vitreg_hub.errors import BundleError, ConversionError, DataError

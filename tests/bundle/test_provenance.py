@@ -82,8 +82,8 @@ def test_recorded_ones_are_of_their_kinds():
     )
     assert told["measured"].doors == DOORS
     assert told["measured"].artifacts.num_images == 64
-    assert told["vit_nano_reg4.digits"].run.facts.optim.lr == 0.004
-    assert (told["flat"].run.facts.optim.opt, told["flat"].run.facts.optim.lr) == ("nadamuon", 0.002)
+    assert told["vit_nano_reg4.digits"].run.facts.lr == 0.004
+    assert (told["flat"].run.facts.opt, told["flat"].run.facts.lr) == ("nadamuon", 0.002)
 
 
 def test_an_older_bundle_is_told_and_written_in_the_new_form(tmp_path):

@@ -42,11 +42,8 @@ class Preprocess:
 
     Attributes:
         input_size: Channels, height and width.
-        interpolation: Filter of the resize.
         crop_pct: Share of the resized image that the centre crop keeps.
-        crop_mode: timm's name of the crop.
         mean: Channel means, for pixels in [0, 1].
-        std: Channel standard deviations.
     """
 
     input_size: tuple[int, int, int]
@@ -75,9 +72,6 @@ class BundleConfig:
         arch: Name of a row of the table.
         model_args: Complete arguments of the row's upstream entrypoint, without the number of classes.
         num_classes: Width of the classification head, 0 without one.
-        preprocess: The images that the weights expect.
-        provenance: Where the weights came from.
-        label_names: Names of the classes.
         positions: How the position table is resampled for another image size.
         residual_scale: How many times larger the residual stream of the stored network is (`residual_scale.py`).
     """

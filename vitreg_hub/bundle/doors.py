@@ -27,8 +27,7 @@ def verify(folder: str | Path, *, images: Tensor | None = None, bundle: ModelBun
     Compares all tokens after the final norm, the pooled features and, with a head, the logits, on the CPU in float32.
 
     Args:
-        folder: A bundle's folder, ``hf-hub:org/name[@revision]``, or the name of weights in this package
-            (``vit_nano_reg4.digits``).
+        folder: A bundle's folder, ``hf-hub:org/name[@revision]``, or the name of weights in this package.
         images: [B, C, H, W] of the bundle's input size; two images of noise by default.
         bundle: The folder's bundle, if it is loaded already.
 
@@ -59,11 +58,7 @@ def verify(folder: str | Path, *, images: Tensor | None = None, bundle: ModelBun
 
 
 def bundle_folder(source: str | Path | ModelName) -> Path:
-    """The folder of a bundle, given itself or by the name of weights in this package.
-
-    Raises:
-        BundleError: There is none, or it cannot be read.
-    """
+    """The folder of a bundle, given itself or by the name of weights in this package; refuses anything else."""
     name = source if isinstance(source, ModelName) else ModelName.parse(source)
     folder = name.path or name.shipped
     if folder is not None and folder.is_dir():

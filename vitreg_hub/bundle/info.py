@@ -27,13 +27,7 @@ SHOWN = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
-    """Facts about one model, JSON-safe.
-
-    Attributes:
-        name: Architecture, architecture.tag, folder, or repository with its commit.
-        architecture: Facts of the network and its images.
-        provenance: Where the weights came from; None for an architecture alone.
-    """
+    """Facts about one model, JSON-safe; an architecture alone has no provenance."""
 
     name: str
     architecture: Mapping[str, Any]
@@ -211,8 +205,8 @@ def _training(run: TrainingRun, best: BestModel | None) -> str:
         "recipe": recipe.name,
         "steps": run.step if run.step == total else f"{run.step} of {total}",
         "batch size": recipe.batch_size,
-        "optimiser": recipe.optim.opt,
-        "learning rate": recipe.optim.lr,
+        "optimiser": recipe.opt,
+        "learning rate": recipe.lr,
         "seed": recipe.seed,
         "best of its run by": best and best.score,
     }

@@ -125,7 +125,6 @@ class ModelBundle(BundleConfig):
 
     @classmethod
     def _load_published(cls, name: ModelName) -> Self:
-        """Load weights that timm publishes."""
         cfg = timm.get_pretrained_cfg(name.given)
         if cfg is None or cfg.hf_hub_id is None:
             raise BundleError(f"timm names no Hub repository with the weights {name.given}: give another name.")
@@ -169,15 +168,7 @@ class ModelBundle(BundleConfig):
         return Path(folder)
 
     def write_into(self, folder: Path, *, card: str | None = None) -> None:
-        """Write the bundle's files into an existing folder.
-
-        Args:
-            folder: The folder.
-            card: Text of README.md.
-
-        Raises:
-            BundleError: The weights are not those of the architecture.
-        """
+        """Write the bundle's files into an existing folder, otherwise like `save`."""
         self.require_consistent()
         (folder / CONFIG_FILE).write_text(self.text(), encoding="utf-8")
         save_file(dict(self.state_dict), folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -209,7 +200,10 @@ class ModelBundle(BundleConfig):
         if network.in_chans != self.preprocess.input_size[0]:
             stem = f"{STEM}.weight"
             state_dict[stem] = adapt_input_conv(network.in_chans, state_dict[stem])
-        positions = self._positions(state_dict, network)
+        positions = {}  # timm knows only its own rule, so the table is fitted here
+        if (table := state_dict.pop(self.kind.positions, None)) is not None:
+            grid = network.patch_embed.grid_size
+            positions[self.kind.positions] = self.positions.resample(table, old=self.grid, new=grid)
         state_dict = self.kind.adapt(state_dict, network) | positions
         try:
             # assign: nobody else holds these tensors, so they become the parameters without another copy
@@ -229,14 +223,6 @@ class ModelBundle(BundleConfig):
             trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         return model.to(**placement).eval()
-
-    def _positions(self, state_dict: dict[str, Tensor], network: VisionTransformer) -> dict[str, Tensor]:
-        """Take the position table out of the weights and fit it to a network's grid: timm knows only its own rule."""
-        name = self.kind.positions
-        if name not in state_dict:
-            return {}
-        table, new = state_dict.pop(name), network.patch_embed.grid_size
-        return {name: self.positions.resample(table, old=self.grid, new=new)}
 
     def _fresh_tensors(self) -> dict[str, Tensor]:
         """Weights that nobody else holds: the file mapped once more, which costs no copy, or copies."""

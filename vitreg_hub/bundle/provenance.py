@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AliasPath, Field
 
 from vitreg_hub.errors import BundleError
 from vitreg_hub.objectives import Objective
@@ -14,6 +14,8 @@ from vitreg_hub.typed import read
 
 CALLED = "vitreg.provenance"
 """Its key in a config.json."""
+PARTS = ("model", "task", "data", "augment", "optim", "watch")
+"""The parts of a recipe that are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +25,10 @@ class Conversion:
     Attributes:
         source: File or folder, without the path to it, or repository with its commit.
         sha256: Checksum of every weights file.
-        format: Name of the format.
-        arch: Name of the row of the table.
-        license: License of the bundle; None if it is unknown.
         num_mapped: Tensors of the source that the bundle holds.
         dropped: Tensors that it does not hold, by reason.
         network: Facts that no tensor shows, as the bundle has them.
-        notes: What a user should know.
+        license: License of the bundle; None if it is unknown.
         untrained_registers: Registers that were drawn at random.
         measured: Largest absolute difference to a reference implementation by output, and its name under "reference";
             empty if it was not measured.
@@ -54,75 +53,44 @@ class Conversion:
         return {name: value for name, value in self.measured.items() if not isinstance(value, str)}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelOfRun:
-    """The network of a run: the weights that it started from, and which of them changed."""
-
-    start: str | None = None
-    trainable: str = "all"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskOfRun:
-    """The objective of a run, by the name of its settings' class, and settings of some objectives."""
-
-    kind: str | None = None
-    teacher: str | None = None
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    ema: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataOfRun:
-    """What was trained on, and what was held out."""
-
-    train: str | None = None
-    test: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentOfRun:
-    """The augmentation of the images, by the name of its settings' class."""
-
-    kind: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimOfRun:
-    """The optimiser, its peak learning rate for `lr_batch` images, and its weight decay."""
-
-    opt: str | None = None
-    lr: float | None = None
-    lr_batch: int | None = None
-    weight_decay: float | None = None
-    weight_decay_end: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WatchOfRun:
-    """How the scores of a run were measured."""
-
-    eval_images: int | None = None
-    knn_neighbors: int | None = None
-    knn_temperature: float | None = None
-    artifact_images: int = 0
+def _at(part: str, name: str) -> Any:
+    return Field(validation_alias=AliasPath(part, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeFacts:
-    """The part of a recipe that cards and tables show, named as in `recipe.yaml`; older bundles lack some of it."""
+    """The settings of a recipe that cards and tables show, from `PARTS`; older bundles lack some of them.
+
+    Attributes:
+        start: The weights that the run started from.
+        task: The objective, by the name of its settings' class.
+        augment: The augmentation of the images, likewise.
+        lr: Peak learning rate, for `lr_batch` images.
+    """
 
     name: str | None = None
-    model: ModelOfRun = ModelOfRun()
-    task: TaskOfRun = TaskOfRun()
-    data: DataOfRun = DataOfRun()
-    augment: AugmentOfRun = AugmentOfRun()
-    optim: OptimOfRun = OptimOfRun()
-    watch: WatchOfRun = WatchOfRun()
     batch_size: int | None = None
     seed: int | None = None
+    start: Annotated[str | None, _at("model", "start")] = None
+    trainable: Annotated[str, _at("model", "trainable")] = "all"
+    task: Annotated[str | None, _at("task", "kind")] = None
+    teacher: Annotated[str | None, _at("task", "teacher")] = None
+    smoothing: Annotated[float, _at("task", "smoothing")] = 0.0
+    mixup: Annotated[float, _at("task", "mixup")] = 0.0
+    cutmix: Annotated[float, _at("task", "cutmix")] = 0.0
+    ema: Annotated[float | None, _at("task", "ema")] = None
+    train: Annotated[str | None, _at("data", "train")] = None
+    test: Annotated[str | None, _at("data", "test")] = None
+    augment: Annotated[str | None, _at("augment", "kind")] = None
+    opt: Annotated[str | None, _at("optim", "opt")] = None
+    lr: Annotated[float | None, _at("optim", "lr")] = None
+    lr_batch: Annotated[int | None, _at("optim", "lr_batch")] = None
+    weight_decay: Annotated[float | None, _at("optim", "weight_decay")] = None
+    weight_decay_end: Annotated[float | None, _at("optim", "weight_decay_end")] = None
+    eval_images: Annotated[int | None, _at("watch", "eval_images")] = None
+    knn_neighbors: Annotated[int | None, _at("watch", "knn_neighbors")] = None
+    knn_temperature: Annotated[float | None, _at("watch", "knn_temperature")] = None
+    artifact_images: Annotated[int, _at("watch", "artifact_images")] = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +100,7 @@ class SourceOfRun:
     Attributes:
         name: Without the machine's folders.
         license: The license that its files state.
-        sha256: Checksum of its weights; None if they are not in one file.
+        sha256: Of its weights; None if they are not in one file.
     """
 
     name: str
@@ -162,23 +130,20 @@ class TrainingRun:
     sources: Mapping[str, SourceOfRun] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a recipe whose facts cannot be read."""
-        _ = self.facts
+        _ = self.facts  # refuses a recipe that cannot be read
 
     @property
     def facts(self) -> RecipeFacts:
-        """The part of the recipe that cards and tables show."""
-        return read(RecipeFacts, self.recipe, called=f"{CALLED}.made.recipe", error=BundleError, unknown="ignore")
+        """The settings that cards and tables show."""
+        called = f"{CALLED}.made.recipe"
+        for part in PARTS:
+            read(dict[str, Any], self.recipe.get(part, {}), called=f"{called}.{part}", error=BundleError)
+        return read(RecipeFacts, self.recipe, called=called, error=BundleError, unknown="ignore")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transformation:
-    """A bundle became another one without training, such as one that got registers.
-
-    Attributes:
-        source: The bundle.
-        what: What was done to it, in a sentence.
-    """
+    """A bundle became another one without training: `what` says in a sentence what was done to `source`."""
 
     kind: Literal["transformation"] = "transformation"
     source: str
@@ -187,11 +152,7 @@ class Transformation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Foreign:
-    """Weights that this package did not make.
-
-    Attributes:
-        settings: What their maker recorded, in any form.
-    """
+    """Weights that this package did not make, and what their maker recorded, in any form."""
 
     kind: Literal["foreign"] = "foreign"
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -201,12 +162,7 @@ class Foreign:
 class AttentionMass:
     """Where the attention of one token goes, mean over heads and images; the four shares sum to 1.
 
-    Attributes:
-        source: "class", "class 2", "register 1", ...
-        to_class: Share on class tokens.
-        to_registers: Share on registers.
-        to_normal: Share on normal patches.
-        to_outliers: Share on outlier patches.
+    The token is "class", "class 2", "register 1", ...; patches are normal or outliers.
     """
 
     source: str
@@ -223,13 +179,11 @@ class ArtifactSummary:
     Attributes:
         verdict: What the norms say, in a sentence or two.
         images: Name of the images, without the machine's folders.
-        num_images: How many.
         image_size: Height and width in pixels.
         block: Block (from 0) whose attention was looked at.
         outlier_fraction: Share of patch tokens that are outliers, per block.
         cutoff: Norm above which a patch token of `block` is one; None if there are none.
-        attention: Attention mass in `block`, per class token and register.
-        notes: What a reader should know.
+        attention: In `block`, per class token and register.
     """
 
     verdict: str
@@ -260,16 +214,13 @@ class Provenance:
         license: SPDX identifier, in the Hub's lower-case spelling.
         dataset: What they were trained or measured on.
         metrics: Measured figures by name, shares in [0, 1].
-        made: What made them.
         best: Why they are the best of their run, if they were bundled as such.
-        artifacts: What was measured of high-norm tokens.
         doors: Largest absolute difference of outputs, by door, as `doors.verify` found it.
-        versions: Versions of the libraries that were used.
-        command: Command line that made them, without the machine's folders.
-        commit: Commit of this package's source.
-        created: When, in UTC (ISO 8601).
-        hardware: The hardware that made them.
-        seconds: The wall time that this took.
+        versions: Of the libraries that were used.
+        command: Without the machine's folders.
+        commit: Of this package's source.
+        created: In UTC (ISO 8601).
+        seconds: Wall time.
     """
 
     origin: str

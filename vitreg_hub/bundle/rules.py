@@ -83,11 +83,9 @@ def rule_problems(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def weights_problems(folder: Path, config: BundleConfig | None) -> Iterator[str]:
-    """Yield what in a bundle's weights would close a door (rule R6), from the header alone.
+    """Yield what in a folder's weights would close a door (rule R6), from the header alone.
 
-    Args:
-        folder: The bundle's folder.
-        config: The config that its tensors must fit; None if it breaks the rules itself.
+    The tensors must fit the config, which is None if it breaks the rules itself.
     """
     found = {path.name for pattern in WEIGHTS_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     for name in sorted(found - {WEIGHTS_FILE} - TRAINER_FILES):

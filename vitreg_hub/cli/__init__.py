@@ -7,9 +7,8 @@ from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
-from vitreg_hub.cli.arguments import call
+from vitreg_hub.cli.arguments import call, summary
 from vitreg_hub.console import USAGE, HelpFormatter, console
-from vitreg_hub.docstrings import summary
 from vitreg_hub.tested import version_text
 
 TRAIN = "train"

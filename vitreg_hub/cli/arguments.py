@@ -1,6 +1,7 @@
 """Arguments of commands, written once: names, types and defaults in a signature, texts in its docstring."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from inspect import BoundArguments, Parameter
 from types import NoneType, UnionType
@@ -9,7 +10,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from vitreg_hub.console import console
-from vitreg_hub.docstrings import summary, texts
 
 N = Annotated[int, "N"]
 OptionalN = Annotated[int | None, "N"]
@@ -62,3 +62,15 @@ def _kind(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is list:
         return {"action": "append"}
     return {} if hint is str else {"type": hint}
+
+
+def summary(documented: object) -> str:
+    """The first line of a docstring."""
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
+
+
+def texts(documented: object) -> dict[str, str]:
+    """The text of each argument of a function, or of each attribute of a class, in a Google-style docstring."""
+    section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n?)+)", inspect.getdoc(documented) or "", re.MULTILINE)
+    entries = re.findall(r"^    \*{0,2}(\w+): (.*(?:\n        .*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from jsonargparse import ArgumentParser
 
 from vitreg_hub.arch import get_arch
-from vitreg_hub.cli.arguments import OptionalN, arguments
+from vitreg_hub.cli.arguments import OptionalN, arguments, summary, texts
 from vitreg_hub.console import HelpFormatter, hide_loading
-from vitreg_hub.docstrings import summary, texts
 from vitreg_hub.environment import duration
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.recipes.files import KINDS, changed, read_text, recipe_to_yaml, setting_types, updated

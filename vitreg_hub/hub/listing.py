@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from typing import Any
 
 import huggingface_hub as hf
 
@@ -42,13 +43,10 @@ def list_models(
         UnknownArchError: No such architecture.
     """
     tags = [TAG] if arch is None else [TAG, get_arch(arch).name]
-    ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, filter=tags, author=author, search=search)
+    shown: list[Any] = ["tags", "downloads", "likes", "lastModified", "private"]
+    ask = partial(hf.HfApi(library_name="vitreg_hub").list_models, sort="downloads", expand=shown)
     with hub_errors("the list of models"):
-        found = patiently(
-            lambda: list(
-                ask(sort="downloads", limit=limit, expand=["tags", "downloads", "likes", "lastModified", "private"])
-            )
-        )
+        found = patiently(lambda: list(ask(filter=tags, author=author, search=search, limit=limit)))
     return tuple(
         PublishedModel(
             repo_id=model.id,

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub as hf
 
@@ -26,10 +27,8 @@ class Pushed:
     """What a push left on the Hub.
 
     Attributes:
-        repo_id: ``org/name``.
         commit: The commit that holds the bundle: a new one, or the old one if nothing had changed.
         url: Its address.
-        private: Whether only its owner sees the repository.
         pull_request: Address of the pull request, if one was asked for.
         sent: The files that were new or had changed.
         deleted: The files that described earlier weights.
@@ -60,10 +59,6 @@ class PushPlan:
     """What a push would do.
 
     Attributes:
-        repo_id: ``org/name``.
-        branch: Branch of the commit.
-        makes_repository: Whether the repository would be made.
-        makes_branch: Whether the branch would be made.
         license: The license of the weights; None if it is unknown.
         files: All files of the bundle.
         left_out: What the folder also holds, which is not published.
@@ -160,23 +155,15 @@ def push_command(folder: str | Path, repo_id: str, *, branch: str, private: bool
 
 
 def plan(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    branch: str = "main",
-    create_pr: bool = False,
-    tag: str | None = None,
-    license: str | None = None,
-    verify: Verify = doors.verify,
+    folder: str | Path, repo_id: str, *, license: str | None = None, verify: Verify = doors.verify, **where: Any
 ) -> PushPlan:
     """Do all that `push` does before it writes anything, and say what it would send.
 
     It needs no token, and cannot say whether the Hub would accept the files. Arguments and errors are those of `push`.
     """
     _require_repo_id(repo_id)
-    target = Target(branch=branch, private=private, create_pr=create_pr, tag=tag)
-    shipment, towers = make_shipments(folder, repo_id, branch=branch, license=license, verify=verify)
+    target = Target(**where)
+    shipment, towers = make_shipments(folder, repo_id, branch=target.branch, license=license, verify=verify)
     planned = _plan(shipment, target)
     if towers is None:
         return planned
@@ -237,9 +224,7 @@ def _planned(name: str, content: Path | bytes | None, *, there: Collection[str],
     if content is None:
         return PlannedFile(name=name, size=0, state="deleted")
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    state = "unchanged"
-    if changed:
-        state = "changed" if name in there else "new"
+    state = ("changed" if name in there else "new") if changed else "unchanged"
     return PlannedFile(name=name, size=size, state=state)
 
 
@@ -259,13 +244,12 @@ def _publish(shipment: Shipment, target: Target) -> Pushed:
             start = found.tree.commit
             patiently(partial(api.create_branch, repo_id, branch=target.branch, revision=start, exist_ok=True))
         commit, request = found.tree.commit, None
+        how: dict[str, Any] = dict(branch=target.branch, parent=found.tree, message=shipment.title)
         if files and target.create_pr:
-            info = open_pull_request(
-                api, repo_id, files, branch=target.branch, parent=found.tree, message=shipment.title
-            )
+            info = open_pull_request(api, repo_id, files, **how)
             commit, request = info.oid, info.pr_url
         elif files:
-            commit = commit_files(api, repo_id, files, branch=target.branch, parent=found.tree, message=shipment.title)
+            commit = commit_files(api, repo_id, files, **how)
         url = f"{api.endpoint}/{repo_id}/commit/{commit}"
         if target.tag:
             _tag(api, repo_id, target.tag, commit, url)

@@ -26,7 +26,7 @@ from vitreg_hub.files import (
     WEIGHTS_FILE,
 )
 from vitreg_hub.hub.towers import TOWERS_BLOCK, find_tower, tower_files
-from vitreg_hub.model_cards.card import decoded, render, update, with_doors
+from vitreg_hub.model_cards.card import decoded, render, update
 from vitreg_hub.model_cards.marked import blocks_in, replace_blocks, require_whole
 from vitreg_hub.model_cards.merging import merge
 from vitreg_hub.remote.commit import Files
@@ -45,7 +45,6 @@ class Shipment:
     """What one repository is to hold.
 
     Attributes:
-        repo_id: ``org/name``.
         title: Title of the commit.
         license: The license of the weights; None if it is unknown.
         given_license: The license that the user gave.
@@ -66,12 +65,7 @@ class Shipment:
 
 
 def make_shipments(
-    source: str | Path,
-    repo_id: str,
-    *,
-    branch: str,
-    license: str | None,
-    verify: Verify,
+    source: str | Path, repo_id: str, *, branch: str, license: str | None, verify: Verify
 ) -> tuple[Shipment, Shipment | None]:
     """What the repositories of a bundle, and of both towers beside it, are to hold; arguments as of `push`.
 
@@ -88,8 +82,8 @@ def make_shipments(
         bundle = ModelBundle.load(folder)
         stated = licenses.stated_licenses(bundle.to_json(), folder / CARD_FILE)
         settled = licenses.settle(stated, license, called=str(folder))  # before the doors, which take seconds
-        bundle = with_doors(bundle, verify(folder, bundle=bundle))
-        bundle = dataclasses.replace(bundle, provenance=dataclasses.replace(bundle.provenance, license=settled))
+        told = dataclasses.replace(bundle.provenance, license=settled, doors=verify(folder, bundle=bundle))
+        bundle = dataclasses.replace(bundle, provenance=told)
         where = {"repo": repo_id, "revision": branch, "towers": towers is not None}
         shipment = _bundle_shipment(folder, bundle, where, given_license=license)
         if towers is None:

@@ -31,7 +31,7 @@ OF_OTHERS = re.compile(
 class Target:
     """Where the user wants a push to go."""
 
-    branch: str
+    branch: str = "main"
     private: bool = False
     create_pr: bool = False
     tag: str | None = None

@@ -59,16 +59,10 @@ def find_tower(folder: Path) -> Path | None:
 
 
 def tower_files(folder: Path, *, bundle_repo: str, branch: str, license: str | None) -> Files:
-    """What the towers' repository is to hold.
+    """What the towers' repository is to hold, beside ``org/name`` of the bundle and on a branch of the same name.
 
     Where the configuration names the image tower by a local folder, it names this repository instead, which then also
     holds the config.json that timm reads.
-
-    Args:
-        folder: The folder of both towers.
-        bundle_repo: ``org/name`` of the bundle.
-        branch: Branch of both repositories.
-        license: License of the weights; None if it is unknown.
 
     Raises:
         BundleError: Files are missing or broken.
@@ -110,13 +104,10 @@ def _has_registers(weights: Path) -> bool:
 
 
 def _card(repo: str, bundle_repo: str, license: str | None, *, branch: str, registers: bool) -> str:
-    tags = ["open_clip", "clip"]
-    if registers:
-        tags.append("registers")
     metadata = hf.ModelCardData(
         library_name="open_clip",
         pipeline_tag="zero-shot-image-classification",
-        tags=tags,
+        tags=["open_clip", "clip", *(["registers"] if registers else [])],
         **licenses.metadata(license),
     )
     main = branch == "main"

@@ -24,7 +24,6 @@ class NetworkKind:
     """One timm class. All names are its attributes, and so its tensors.
 
     Attributes:
-        timm_class: The class.
         class_tokens: Tokens before the registers.
         registers: Register tokens; None in a network without any.
         registers_argument: The constructor's argument that counts them.

@@ -40,12 +40,12 @@ class PositionRule:
         """Resample the rows of the patches; rows of other tokens, which come first, are kept.
 
         Args:
-            table: [1, P + h * w, D] for P other tokens and `old` = (h, w).
-            old: Height and width of the table's grid in patches.
-            new: Height and width of the wanted grid in patches.
+            table: [1, P + h * w, D] for P other tokens and a grid `old` = (h, w) of patches.
+            old: Its grid.
+            new: The wanted grid (H, W).
 
         Returns:
-            [1, P + H * W, D] for `new` = (H, W), in the table's dtype; the table itself where nothing changes.
+            [1, P + H * W, D], in the table's dtype; the table itself where nothing changes.
         """
         import torch
 

@@ -65,11 +65,7 @@ def can_scale(model: VisionTransformer) -> bool:
 
 
 def scale_for(model: nn.Module, *, norm_eps: float) -> float:
-    """The scale under which LayerNorms of epsilon `norm_eps` compute what those of the model do.
-
-    Args:
-        model: A timm ViT.
-        norm_eps: Epsilon that the stored network will have.
+    """The scale under which LayerNorms of epsilon `norm_eps` compute what those of a timm ViT do.
 
     Returns:
         A power of two, 1 where the epsilons are equal. It is found for `norm_eps` over a power of four, and for a tiny

@@ -37,13 +37,7 @@ class Refs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tree:
-    """The files of a commit.
-
-    Attributes:
-        commit: Its id.
-        private: Whether the repository is private.
-        checksums: The Hub's checksum of every file.
-    """
+    """The files of a commit, each with the Hub's checksum, and whether its repository is private."""
 
     commit: str
     private: bool
@@ -92,18 +86,7 @@ def read_tree(api: hf.HfApi, repo_id: str, commit: str) -> Tree:
 
 
 def commit_files(api: hf.HfApi, repo_id: str, files: Files, *, branch: str, parent: Tree, message: str) -> str:
-    """Put files on a branch in one commit.
-
-    Args:
-        api: The Hub.
-        repo_id: ``org/name``.
-        files: The files that change; all others stay.
-        branch: An existing branch.
-        parent: The commit that the branch must be at.
-        message: Title of the commit.
-
-    Returns:
-        The commit's id.
+    """Put files on an existing branch in one commit, and return its id; other files stay.
 
     Raises:
         HubError: Someone else moved the branch, or the upload broke off; nothing of it is on the branch.

@@ -146,7 +146,7 @@ def fetch_file(
 
     Args:
         repo_id: ``org/name``.
-        name: Name of the file.
+        name: Of the file.
         commit: The commit.
         expected: Its checksum; by default the one by which the cache names it, if the cache has links.
         listed: Its entry in the cached listing, for a cache without links.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vitreg_hub.objectives import ZERO_SHOT_ACCURACY, Objective
+from vitreg_hub.objectives import CONTRASTIVE
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 MAX_LOGIT_SCALE = 100
@@ -25,7 +25,7 @@ class Contrastive(TaskSettings):
         templates: Sentences around a class's name for zero-shot classification, with {} in its place.
     """
 
-    objective = Objective(words="matching images with captions as in CLIP", score=ZERO_SHOT_ACCURACY, text_tower=True)
+    objective = CONTRASTIVE
     task_class = "vitreg_hub.training.tasks.contrastive.task:ContrastiveTask"
     needs = ("texts",)
     libraries = ("open_clip_torch",)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vitreg_hub.objectives import KNN_ACCURACY, Objective
+from vitreg_hub.objectives import DINOV2
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 
@@ -50,7 +50,7 @@ class DinoV2(TaskSettings):
         heads: Checkpoint (``run/checkpoints/step_...``) to load heads from, which then need no epochs of their own.
     """
 
-    objective = Objective(words="self-distillation as in DINOv2", score=KNN_ACCURACY)
+    objective = DINOV2
     task_class = "vitreg_hub.training.tasks.dinov2.task:DinoV2Task"
     multi_crop = True
 

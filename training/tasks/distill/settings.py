@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitreg_hub.objectives import Objective, Score
+from vitreg_hub.objectives import DISTILL
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 
@@ -18,15 +18,7 @@ class Distill(TaskSettings):
         class_weight: Weight of one minus the cosine of the class tokens.
     """
 
-    objective = Objective(
-        words="distillation of tokens",
-        score=Score(
-            name="patch_cosine",
-            words="patch cosine to the teacher",
-            task="image-feature-extraction",
-            metric="cosine_similarity",
-        ),
-    )
+    objective = DISTILL
     task_class = "vitreg_hub.training.tasks.distill.task:DistillTask"
 
     teacher: str

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from vitreg_hub.objectives import ACCURACY, Objective
+from vitreg_hub.objectives import SUPERVISED
 from vitreg_hub.training.tasks.settings import TaskSettings
 
 
@@ -22,7 +22,7 @@ class Supervised(TaskSettings):
         ema: Decay per step of the averaged weights, which are then the published ones; None: there are none.
     """
 
-    objective = Objective(words="classification", score=ACCURACY)
+    objective = SUPERVISED
     task_class = "vitreg_hub.training.tasks.supervised.task:SupervisedTask"
     needs = ("labels",)
     classifies = True
