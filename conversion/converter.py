@@ -33,6 +33,7 @@ def convert(
     out: str | Path | None = None,
     *,
     format: str = "auto",
+    weights: str | None = None,
     arch: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     num_registers: int | None = None,
@@ -50,6 +51,9 @@ def convert(
         source: A weights file, a folder, or ``hf-hub:org/name[@revision]``.
         out: New folder for the bundle; without it the bundle is only held in memory.
         format: One of `vitreg_hub.conversion.formats.detect.FORMATS`, by default recognised from the checkpoint.
+        weights: Which of several sets of weights in the file: "ema" for averaged ones, "raw" for others, or a key of
+            the file or prefix of names, such as ``state_dict_ema`` or ``model.encoder``. By default the averaged ones,
+            as timm does, if there are any.
         arch: Row of the table, which must fit the tensors; it tells heads and activation where these cannot.
         img_size: Side, or height and width, in pixels: stores the position table that the lineage itself would make for
             that size, so that plain timm is exact there too.
@@ -80,7 +84,7 @@ def convert(
     for folder in filter(None, (target, beside)):
         require_absent(folder)
     holds_both_towers = text_tower or (format != "auto" and find_format(format).has_text_tower)
-    checkpoint = open_checkpoint(source, prefer="open_clip" if holds_both_towers else "")
+    checkpoint = open_checkpoint(source, prefer="open_clip" if holds_both_towers else "", weights=weights or "")
     request = Request(
         format=format,
         arch=arch,

@@ -32,6 +32,9 @@ TOWER_SUFFIX = "-open_clip"
 
 GIT, SHA256 = "0" * 40, "0" * 64
 """Examples of the Hub's two kinds of checksums, for `checksum`."""
+MAX_HEADER = 16 * 2**20
+"""Bytes of the header of a .safetensors file; that of a ViT has some 50 kB."""
+LARGE_HEADER = f"has a header of more than {MAX_HEADER} bytes, more than any ViT needs"
 
 SWAP, NEW, OLD = "-swap", "new", "old"
 """What `replaced_folder` calls its folders."""
@@ -49,6 +52,12 @@ def require_name(path: Path) -> None:
         raise BundleError(f"{str(path)!r} is not UTF-8: choose another name.") from error
     if "\0" in str(path):
         raise BundleError(f"{str(path)!r} holds a zero byte: choose another name.")
+
+
+def has_large_header(path: Path) -> bool:
+    """Whether reading the header of a .safetensors file would take long."""
+    with path.open("rb") as file:
+        return MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size
 
 
 def require_absent(target: Path) -> None:

@@ -64,7 +64,7 @@ def stated_licenses(
         card: README.md, if it exists and its metadata can be read.
         header: The metadata in the header of a .safetensors file.
     """
-    cfg, ours = config.get("pretrained_cfg"), config.get("vitreg")
+    cfg, ours = config.get("pretrained_cfg", config), config.get("vitreg")  # older ones of timm have one level
     origin = ours.get("provenance") if isinstance(ours, Mapping) else None
     found = [part.get("license") for part in (cfg, origin, header) if isinstance(part, Mapping)]
     try:

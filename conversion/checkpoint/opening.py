@@ -2,47 +2,48 @@
 
 import hashlib
 import json
+import os
 import threading
-import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitreg_hub.conversion.checkpoint.file_kinds import (
+    INDEX,
+    SAFETENSORS,
+    SHARD,
+    TORCH_ARCHIVE,
+    choose,
+    files_below,
+    kind_of_file,
+)
+from vitreg_hub.conversion.checkpoint.pickles import MAX_TENSORS
 from vitreg_hub.conversion.checkpoint.readers import (
     PickleReader,
     Reader,
     SafetensorsReader,
     TensorInfo,
+    require_stored,
     require_whole_archive,
 )
+from vitreg_hub.conversion.checkpoint.sets import RAW, choice_note, fitting, prefix_of, unwrapped
 from vitreg_hub.conversion.checkpoint.torchscript import TorchScriptReader
-from vitreg_hub.errors import ConversionError
-from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, PREPROCESSOR_FILE, WEIGHTS_FILE
+from vitreg_hub.errors import ConversionError, readable
+from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, PREPROCESSOR_FILE
 from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.remote.download import download_checkpoint
-
-WEIGHT_NAMES = (
-    WEIGHTS_FILE,
-    "model.safetensors.index.json",
-    OPENCLIP_WEIGHTS,
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "open_clip_pytorch_model.bin",
-)
-"""What a folder's weights are called, best first."""
-
-WRAPPERS = ("module.", "_orig_mod.")
 
 HASHED_AT_ONCE = 16 * 2**20
 """Bytes; with fewer of them, the thread that hashes waits for the interpreter more than it works."""
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pyth")
+MAX_NAME = 300
+"""Characters of a tensor's name; no network has longer ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +54,10 @@ class Checkpoint:
         source: The repository with its commit, or the name of the file or folder without the path to it.
         infos: Shape and type of every tensor, by name without what wrappers such as DDP add.
         places: The open file that holds a tensor, and the tensor's name in there.
-        container: Key of the dictionary that held the weights, "torchscript" for an archive.
+        container: Key of the dictionary that held the weights, and their prefix if one was asked for; "torchscript" for
+            an archive.
         left_out: What a file holds beside the weights.
+        notes: Which of several sets of weights it is.
         metadata: Texts by name in the header of a .safetensors file.
         config: config.json beside the weights; this and the other two are empty where there is no such file.
     """
@@ -66,6 +69,7 @@ class Checkpoint:
     places: Mapping[str, tuple[Reader, str]] = field(repr=False)
     container: str
     left_out: tuple[str, ...]
+    notes: tuple[str, ...]
     metadata: Mapping[str, str]
     config: Mapping[str, Any]
     openclip_config: Mapping[str, Any]
@@ -91,6 +95,19 @@ class Checkpoint:
             )
         return exact
 
+    def under(self, prefix: str, *, why: str) -> "Checkpoint":
+        """The tensors whose names begin with a prefix and a dot, without it."""
+        inside = {name.removeprefix(f"{prefix}."): name for name in self.infos if name.startswith(f"{prefix}.")}
+        beside = {f"{name.partition('.')[0]}." for name in self.infos.keys() - inside.values()}
+        return replace(
+            self,
+            infos={new: self.infos[old] for new, old in inside.items()},
+            places={new: self.places[old] for new, old in inside.items()},
+            container=".".join(filter(None, (self.container, prefix))),
+            left_out=(*sorted(beside), *self.left_out),
+            notes=(*self.notes, f"the weights are those under the prefix {prefix!r}: {why}"),
+        )
+
 
 @contextmanager
 def checksums(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, str]]]:
@@ -112,12 +129,14 @@ def _sha256(path: Path, stop: threading.Event) -> str:
     return digest.hexdigest()
 
 
-def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
+def open_checkpoint(source: str | Path, *, prefer: str = "", weights: str = "") -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
         source: A weights file, a folder, or ``hf-hub:org/name[@revision]``.
         prefer: Beginning of the name of the weights file to take where a folder has several.
+        weights: Which of several sets of weights: "ema", "raw", a key of the file or a prefix of names; by default the
+            averaged ones if there are any.
 
     Raises:
         ConversionError: Nothing there, several checkpoints, a damaged file, or a pickle with code.
@@ -125,61 +144,61 @@ def open_checkpoint(source: str | Path, *, prefer: str = "") -> Checkpoint:
     """
     name = ModelName.parse(source)
     called, path = name.given, Path(source)
-    without_path = path.resolve().name
+    without_path = Path(os.path.abspath(path)).name  # a link in the Hub's cache leads to a file without a name
     if name.repo_id:
-        folder, chosen = download_checkpoint(called, lambda names: _choose(names, called, prefer), _weight_map)
+        folder, chosen = download_checkpoint(called, lambda names: choose(names, called, prefer), _weight_map)
         path, without_path = folder / chosen[0], f"{HUB_PREFIX}{name.repo_id}@{folder.name}"
     elif name.path and path.is_dir():
-        path = path / _choose([inner.name for inner in path.iterdir() if inner.is_file()], called, prefer)
+        with readable(called):
+            path = path / choose([inner for inner in files_below(path) if (path / inner).is_file()], called, prefer)
     elif name.path and path.is_file():
-        if path.suffix == ".json" and not path.name.endswith(".index.json"):
+        if path.suffix == ".json" and not path.name.endswith(INDEX):
             raise ConversionError(f"{called} holds no weights: give the folder, or the weights beside it.")
+        if (total := SHARD.search(path.name)) and int(total[1]) > 1:
+            raise ConversionError(f"{called} is one of {int(total[1])} shards: give their folder, with the index.")
     else:
         raise ConversionError(
             f"{called} is neither a file nor a folder; a repository of the Hub needs the prefix 'hf-hub:'."
         )
-    shards = _shards(path) if path.name.endswith(".index.json") else {path: set()}
+    shards = _shards(path) if path.name.endswith(INDEX) else {path: set()}
     readers: dict[str, Reader] = {}
     reader = Reader()
     for file, listed in shards.items():
-        reader = _reader(file)
+        reader = _reader(file, weights)
+        require_stored(file, reader.infos)
         missing = sorted(listed - reader.infos.keys())
         if missing:
             raise ConversionError(f"{file} is missing {len(missing)} tensors that the index lists, first {missing[0]}.")
         for tensor in reader.infos:
-            if not tensor.isprintable():
-                raise ConversionError(f"{file} names a tensor {tensor!r}: no format has names that cannot be printed.")
+            if len(tensor) > MAX_NAME or not tensor.isprintable():
+                raise ConversionError(
+                    f"{file} names a tensor {tensor[:MAX_NAME]!r}: no format has names that are longer than {MAX_NAME} "
+                    "characters or cannot be printed."
+                )
             if tensor in readers:
                 raise ConversionError(f"{called} holds {tensor} twice, in two files.")
             readers[tensor] = reader
-    names = _unwrapped(readers)
-    return Checkpoint(
+    if len(readers) > MAX_TENSORS:
+        raise ConversionError(f"{called} holds {len(readers)} tensors, more than the {MAX_TENSORS} that any ViT needs.")
+    names = unwrapped(readers, called=called)
+    checkpoint = Checkpoint(
         called=called,
         source=without_path,
         files=tuple(shards),
         infos={new: readers[old].infos[old] for new, old in names.items()},
         places={new: (readers[old], old) for new, old in names.items()},
         container=reader.container,
-        left_out=reader.left_out,
+        left_out=(*reader.left_out, *sorted(readers.keys() - set(names.values()))),
+        notes=tuple(choice_note(reader.container, reader.keys, weights)),
         metadata=reader.metadata,
         config=_json(path.with_name(CONFIG_FILE)),
         openclip_config=_json(path.with_name(OPENCLIP_CONFIG)),
         preprocessor=_json(path.with_name(PREPROCESSOR_FILE)),
     )
-
-
-def _choose(names: Iterable[str], called: str, prefer: str) -> str:
-    names = set(names)
-    if usual := [name for name in WEIGHT_NAMES if name in names]:
-        return min(usual, key=lambda name: not name.startswith(prefer))
-    others = sorted(name for name in names if name.endswith(SUFFIXES) and "/" not in name)
-    if len(others) == 1:
-        return others[0]
-    if others:
-        raise ConversionError(
-            f"{called} holds {len(others)} checkpoints ({', '.join(others[:5])}): name one of the files."
-        )
-    raise ConversionError(f"{called} holds no weights: looked for {', '.join('*' + s for s in SUFFIXES)}.")
+    if not weights or (weights != RAW and reader.container in fitting(reader.keys, weights)):
+        return checkpoint
+    prefix = prefix_of(names, weights, container=reader.container, keys=reader.keys, called=called)
+    return checkpoint.under(prefix, why="as asked for") if prefix else checkpoint
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -204,25 +223,13 @@ def _shards(index: Path) -> dict[Path, set[str]]:
     return shards
 
 
-def _reader(path: Path) -> Reader:
-    if path.suffix == ".safetensors":
+def _reader(path: Path, weights: str) -> Reader:
+    kind = kind_of_file(path)
+    if kind == SAFETENSORS:
         return SafetensorsReader(path)
-    if zipfile.is_zipfile(path):
-        require_whole_archive(path)
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return TorchScriptReader(path)
-    return PickleReader(path)
-
-
-def _unwrapped(stored: Collection[str]) -> dict[str, str]:
-    """The stored names, by these names without what DDP, torch.compile and FSDP put before or into them."""
-    names = {name.replace("_fsdp_wrapped_module.", ""): name for name in stored}
-    if len(names) < len(stored):
-        raise ConversionError("the checkpoint holds a tensor twice, with and without FSDP's '_fsdp_wrapped_module.'.")
-    while names and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in names)), None)):
-        names = {new.removeprefix(wrapper): old for new, old in names.items()}
-    return names
+    if kind == TORCH_ARCHIVE and require_whole_archive(path):
+        return TorchScriptReader(path)
+    return PickleReader(path, weights=weights, zipped=kind == TORCH_ARCHIVE)
 
 
 def _json(path: Path) -> dict[str, Any]:

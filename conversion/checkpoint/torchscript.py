@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitreg_hub.conversion.checkpoint.pickles import MAX_TENSORS
 from vitreg_hub.conversion.checkpoint.readers import BROKEN_PICKLE, Reader, TensorInfo
 from vitreg_hub.errors import ConversionError
 
@@ -25,6 +26,10 @@ DTYPES = {
 }
 
 
+MAX_DEPTH = 50
+"""Modules within modules; one may hold itself."""
+
+
 class _Module:
     """An object of the archive, reduced to its attributes."""
 
@@ -37,6 +42,8 @@ class _Stored:
 
     def __init__(self, storage: tuple[str, str], offset: int, size: tuple, stride: tuple, *_: Any) -> None:
         (self.kind, self.record), self.offset, self.shape, self.stride = storage, offset, tuple(size), tuple(stride)
+        if not all(type(number) is int and number >= 0 for number in (offset, *self.shape, *self.stride)):
+            raise pickle.UnpicklingError("a tensor whose sizes are no whole numbers")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -57,6 +64,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
         _, kind, record, *_ = pid
+        if not (isinstance(kind, str) and isinstance(record, str)):
+            raise pickle.UnpicklingError("a tensor that is in no record")
         return kind, record
 
 
@@ -76,7 +85,7 @@ class TorchScriptReader(Reader):
             with zipfile.ZipFile(path) as archive:
                 self._root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
                 model = _Unpickler(io.BytesIO(archive.read(f"{self._root}/data.pkl"))).load()
-            self._stored = dict(_tensors(model, ""))
+            self._stored = dict(_tensors(model))
             self.infos = {name: TensorInfo(s.shape, DTYPES[s.kind][1]) for name, s in self._stored.items()}
         except (pickle.UnpicklingError, StopIteration, *BROKEN_PICKLE) as error:
             raise ConversionError(
@@ -95,9 +104,17 @@ class TorchScriptReader(Reader):
             raise ConversionError(f"{self._path} is damaged: {name} cannot be read ({error}).") from error
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, _Stored]]:
-    if isinstance(value, _Stored):
-        yield name, value
-    elif isinstance(value, _Module) and isinstance(getattr(value, "attributes", None), dict):
-        for key, inner in value.attributes.items():
-            yield from _tensors(inner, f"{name}.{key}" if name else str(key))
+def _tensors(model: Any) -> Iterator[tuple[str, _Stored]]:
+    """The tensors of a module and of those inside, by their names; a module that others share counts for each."""
+    waiting, num_seen = [("", model)], 0
+    while waiting:
+        name, value = waiting.pop()
+        num_seen += 1
+        if num_seen > 4 * MAX_TENSORS or name.count(".") > MAX_DEPTH:
+            raise pickle.UnpicklingError("more modules than any ViT has")
+        if isinstance(value, _Stored):
+            yield name, value
+        elif isinstance(value, _Module) and isinstance(getattr(value, "attributes", None), dict):
+            inner = [(f"{name}.{key}" if name else key, part) for key, part in value.attributes.items()
+                     if isinstance(key, str) and isinstance(part, _Stored | _Module)]  # fmt: skip
+            waiting += reversed(inner)

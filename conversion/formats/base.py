@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -12,7 +13,7 @@ from vitreg_hub.arch import IMAGENET_MEAN, IMAGENET_STD
 from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.formats.rules import Rule
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
+from vitreg_hub.network.position_rule import TIMM_RULE, Grid, PositionRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +94,8 @@ class CheckpointFormat:
     writes_prefix: bool = False
     mask_token: str = ""
     container: str = ""
+    configs: ClassVar[tuple[str, ...]] = ()
+    """Names of the files beside the weights that `read_config` reads."""
     is_folder: ClassVar[bool] = False
     keeps_residual_scale: ClassVar[bool] = False
 
@@ -120,7 +123,8 @@ class CheckpointFormat:
         """How many of the names have a rule."""
         if self.needs_prefix and not self.prefix_in(names):
             return 0
-        return sum(len(found) == 1 for _, found in self.rules_of(names))
+        alike = _alike(names)
+        return sum(alike[name] for name, found in self.rules_of(alike) if len(found) == 1)
 
     def tower_weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The weights under the lineage's names, without prefix and containers."""
@@ -134,6 +138,7 @@ class CheckpointFormat:
 
     def is_marked(self, names: Collection[str]) -> bool:
         """Whether the names bear all marks of the format."""
+        names = _alike(names)
         prefix = self.prefix_in(names)
         if self.needs_prefix and not prefix:
             return False
@@ -154,13 +159,34 @@ class CheckpointFormat:
             return self.registers_positions
         return self.positions
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
+    def weights_at(self, checkpoint: Checkpoint, bundle: ModelBundle, native: Grid) -> dict[str, Tensor]:
+        """`tower_weights` with positions for the bundle's grid, resampled as the lineage's own code does.
+
+        This is written after that code once more (dinov2/models/vision_transformer.py, `interpolate_pos_encoding`), so
+        that a fault of `PositionRule` shows. What timm resamples by itself is left to timm.
+        """
+        from torch import cat
+        from torch.nn.functional import interpolate
+
+        weights, rule, grid = self.tower_weights(checkpoint), bundle.positions, bundle.grid
+        if grid == native or (rule == TIMM_RULE and native[0] == native[1]):
+            return weights
+        others, patches = weights["pos_embed"].tensor_split([-math.prod(native)], dim=1)
+        how: dict[str, Any] = {"size": grid}
+        if rule.offset:
+            how = {"scale_factor": tuple((new + rule.offset) / old for new, old in zip(grid, native, strict=True))}
+        image = patches.reshape(1, *native, -1).permute(0, 3, 1, 2)
+        image = interpolate(image, mode="bicubic", antialias=rule.antialias, **how)
+        return weights | {"pos_embed": cat([others, image.flatten(2).transpose(1, 2)], dim=1)}
+
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, native: Grid) -> Outputs:
         """Run a checkpoint in somebody else's implementation, here timm's with its own filter of checkpoints.
 
         Args:
             checkpoint: A checkpoint of this format.
-            bundle: What it became, with its own image size and registers.
+            bundle: What it became, for the images' size and without new registers.
             images: [B, C, H, W].
+            native: Height and width in patches of the checkpoint's position table.
 
         Returns:
             The implementation's name, and some of tokens [B, N, D], class token [B, D] and output [B, E].
@@ -172,8 +198,8 @@ class CheckpointFormat:
             raise ConversionError(self.no_reference)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
-        weights = self.tower_weights(checkpoint)
-        has_patches_only = weights["pos_embed"].shape[1] == math.prod(bundle.grid)
+        weights = self.weights_at(checkpoint, bundle, native)
+        has_patches_only = self.tower_weights(checkpoint)["pos_embed"].shape[1] == math.prod(native)
         args = {**bundle.model_args, "no_embed_class": has_patches_only, "num_classes": bundle.num_classes}
         return run_timm(bundle.spec.base, args, weights, images, norm_eps=bundle.norm_eps)
 
@@ -206,6 +232,11 @@ class CheckpointFormat:
             ConversionError: The configs cannot describe the bundle.
         """
         return {}
+
+
+def _alike(names: Iterable[str]) -> Counter[str]:
+    """Names of block 0 for those of all blocks, and of how many each is one: rules do not tell blocks apart."""
+    return Counter(re.sub(r"(?<=\.)(0|[1-9]\d{0,3})(?=\.)", "0", name) for name in names)
 
 
 def _matching(rules: Iterable[Rule], name: str) -> list[tuple[Rule, str]]:

@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitreg_hub.arch import CLIP_MEAN, CLIP_STD
 from vitreg_hub.conversion.formats.base import PRE_NORM, CheckpointFormat, Outputs
-from vitreg_hub.conversion.formats.facts import Facts, height_and_width
+from vitreg_hub.conversion.formats.facts import Facts, height_and_width, unknown_keys
 from vitreg_hub.conversion.formats.rules import Reshape, drop, keep, qkv, same
 from vitreg_hub.conversion.formats.timm_format import NO_ANTIALIAS, TOWER, bare_facts, usual_images
 from vitreg_hub.conversion.formats.transformers_format import TransformersFormat
 from vitreg_hub.errors import ConversionError
-from vitreg_hub.network.position_rule import PositionRule
+from vitreg_hub.files import OPENCLIP_CONFIG
+from vitreg_hub.network.position_rule import Grid, PositionRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
 TEXT_TOWER = "text tower; --text-tower keeps it"
 ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's archive holds beside the weights."""
+MODEL_KEYS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text", "cast_dtype", "output_dict"}
+MODEL_KEYS |= {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"}
+IMAGE_KEYS = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
+VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value", "pool_type"}
+VISION_KEYS |= {"patch_dropout", "attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "no_ln_pre"}
+VISION_KEYS |= {"pos_embed_type", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs"}
+VISION_KEYS |= {f"timm_{name}" for name in ("model_name", "model_pretrained", "pool", "proj", "proj_bias", "drop")}
+VISION_KEYS |= {"timm_drop_path", "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn"}
+"""What an open_clip_config.json may hold (open_clip/model.py, `CLIP` and `CLIPVisionCfg`; transform.py)."""
 CLASS_TOKEN_ONLY = "all tokens pass the final norm in a bundle, in the source only the class token does"
 
 VISUAL = (
@@ -68,6 +79,8 @@ OWN_TOWER: dict[str, Any] = CLIP | {
 class OpenClipFormat(CheckpointFormat):
     """OpenCLIP's own towers."""
 
+    configs: ClassVar[tuple[str, ...]] = (OPENCLIP_CONFIG,)
+
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         if not checkpoint.openclip_config:
             return Facts(assumptions=(usual_images(self.title),))
@@ -89,12 +102,14 @@ class OpenClipFormat(CheckpointFormat):
             act="quick_gelu" if model.get("quick_gelu") else "gelu",
             img_size=height_and_width(vision.get("image_size")),
             preprocess=_images_in(checkpoint.openclip_config),
+            unread=_unread(checkpoint.openclip_config),
             shape={"embed_dim": width, "depth": layers, "patch_size": height_and_width(vision.get("patch_size"))},
         )
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, native: Grid) -> Outputs:
         if find_spec("open_clip") is None:
             raise ConversionError("open_clip is not installed: pip install 'vitreg_hub[clip]'")
+        from open_clip.model import resize_pos_embed
         from open_clip.transformer import VisionTransformer
         from timm.layers import QuickGELU
         from torch import nn
@@ -113,7 +128,9 @@ class OpenClipFormat(CheckpointFormat):
         ).eval()
         if not bundle.num_classes:
             model.proj = None
-        model.load_state_dict(self.tower_weights(checkpoint))
+        weights = {f"visual.{name}": tensor for name, tensor in self.tower_weights(checkpoint).items()}
+        resize_pos_embed(weights, SimpleNamespace(visual=model))
+        model.load_state_dict({name.removeprefix("visual."): tensor for name, tensor in weights.items()})
         return f"open_clip {version('open_clip_torch')}", {"output": model(images)}
 
 
@@ -136,6 +153,8 @@ class OpenAIFormat(OpenClipFormat):
 class OpenClipTimmFormat(CheckpointFormat):
     """OpenCLIP's models whose tower is timm's, which timm therefore can run."""
 
+    configs: ClassVar[tuple[str, ...]] = (OPENCLIP_CONFIG,)
+
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         """What open_clip_config.json tells, and the timm network that it names."""
         if not checkpoint.openclip_config:
@@ -147,7 +166,19 @@ class OpenClipTimmFormat(CheckpointFormat):
         pooling = vision.get("timm_pool", "avg")
         args = {"num_classes": 0, "global_pool": pooling} if pooling else {"num_classes": 0}
         built = facts_of_network(vision["timm_model_name"], args)
-        return dataclasses.replace(built, img_size=None, preprocess=_images_in(checkpoint.openclip_config))
+        config = checkpoint.openclip_config
+        return dataclasses.replace(built, img_size=None, preprocess=_images_in(config), unread=_unread(config))
+
+
+def _unread(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of an open_clip_config.json that nothing here knows."""
+    model = config.get("model_cfg", {})
+    return (
+        *unknown_keys(config, ("model_cfg", "preprocess_cfg")),
+        *unknown_keys(model, MODEL_KEYS),
+        *unknown_keys(model["vision_cfg"], VISION_KEYS, inside="vision_cfg."),
+        *unknown_keys(config.get("preprocess_cfg", {}), IMAGE_KEYS, inside="preprocess_cfg."),
+    )
 
 
 def _images_in(config: Mapping[str, Any]) -> dict[str, Any]:

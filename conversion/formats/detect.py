@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vitreg_hub.conversion.checkpoint.sets import vit_prefixes
 from vitreg_hub.conversion.formats.base import CheckpointFormat
 from vitreg_hub.conversion.formats.clip import HF_CLIP, OPENAI, OPENCLIP, OPENCLIP_TIMM
 from vitreg_hub.conversion.formats.dinov2 import DINO, DINOV2
@@ -114,14 +115,38 @@ def detect(checkpoint: Checkpoint) -> CheckpointFormat:
         )
     near = nearest(names)
     hint = f"the nearest is {near.name} ({near.title})" if near else "no tensor has a name of any"
-    first = min(names, default="").partition(".")[0]
-    near = nearest({name.removeprefix(f"{first}."): name for name in names})
-    if near and all(name.startswith(f"{first}.") for name in names):
-        hint = f"without the prefix {first!r} the names are nearest to {near.name}'s: save them without it"
     raise ConversionError(
         f"{checkpoint.called} holds {len(names)} tensors of no known format, first {min(names, default='none')}; "
-        f"{hint}. Formats: {', '.join(FORMATS)}."
+        f"{prefix_hint(names) or hint}. Formats: {', '.join(FORMATS)}."
     )
+
+
+def known_prefixes(names: Mapping[str, object]) -> list[tuple[str, CheckpointFormat]]:
+    """Prefixes without which more of a ViT's names are a format's, averaged weights first, and that format."""
+    here, found = nearest(names), []
+    for prefix in filter(None, vit_prefixes(names)):
+        inside = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
+        near = nearest(inside)
+        if near and near.num_known(inside) > (here.num_known(names) if here else 0):
+            found.append((prefix, near))
+    return found
+
+
+def prefix_hint(names: Mapping[str, object]) -> str:
+    """Under which prefix a ViT lies, and how to convert it; "" where there is none."""
+    for (prefix, near), *others in filter(None, [known_prefixes(names)]):
+        also = f" (and those without {', '.join(repr(other) for other, _ in others)})" if others else ""
+        return f"without the prefix {prefix!r} the names{also} are nearest to {near.name}'s: give --weights {prefix}"
+    return ""
+
+
+def without_useless_prefix(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint without a prefix that all its names have and no format knows."""
+    names = checkpoint.infos
+    for prefix in vit_prefixes(names)[:1]:
+        if prefix and all(name.startswith(f"{prefix}.") for name in names) and known_prefixes(names):
+            return checkpoint.under(prefix, why="all tensors of the file have it")
+    return checkpoint
 
 
 def _lineage_of_plain_names(checkpoint: Checkpoint) -> CheckpointFormat | None:
@@ -132,7 +157,7 @@ def _lineage_of_plain_names(checkpoint: Checkpoint) -> CheckpointFormat | None:
         return FORMATS["dino"]
     if not has_plain_names(names) or "head.weight" not in names:
         return None  # DINO and DINOv2 have no classifier
-    is_deit = checkpoint.container == DEIT.container and "blocks.0.ls1.gamma" not in names
+    is_deit = checkpoint.container in (DEIT.container, f"{DEIT.container}_ema") and "blocks.0.ls1.gamma" not in names
     return FORMATS["deit" if is_deit else "timm"]
 
 

@@ -40,7 +40,8 @@ class DinoV2Format(CheckpointFormat):
 
         Source: dinov2/configs/ssl_default_config.yaml.
         """
-        if checkpoint.container != "teacher" and not self.prefix_in(checkpoint.infos):
+        is_part = {"teacher", "student"} & set(checkpoint.container.split("."))
+        if not is_part and not self.prefix_in(checkpoint.infos):
             return Facts()  # a release, not a run
         for folder in [checkpoint.folder, *checkpoint.folder.resolve().parents][:LEVELS]:
             if (folder / RUN_CONFIG).is_file():

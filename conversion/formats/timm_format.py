@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vitreg_hub.arch import ARCHS
 from vitreg_hub.conversion.formats.base import LAYER_SCALE, CheckpointFormat, Outputs
-from vitreg_hub.conversion.formats.facts import Facts
+from vitreg_hub.conversion.formats.facts import Facts, names_in_order, unknown_keys
 from vitreg_hub.conversion.formats.rules import drop, keep, same
-from vitreg_hub.network.position_rule import TIMM_RULE, PositionRule
+from vitreg_hub.files import CONFIG_FILE
+from vitreg_hub.network.position_rule import TIMM_RULE, Grid, PositionRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,9 +37,17 @@ def has_plain_names(names: Container[str], prefix: str = "") -> bool:
     return all(f"{prefix}{name}.weight" in names for name in ("blocks.0.attn.qkv", "patch_embed.proj"))
 
 
+TOP_KEYS = {"architecture", "num_classes", "num_features", "global_pool", "label_names", "labels", "license"}
+TOP_KEYS |= {"model_args", "pretrained_cfg", "vitreg"}
+"""What a bundle keeps, or the tensors tell, of a config.json of timm."""
+NOT_KEPT = ("test_input_size", "test_crop_pct", "label_descriptions", "label_offset")
+"""Fields of timm's `PretrainedCfg` that a bundle has no place for and a user may miss."""
+
+
 class TimmFormat(CheckpointFormat):
     """timm, whose networks bundles are: a config.json beside the weights tells everything that tensors do not."""
 
+    configs: ClassVar[tuple[str, ...]] = (CONFIG_FILE,)
     keeps_residual_scale: ClassVar[bool] = True
 
     def is_declared(self, checkpoint: Checkpoint) -> bool:
@@ -49,36 +58,48 @@ class TimmFormat(CheckpointFormat):
         """What config.json tells, which may be a bundle's."""
         config = checkpoint.config
         if not config.get("architecture"):
-            return bare_facts(self.title, checkpoint)
+            return dataclasses.replace(bare_facts(self.title, checkpoint), unread=unknown_keys(config, ()))
+        from timm.models import PretrainedCfg
+
         from vitreg_hub.bundle.config import Preprocess, read_entry
         from vitreg_hub.conversion.formats.timm_network import facts_of_network
 
-        cfg = config.get("pretrained_cfg") or {}
+        top = config if "pretrained_cfg" in config else {key: config[key] for key in config.keys() & TOP_KEYS}
+        # older configs have its fields at the top (timm/models/_hub.py, `_parse_model_cfg`)
+        cfg = (config if top is not config else config["pretrained_cfg"]) or {}
         ours = read_entry(config["vitreg"]) if config.get("vitreg") else {}
         args = dict(config.get("model_args") or {})
         if "img_size" not in args and "input_size" in cfg:
             args["img_size"] = list(cfg["input_size"][1:])
         preprocess = Preprocess.from_cfg({"input_size": (3, 1, 1), "mean": (), "std": ()} | dict(cfg))
         wanted = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
-        labels = config.get("label_names") or cfg.get("label_names")
+        given = next((c[key] for c in (top, cfg) for key in ("label_names", "labels") if c.get(key)), None)
+        labels = names_in_order(given)
+        known = {f.name for f in dataclasses.fields(PretrainedCfg)} | (TOP_KEYS if cfg is config else {"labels"})
+        facts = facts_of_network(config["architecture"], args, has_head="head.weight" in checkpoint.infos)
+        unread = [*unknown_keys(top, TOP_KEYS), *unknown_keys(cfg, known), *(key for key in NOT_KEPT if cfg.get(key))]
         return dataclasses.replace(
-            facts_of_network(config["architecture"], args),
+            facts,
             preprocess={key: getattr(preprocess, key) for key in wanted if getattr(preprocess, key)},
             positions=ours.get("positions", TIMM_RULE),
             residual_scale=ours.get("residual_scale", 1.0),
             family=ARCHS[ours["arch"]].family if ours else None,
-            label_names=tuple(map(str, labels)) if isinstance(labels, list) else None,
+            label_names=labels,
+            unread=(
+                *unread,
+                *(["label_names, whose numbers are not those of classes"] if given and not labels else ()),
+            ),
         )
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, native: Grid) -> Outputs:
         config = checkpoint.config
         if "architecture" not in config:
-            return super().run_reference(checkpoint, bundle, images)
+            return super().run_reference(checkpoint, bundle, images, native=native)
         from vitreg_hub.conversion.formats.timm_network import run_timm
 
-        args = {"img_size": bundle.model_args["img_size"]} | dict(config.get("model_args") or {})
-        args["num_classes"] = bundle.num_classes
-        return run_timm(config["architecture"], args, self.tower_weights(checkpoint), images)
+        args = dict(config.get("model_args") or {})
+        args |= {"img_size": bundle.model_args["img_size"], "num_classes": bundle.num_classes}
+        return run_timm(config["architecture"], args, self.weights_at(checkpoint, bundle, native), images)
 
     def obstacles(self, bundle: ModelBundle) -> Iterator[str]:
         """None: timm's files hold every bundle."""

@@ -21,7 +21,9 @@ ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
 }
 
-MAX_DEPTH = 1000
+NO_POOLING = "the config pools nothing: the bundle pools by its class token, and its tokens are all as they were"
+
+MAX_DEPTH = 300
 """Blocks that a config may ask timm to build."""
 
 NO_NETWORK_ARGS = {"checkpoint_path", "cache_dir", "features_only"}
@@ -29,8 +31,13 @@ NO_NETWORK_ARGS |= {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 """Arguments of `timm.create_model` that read files or change the class; somebody else's config may not give them."""
 
 
-def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
+def facts_of_network(architecture: str, args: Mapping[str, Any], *, has_head: bool = False) -> Facts:
     """Facts about a timm model, read from its empty network.
+
+    Args:
+        architecture: timm's name.
+        args: Arguments of `timm.create_model`.
+        has_head: Whether the checkpoint has a head, which reads what the network pools.
 
     Raises:
         ConversionError: timm has no such model, or no bundle can hold it.
@@ -51,7 +58,12 @@ def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
         raise ConversionError(f"{architecture} has an MLP that no row of the table has.")
     if type(first) is not Block or not isinstance(first.norm1, nn.LayerNorm):
         raise ConversionError(f"{architecture} has blocks or norms that no row of the table has.")
-    if model.global_pool not in ("token", "avg") or model.pool_include_prefix:
+    if not model.global_pool and has_head:
+        raise ConversionError(
+            f"the config lets {architecture} pool nothing (global_pool is ''), so its head gives an output for every "
+            "token, which no bundle does: set global_pool to 'token' or 'avg' there, whichever the head is meant for."
+        )
+    if model.global_pool not in ("token", "avg", "") or model.pool_include_prefix:
         raise ConversionError(f"{architecture} pools by {model.global_pool!r}, which these architectures do not.")
     return Facts(
         num_heads=cast(Attention, first.attn).num_heads,
@@ -59,7 +71,8 @@ def facts_of_network(architecture: str, args: Mapping[str, Any]) -> Facts:
         act=ACTIVATIONS[type(first.mlp.act)],
         img_size=model.patch_embed.img_size,
         other_rows=0 if model.no_embed_class else model.num_prefix_tokens,
-        global_pool=model.global_pool,
+        global_pool=model.global_pool or "token",
+        assumptions=() if model.global_pool else (NO_POOLING,),
         shape={
             "embed_dim": model.embed_dim,
             "depth": len(model.blocks),

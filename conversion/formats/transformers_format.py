@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitreg_hub.conversion.formats.base import CheckpointFormat, Outputs
-from vitreg_hub.conversion.formats.facts import Facts, height_and_width
+from vitreg_hub.conversion.formats.facts import Facts, height_and_width, names_in_order, unknown_keys
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import CONFIG_FILE, PREPROCESSOR_FILE
+from vitreg_hub.network.position_rule import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,28 @@ if TYPE_CHECKING:
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 ACTIVATIONS |= {"gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of activations, and timm's."""
+
+OLD_KEYS = set(
+    """
+    _name_or_path add_cross_attention architectures bad_words_ids chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id dropout dtype finetuning_task id2label initializer_factor
+    is_decoder is_encoder_decoder label2id model_type num_labels output_attentions output_hidden_states
+    output_scores pad_token_id prefix problem_type projection_dim pruned_heads return_dict return_dict_in_generate
+    sep_token_id task_specific_params text_config text_config_dict tf_legacy_loss tie_encoder_decoder
+    tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 vision_config
+    vision_config_dict
+    """.split()  # noqa: SIM905
+)
+"""What every config.json of transformers may hold, beside the settings of its kind; nothing of it is about a ViT."""
+IMAGE_KEYS = set(
+    """
+    crop_size do_center_crop do_convert_rgb do_normalize do_rescale do_resize feature_extractor_type image_mean
+    image_processor_type image_std processor_class resample rescale_factor return_tensors size size_divisor use_fast
+    _processor_class _valid_processor_keys data_format default_to_square device disable_grouping input_data_format
+    do_pad pad_size image_seq_length antialias
+    """.split()  # noqa: SIM905
+)
+"""What a preprocessor_config.json may hold."""
 
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as preprocessor_config.json has them."""
@@ -43,18 +66,27 @@ class TransformersFormat(CheckpointFormat):
     image_processor: str = "BitImageProcessor"
     image_defaults: Mapping[str, Any] = field(default_factory=dict)
     one_side_is_shorter: bool = False
+    configs: ClassVar[tuple[str, ...]] = (CONFIG_FILE, PREPROCESSOR_FILE)
     is_folder: ClassVar[bool] = True
 
     def read_config(self, checkpoint: Checkpoint) -> Facts:
         images = dict(self._read_images(checkpoint.preprocessor))
+        unread = _unread_images(checkpoint.preprocessor)
         if not checkpoint.config:
             if self.norm_eps is None:
                 raise ConversionError(
                     f"{checkpoint.called} is {self.title}, whose epsilon, activation and heads stand in config.json: "
                     "put that beside the weights, or give the folder."
                 )
-            return Facts(preprocess=images)
+            return Facts(preprocess=images, unread=unread)
         given = checkpoint.config.get("vision_config", checkpoint.config)
+        labels = names_in_order(given_labels := dict(checkpoint.config.get("id2label") or {}))
+        if given_labels and labels is None:
+            unread += ("id2label, whose numbers are not those of classes",)
+        known = _class(self.config_class)().to_dict().keys() | _class("GenerationConfig")().to_dict().keys() | OLD_KEYS
+        unread += unknown_keys(given, known)
+        if given is not checkpoint.config:
+            unread += unknown_keys(checkpoint.config, known | _class("CLIPConfig")().to_dict().keys())
         config = _class(self.config_class)().to_dict() | given
         if config.get("hidden_act", "gelu") not in ACTIVATIONS:
             raise ConversionError(
@@ -66,7 +98,8 @@ class TransformersFormat(CheckpointFormat):
             act=ACTIVATIONS.get(config.get("hidden_act")),
             img_size=height_and_width(config.get("image_size")),
             preprocess=images,
-            label_names=_label_names(checkpoint.config.get("id2label")),
+            label_names=None if labels == tuple(f"LABEL_{i}" for i in range(len(labels or ()))) else labels,
+            unread=unread,
             shape={
                 "embed_dim": given.get("hidden_size"),
                 "depth": given.get("num_hidden_layers"),
@@ -101,11 +134,11 @@ class TransformersFormat(CheckpointFormat):
         yield "crop_mode", "center" if keeps_ratio else "squash"
         yield "crop_pct", (crop or side) / side
 
-    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor) -> Outputs:
+    def run_reference(self, checkpoint: Checkpoint, bundle: ModelBundle, images: Tensor, *, native: Grid) -> Outputs:
         import torch
         import transformers
 
-        from vitreg_hub.conversion.checkpoint.opening import WEIGHT_NAMES
+        from vitreg_hub.conversion.checkpoint.file_kinds import WEIGHT_NAMES
 
         usual = [name for name in WEIGHT_NAMES if (checkpoint.folder / name).exists()]
         if len(checkpoint.files) == 1 and checkpoint.files[0].name not in usual[:1]:
@@ -113,15 +146,17 @@ class TransformersFormat(CheckpointFormat):
         name = self._class_for(bundle)
         with _quiet_transformers():
             model = _class(name).from_pretrained(checkpoint.folder, local_files_only=True, dtype=torch.float32).eval()
-        return f"{name} of transformers {transformers.__version__}", self._outputs(model, images)
+        return f"{name} of transformers {transformers.__version__}", self._outputs(model, images, native != bundle.grid)
 
     def _class_for(self, bundle: ModelBundle) -> str:
         return self.head_class if self.head_class and bundle.num_classes else self.model_class
 
-    def _outputs(self, model: Any, images: Tensor) -> dict[str, Tensor]:
-        found = model(images)
+    def _outputs(self, model: Any, images: Tensor, is_resampled: bool) -> dict[str, Tensor]:
+        # DINOv2 resamples without being asked
+        how = {"interpolate_pos_encoding": True} if is_resampled and self.family != "dinov2" else {}
+        found = model(images, **how)
         if "logits" in found:
-            return {"tokens": model.base_model(images).last_hidden_state, "output": found.logits}
+            return {"tokens": model.base_model(images, **how).last_hidden_state, "output": found.logits}
         if "image_embeds" in found:
             return {"output": found.image_embeds}
         if self.head_is_projection:  # CLIP's last_hidden_state has not passed the final norm
@@ -194,12 +229,16 @@ def _whole(number: Any) -> int | None:
     return int(number)
 
 
-def _label_names(labels: Mapping[str, Any] | None) -> tuple[str, ...] | None:
-    """Names of classes in their order, None where they are only numbered."""
-    if not labels:
-        return None
-    names = tuple(str(labels[key]) for key in sorted(labels, key=int))
-    return None if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+def _unread_images(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an image processor's settings hold that no bundle tells."""
+    differs = {
+        "do_resize": settings.get("do_resize") is False,
+        "do_rescale": settings.get("do_rescale") is False,
+        "rescale_factor": abs((settings.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-6,
+        "resample": settings.get("resample") not in (None, *INTERPOLATIONS),
+        "do_pad": bool(settings.get("do_pad")),
+    }
+    return (*unknown_keys(settings, IMAGE_KEYS), *(key for key, is_other in differs.items() if is_other))
 
 
 @contextmanager

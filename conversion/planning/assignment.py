@@ -9,13 +9,16 @@ from torch import Tensor
 
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.formats.base import CheckpointFormat
-from vitreg_hub.conversion.formats.detect import nearest
+from vitreg_hub.conversion.formats.detect import nearest, prefix_hint
 from vitreg_hub.conversion.formats.rules import Rule
 from vitreg_hub.errors import ConversionError
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 SHOWN = 8
 """How many problems a message names; the others are counted."""
+
+MAX_BLOCKS = 300
+"""The deepest published ViTs have 64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +77,13 @@ class Assignment:
         if not problems:
             return
         message = f"{self.checkpoint.called} does not fit the format {self.fmt.name} ({self.fmt.title}): "
+        problems.sort(key=lambda problem: problem.endswith(" is unknown"))  # what is lacking tells more
         message += "; ".join(problems[:SHOWN])
         message += f"; and {len(problems) - SHOWN} more." if len(problems) > SHOWN else "."
         near = nearest(self.checkpoint.infos)
-        if near and near != self.fmt:
+        if hint := prefix_hint(self.checkpoint.infos):
+            message += f" But {hint}."
+        elif near and near != self.fmt:
             message += f" The names are nearest to {near.name}'s."
         if "rank_" in self.checkpoint.files[0].name:
             message += " It looks like one rank's part of a run: merge the ranks first."
@@ -182,6 +188,8 @@ class Structure:
             elif name in tensors and len(shape) != number:
                 problems.append(f"{own} has shape {list(shape)}, wanted {number} dimensions")
         blocks = {int(name.split(".")[1]) for name in tensors.parts if name.startswith("blocks.")}
+        if len(blocks) > MAX_BLOCKS:
+            raise ConversionError(f"{tensors.checkpoint.called} has {len(blocks)} blocks, more than any ViT.")
         gaps = sorted(set(range(1, len(blocks))) - blocks)
         if gaps:
             problems.append(f"block {gaps[0]} is missing")

@@ -14,13 +14,17 @@ from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.bundle.rules import rule_problems
 from vitreg_hub.conversion.checkpoint.opening import Checkpoint
 from vitreg_hub.conversion.formats.base import CheckpointFormat
-from vitreg_hub.conversion.formats.detect import detect, find_format, refuse_look_alikes
+from vitreg_hub.conversion.formats.detect import detect, find_format, refuse_look_alikes, without_useless_prefix
 from vitreg_hub.conversion.formats.facts import Facts
 from vitreg_hub.conversion.planning.assignment import Assignment, Structure, assign
 from vitreg_hub.conversion.planning.choices import Choices, Request
 from vitreg_hub.errors import BundleError, ConversionError, DataError
+from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG
 from vitreg_hub.network.position_rule import Grid
 from vitreg_hub.network.residual_scale import WRITES_TO_STREAM, can_scale
+
+MAX_LEFT_OUT = 40
+"""How many keys of a file a note names; weights come first."""
 
 UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
 """What reading somebody else's config can raise."""
@@ -93,6 +97,7 @@ class Plan:
     def notes(self) -> Iterator[str]:
         """What a user should know, a sentence each; what had to be assumed comes last."""
         choice, checkpoint, fmt = self.choices, self.tensors.checkpoint, self.tensors.fmt
+        yield from checkpoint.notes
         if new := self.num_untrained_registers:
             yield (
                 f"{new} register{'s' if new > 1 else ''} drawn from N(0, {REGISTER_INIT_STD}^2), untrained: they cost "
@@ -113,11 +118,22 @@ class Plan:
             yield f"tensors of type {', '.join(kinds)} were cast to F32"
         yield from fmt.notes
         if checkpoint.left_out:
-            yield f"not read: {', '.join(checkpoint.left_out[:6])}{' ...' if len(checkpoint.left_out) > 6 else ''}"
+            more = len(checkpoint.left_out) - MAX_LEFT_OUT
+            names = ", ".join(checkpoint.left_out[:MAX_LEFT_OUT])
+            yield f"not read: {names}{f' and {more} more' if more > 0 else ''}"
         width, heads = choice.structure.embed_dim, choice.num_heads()
         usual = fmt.heads.get(width)
         if choice.facts.num_heads is None and usual not in (None, heads):
             yield f"{heads} heads as asked for; {fmt.title} has {usual} at width {width}"
+        labels, classes = choice.facts.label_names, choice.structure.num_classes
+        if labels and len(labels) != classes:
+            yield f"the config's {len(labels)} label names are not kept: the head has {classes} outputs"
+        if choice.facts.unread:
+            yield f"not kept from the config beside the weights: {', '.join(choice.facts.unread[:MAX_LEFT_OUT])}"
+        beside = {CONFIG_FILE: checkpoint.config, OPENCLIP_CONFIG: checkpoint.openclip_config}
+        there = [name for name, content in beside.items() if content]
+        if there and not set(there) & set(fmt.configs):
+            yield f"{' and '.join(there)} beside the weights tell nothing here: {fmt.title} has no such file"
         yield from choice.facts.assumptions
 
     def made(self) -> dict[str, tuple[int, ...]]:
@@ -173,6 +189,7 @@ def make_plan(checkpoint: Checkpoint, request: Request) -> Plan:
         ConversionError: It does not fit its format, no bundle can hold it, or something is ambiguous.
         UnknownArchError: The table has no row `request.arch`.
     """
+    checkpoint = without_useless_prefix(checkpoint)
     refuse_look_alikes(checkpoint)
     fmt = detect(checkpoint) if request.format == "auto" else find_format(request.format)
     tensors = assign(checkpoint, fmt)

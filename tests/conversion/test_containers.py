@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import HubError
 
 
@@ -52,6 +53,12 @@ def test_folders_without_one_checkpoint(tmp_path, saved, refused):
     for name in ("folder/a.pth", "folder/b.pth"):
         saved(tensors_of("deit_base"), name)
     assert "holds 2 checkpoints (a.pth, b.pth): name one of the files" in refused(folder)
+    for name in (*(f"run/checkpoint-{i}.pth.tar" for i in range(20)), "run/last.pth.tar", "run/model_best.pth.tar"):
+        saved({}, name)
+    says = refused(tmp_path / "run")
+    assert "(model_best.pth.tar, last.pth.tar, checkpoint-19.pth.tar, checkpoint-18.pth.tar," in says
+    assert "and 14 more): name one of the files" in says
+    assert "folders in it do: give" in refused(tmp_path)
     assert "neither a file nor a folder" in refused(tmp_path / "nothing.pth")
 
 
@@ -71,6 +78,11 @@ def assert_same(bundle: ModelBundle, wanted: ModelBundle) -> None:
         assert torch.equal(bundle.state_dict[name], tensor), name
 
 
+def raw(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that were not averaged."""
+    return {name: tensor + 1 for name, tensor in tensors.items()}
+
+
 CONTAINERS = {
     "flat": lambda t: t,
     "state_dict": lambda t: {"state_dict": t, "epoch": 3, "name": "run"},
@@ -87,6 +99,23 @@ CONTAINERS = {
     "module of compiled": lambda t: {f"module._orig_mod.{n}": x for n, x in t.items()},
     "compiled module": lambda t: {f"_orig_mod.module.{n}": x for n, x in t.items()},
     "fsdp": lambda t: {n.replace("blocks.1.", "blocks.1._fsdp_wrapped_module."): x for n, x in t.items()},
+    "averaged model": lambda t: {"n_averaged": torch.tensor(9)} | {f"module.{n}": x for n, x in t.items()},
+    "module in a module": lambda t: {f"model.module.{n}": x for n, x in t.items()},
+    "each block compiled": lambda t: {n.replace("blocks.1.", "blocks.1._orig_mod."): x for n, x in t.items()},
+    "compiled in a module": lambda t: {f"model._orig_mod.{n}": x for n, x in t.items()},
+    "checkpointed, compiled and in parallel": lambda t: {
+        n.replace("blocks.1.", "blocks.1._orig_mod._checkpoint_wrapped_module.module."): x for n, x in t.items()
+    },
+    "a prefix that all have": lambda t: {f"encoder.{n}": x for n, x in t.items()},
+    "another key": lambda t: {
+        "model_state_dict": t,
+        "optimizer_state_dict": {"state": {0: {"exp_avg": t["norm.bias"]}}},
+    },
+    "timm's run": lambda t: {"state_dict": raw(t), "state_dict_ema": t, "optimizer": {}, "arch": "vit"},
+    "DeiT's run": lambda t: {"model": raw(t), "model_ema": t, "lr_scheduler": {}, "epoch": 3},
+    "ema": lambda t: {"net": raw(t), "ema": t, "loss": torch.ones(1)},
+    "target encoder": lambda t: {"encoder": raw(t), "target_encoder": {f"module.{n}": x for n, x in t.items()}},
+    "averaged in the model": lambda t: {"model": {"weights": raw(t), "weights_swa": t}},
     "parameters": lambda t: {n: nn.Parameter(x) for n, x in t.items()},
     "views": lambda t: {n: x.repeat(*[1] * (x.ndim - 1), 2)[..., : x.shape[-1]] for n, x in t.items()},
     "float64": lambda t: {n: x.double() for n, x in t.items()},
@@ -101,12 +130,115 @@ def test_containers(container, zipped, dinov2, saved, tmp_path):
     assert_same(convert(source, tmp_path / "out", **DINOV2), wanted)
 
 
+@pytest.mark.parametrize("container", ["timm's run", "DeiT's run", "ema", "student and teacher"])
+def test_a_choice_among_weights_is_told_and_can_be_changed(container, dinov2, saved):
+    tensors, wanted = dinov2
+    content = CONTAINERS[container](tensors)
+    averaged, others = ("state_dict_ema", "model_ema", "ema", "teacher"), ("state_dict", "model", "net", "student")
+    (key,), (other,) = content.keys() & set(averaged), content.keys() & set(others)
+    many = {f"a{i}": i for i in range(30)}  # which would come first in an alphabet
+    source = saved(many | content)
+    (note, *_) = ConversionReport.of(convert(source, **DINOV2)).notes
+    assert f"those under {key!r}, the averaged ones" in note
+    assert f"not {other!r}: --weights KEY takes others" in note
+    for asked in ("ema", key):
+        assert_same(convert(source, weights=asked, **DINOV2), wanted)
+    for asked in ("raw", other):
+        chosen = convert(source, weights=asked, **DINOV2)
+        assert torch.equal(chosen.state_dict["norm.weight"], content[other]["norm.weight"])
+        assert f"under {other!r}" in ConversionReport.of(chosen).notes[0]
+
+
+FLAT = {
+    "two encoders": ("base_encoder.", "momentum_encoder.", {"predictor.0.weight": torch.ones(5, 5)}),
+    "a model and its average": ("model.", "model_ema.module.", {"criterion.weight": torch.ones(5)}),
+    "Meta's run": ("student.backbone.", "teacher.backbone.", {"dino_loss.center": torch.ones(1, 4)}),
+}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("case", FLAT)
+def test_weights_under_prefixes_can_be_chosen(case, suffix, dinov2, saved, refused):
+    tensors, wanted = dinov2
+    one, other, beside = FLAT[case]
+    both = {f"{one}{n}": t + 1 for n, t in tensors.items()} | {f"{other}{n}": t for n, t in tensors.items()}
+    source = saved(both | beside, f"weights.{suffix}")
+    bare = other.removesuffix("module.").rstrip(".")
+    for asked in ("ema", bare):
+        chosen = convert(source, weights=asked, **DINOV2)
+        assert torch.equal(chosen.state_dict["norm.weight"], wanted.state_dict["norm.weight"])
+        assert any("not read: " in note and next(iter(beside)).partition(".")[0] in note for note in
+                   ConversionReport.of(chosen).notes)  # fmt: skip
+    chosen = convert(source, weights="raw", **DINOV2)
+    assert torch.equal(chosen.state_dict["norm.weight"], wanted.state_dict["norm.weight"] + 1)
+    if case != "Meta's run":
+        for format in ("auto", "dinov2"):
+            says = refused(source, format=format, **DINOV2)
+            assert f"without the prefix {bare!r} the names (and those without {one.rstrip('.')!r}) are nearest" in says
+            assert f"give --weights {bare}" in says
+
+
+def test_a_prefix_beside_other_tensors_is_named(dinov2, saved, refused):
+    tensors, wanted = dinov2
+    for prefix in ("model", "pretrained.vit"):
+        source = saved({f"{prefix}.{n}": t for n, t in tensors.items()} | {"depth_head.weight": torch.ones(2, 2)})
+        assert f"without the prefix {prefix!r} the names are nearest to dinov2's" in refused(source, **DINOV2)
+        assert_same(convert(source, weights=prefix, **DINOV2), wanted)
+
+
+def test_weights_that_are_not_there(dinov2, saved, refused):
+    tensors, _ = dinov2
+    source = saved({"state_dict": tensors, "epoch": 3})
+    assert "holds no weights under 'nothing'; the sets in it: 'state_dict'" in refused(source, weights="nothing")
+    assert "holds no averaged weights" in refused(source, weights="ema")
+    assert "holds no raw weights; the sets in it: 'model_ema'" in refused(saved({"model_ema": tensors}), weights="raw")
+    parts = {"teacher": {"backbone": tensors, "dino_head": {"mlp.weight": torch.ones(2, 2)}}}
+    says = refused(saved(parts))
+    assert "2 sets of weights ('teacher.backbone', 'teacher.dino_head'): choose with --weights teacher.backbone" in says
+    assert_same(convert(saved(parts), weights="teacher.backbone", **DINOV2), dinov2[1])
+
+
+def test_files_are_told_by_content(dinov2, saved, tmp_path, refused):
+    tensors, wanted = dinov2
+    saved(tensors, "right.safetensors").rename(tmp_path / "wrong.bin")
+    assert_same(convert(tmp_path / "wrong.bin", **DINOV2), wanted)
+    saved(tensors, "right.pth").rename(tmp_path / "wrong.safetensors")
+    assert "rename it to end in .pth" in refused(tmp_path / "wrong.safetensors", **DINOV2)
+    assert_same(convert(saved({"state_dict": tensors}, "run/model_best.pth.tar").parent, **DINOV2), wanted)
+
+
+def test_the_hubs_cache_keeps_the_names_of_files(dinov2, saved, tmp_path):
+    tensors, wanted = dinov2
+    saved(tensors, "blobs/right.safetensors").rename(tmp_path / "blobs/0123abcd")
+    (tmp_path / "snapshots/c1").mkdir(parents=True)
+    (tmp_path / "snapshots/c1/model.safetensors").symlink_to("../../blobs/0123abcd")
+    (tmp_path / "snapshots/c1/above").symlink_to("..")
+    for source in (tmp_path / "snapshots/c1", tmp_path / "snapshots/c1/model.safetensors"):
+        converted = convert(source, **DINOV2)
+        assert_same(converted, wanted)
+        assert ConversionReport.of(converted).source == source.name
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_shards(suffix, dinov2, tmp_path):
     tensors, wanted = dinov2
     folder = shards(tmp_path / "sharded", tensors, suffix)
     for source in (folder, next(folder.glob("*.index.json"))):
         assert_same(convert(source, **DINOV2), wanted)
+
+
+def test_shards_whose_names_have_dots(dinov2, tmp_path, refused):
+    tensors, wanted = dinov2
+    folder = shards(tmp_path / "sharded", tensors)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())["weight_map"]
+    for file in set(content.values()):
+        (folder / file).rename(folder / file.replace("model", "model.v1.0"))
+    renamed = {name: file.replace("model", "model.v1.0") for name, file in content.items()}
+    index.unlink()
+    (folder / "model.v1.0.safetensors.index.json").write_text(json.dumps({"weight_map": renamed}))
+    assert_same(convert(folder, **DINOV2), wanted)
+    assert "one of 2 shards: give their folder" in refused(next(folder.glob("*-of-*")), **DINOV2)
 
 
 def test_folder_prefers_safetensors(dinov2, tmp_path, saved):

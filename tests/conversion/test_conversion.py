@@ -209,9 +209,14 @@ def test_verify_says_what_it_compared(tmp_path):
     def measured(**options) -> dict:
         return ConversionReport.of(convert(source("dinov2_reg4"), verify=True, num_heads=4, **options)).measured
 
-    assert measured()["reference"].endswith("on images of 56x56")
+    assert measured()["reference"].endswith("on images of 56x56 and 28x28")
+    assert measured(img_size=84)["reference"].endswith("on images of 84x84 and 70x70")
     added = convert(source("deit3_ls"), verify=True, num_registers=4, img_size=128, **ARGUMENTS["deit3_ls"])
-    assert ConversionReport.of(added).measured["reference"].endswith("on images of 64x64, without new registers")
+    assert (
+        ConversionReport.of(added)
+        .measured["reference"]
+        .endswith("on images of 128x128 and 80x80, without new registers")
+    )
 
 
 def test_a_reference_that_cannot_run_is_no_reason_to_refuse(tmp_path):
@@ -248,6 +253,21 @@ def test_verify_sees_a_difference(monkeypatch):
     )
     measured = ConversionReport.of(convert(source(case), verify=True, **ARGUMENTS[case])).measured
     assert measured["tokens"] > 0.1
+
+
+@pytest.mark.parametrize("size", [None, 84])
+@pytest.mark.parametrize("broken", ["another rule", "no resampling"])
+def test_verify_measures_what_was_written_and_its_resampling(broken, size, folder, monkeypatch):
+    original = PositionRule.resample
+
+    def resample(rule, table, *, old, new):
+        rows = original(PositionRule(antialias=True), table, old=old, new=new)
+        return rows if broken == "another rule" or old == new else torch.zeros_like(rows)
+
+    monkeypatch.setattr(PositionRule, "resample", resample)
+    case = "dinov2_vit_mlp_hub"
+    converted = convert(source(case), folder, verify=True, img_size=size, **ARGUMENTS[case])
+    assert ConversionReport.of(converted).measured["tokens"] > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,8 @@ def as_read_by_others(path: Path, kind: str) -> Tensors:
     if kind == "safetensors":
         return load_file(path)
     loaded = torch.load(path, weights_only=True, map_location="cpu")
-    return loaded.get("model", loaded)
+    inside = next(iter(loaded.values()))  # whatever its key is called by now
+    return inside if isinstance(inside, dict) else loaded
 
 
 def test_changed_files(tmp_path):

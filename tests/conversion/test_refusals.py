@@ -1,7 +1,12 @@
 """Networks and files that `convert` refuses, with one sentence and without a trace on disk."""
 
+import bz2
+import gzip
+import io
+import lzma
 import pickle
 import re
+import tarfile
 import zipfile
 
 import pytest
@@ -108,11 +113,6 @@ def test_unknown_tensors_name_the_nearest_format(saved, refused):
     assert "nearest is hf-dinov2" in refused(saved(tensors))
 
 
-def test_a_foreign_prefix_is_named(saved, refused):
-    tensors = {f"encoder.{name}": tensor for name, tensor in tensors_of("dinov2_vit_mlp_hub").items()}
-    assert "without the prefix 'encoder' the names are nearest to dinov2's" in refused(saved(tensors))
-
-
 def test_every_problem_in_one_sentence(saved, refused):
     tensors = tensors_of("dinov2_vit_mlp_hub")
     tensors |= {"norm.weight": torch.ones(32, dtype=torch.int64), "extra": torch.ones(1), "norm.bias": torch.ones(31)}
@@ -168,6 +168,84 @@ def test_archive_of_another_network(tmp_path, refused):
     assert "only OpenAI's CLIP" in refused(tmp_path / "linear.pt")
 
 
+def in_zip(content: bytes, name: str = "w.pth") -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
+def in_tar(content: bytes, name: str = "w.pth") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def checkpoint_bytes() -> bytes:
+    file = io.BytesIO()
+    torch.save(vit(), file)
+    return file.getvalue()
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 346292833\n".encode()
+OTHERS = {
+    "lfs.pth": (POINTER, "is a Git LFS pointer: run `git lfs pull`"),
+    "lfs.safetensors": (POINTER, "is a Git LFS pointer: run `git lfs pull`"),
+    "page.pth": (b"\n<!DOCTYPE html><html><body>Access denied</body></html>", "is a web page, .* /resolve/"),
+    "denied.bin": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a web page"),
+    "error.bin": (b'{"error": "Repository not found"}', "is JSON text"),
+    "text.pth": (b"Entry not found, sorry", "is text that begins with 'Entry not found, sorry'"),
+    "empty.safetensors": (b"", "is empty"),
+    "ViT-B_16.npz": (in_zip(b"", "cls.npy"), r"is a numpy archive \(.npz\).* timm reads"),
+    "flax_model.msgpack": (b"\x82\xa6params\x80" + b"x" * 99, "is MessagePack .*Flax.*: take model.safetensors"),
+    "large.msgpack": (b"\xde\x00\x20\xa6params\x80" + b"x" * 99, "is MessagePack .*Flax"),
+    "tf_model.h5": (b"\x89HDF\r\n\x1a\n" + bytes(200), "is HDF5 .*Keras.*: take model.safetensors"),
+    "weights.tar": (in_tar(checkpoint_bytes()), "is a tar archive that holds w.pth: unpack it"),
+    "weights.pth": (
+        in_tar(checkpoint_bytes(), "a\x1b/w.pth"),
+        r"is a tar archive that holds 'a\\x1b/w.pth': unpack it",
+    ),
+    "weights.zip": (in_zip(checkpoint_bytes()), "is a zip archive that holds w.pth: unpack it"),
+    "weights.pth.gz": (gzip.compress(checkpoint_bytes()), "is a gzip archive: unpack it"),
+    "weights.pth.xz": (lzma.compress(b"x"), "is an xz archive: unpack it"),
+    "weights.pth.bz2": (bz2.compress(b"x"), "is a bzip2 archive: unpack it"),
+    "picture.bin": (b"\x89PNG\r\n\x1a\n" + bytes(99), "is a picture"),
+    "__0_0.distcp": (checkpoint_bytes(), "is a part of a distributed checkpoint .*: give its folder"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_another_kind_are_told_what_they_are(name, tmp_path, refused):
+    content, says = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    assert re.search(f"^{tmp_path / name} {says}", refused(tmp_path / name))
+
+
+RUNS = {
+    "dcp": ((".metadata", "__0_0.distcp"), r"dcp_to_torch \S+/run OUT.pth"),
+    "accelerate": (("optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp"), "run/pytorch_model_fsdp_0 OUT"),
+    "deepspeed": (("latest", "global_step10/mp_rank_00_model_states.pt"), "a run of DeepSpeed: .*zero_to_fp32"),
+    "ranks": (("w.rank_0.pth", "w.rank_1.pth"), "merge the ranks"),
+    "flax": (("config.json", "flax_model.msgpack"), "no weights of torch, only flax_model.msgpack"),
+    "deeper": (
+        ("args.yaml", "checkpoint-5/model.safetensors"),
+        "folders in it do: give checkpoint-5/model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_folders_of_another_kind_are_told_what_they_are(run, tmp_path, refused):
+    files, says = RUNS[run]
+    for name in files:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(b"x")
+    assert re.search(says, refused(tmp_path / "run"))
+
+
 LENGTHS = (0, 1, 8, 9, 100, 5000, 50_000, -2000, -1)
 
 
@@ -216,7 +294,8 @@ def test_dictionary_that_holds_itself(saved, refused):
 def test_names_that_cannot_be_read(saved, refused):
     tensors = tensors_of("dinov2_vit_mlp_hub")
     assert "'two\\nlines'" in refused(saved(tensors | {"two\nlines": torch.ones(1)}), **DINOV2)
-    for number in ("99999999999", "9" * 5000, "01", "-1"):
+    assert "longer than 300 characters" in refused(saved(tensors | {f"blocks.{'9' * 5000}.x": torch.ones(1)}), **DINOV2)
+    for number in ("99999999999", "01", "-1"):
         says = refused(saved(tensors | {f"blocks.{number}.norm1.weight": torch.ones(32)}), **DINOV2)
         assert f"blocks.{number}.norm1.weight [32] is unknown" in says
     assert "block 3 is missing" in refused(saved(tensors | {"blocks.9999.norm1.weight": torch.ones(32)}), **DINOV2)

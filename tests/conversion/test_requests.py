@@ -9,10 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from checkpoints import DINOV2, GOLDEN, OPENCLIP_CONFIG, Payload, convert, random_tensors, tensors_of, vit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from vitreg_hub import conversion
+from vitreg_hub.bundle.model_bundle import ModelBundle
+from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.errors import BundleError, ConversionError, UnknownArchError, VitregError
 
 # Requests
@@ -182,6 +186,90 @@ def timm_folder(tmp_path: Path, *, args: dict | None = None, **change) -> Path:
 
 def test_timm_folder(tmp_path):
     assert convert(timm_folder(tmp_path), tmp_path / "out").arch == "vit_tiny_reg0_plain"
+
+
+def test_timm_config_of_one_level_is_read(tmp_path):
+    images = {"crop_pct": 0.5, "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    old = dict(architecture="vit_tiny_patch16_224", num_classes=5, num_features=192, input_size=[3, 224, 224])
+    old |= dict(images, first_conv="patch_embed.proj", classifier="head", labels=[*"abcde"], license="mit")
+    tmp_path.joinpath("config.json").write_text(json.dumps(old))
+    shapes = {"head.weight": (5, 192), "head.bias": (5,)}
+    save_file(vit(depth=12, dim=192, rows=197, **shapes), tmp_path / "model.safetensors")
+    converted = conversion.convert(tmp_path)  # the license is read too
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).pretrained_cfg
+    for key, wanted in images.items():
+        assert json.loads(json.dumps([getattr(converted.preprocess, key), theirs[key]])) == [wanted, wanted]
+    assert list(converted.label_names) == theirs["label_names"] == [*"abcde"]
+    assert not any("not kept" in note for note in notes_of(converted))
+    tmp_path.joinpath("config.json").write_text(json.dumps(old | {"novel": 1}))
+    assert any(
+        "not kept from the config beside the weights: novel" in note for note in notes_of(conversion.convert(tmp_path))
+    )
+
+
+def notes_of(converted: ModelBundle) -> tuple[str, ...]:
+    return ConversionReport.of(converted).notes
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept", "says"),
+    [
+        (["a", "b", "c"], ("a", "b", "c"), ""),
+        ({"2": "c", "0": "a", "1": "b"}, ("a", "b", "c"), ""),
+        ({"1": "a", "2": "b", "3": "c"}, None, "label_names, whose numbers are not those of classes"),
+        (["a", "b"], None, "2 label names are not kept: the head has 3 outputs"),
+    ],
+    ids=str,
+)
+def test_labels_are_kept_or_the_loss_is_told(labels, kept, says, tmp_path):
+    for change in (dict(label_names=labels), dict(pretrained_cfg={"input_size": [3, 64, 64], "label_names": labels})):
+        converted = convert(timm_folder(tmp_path, **change))
+        assert converted.label_names == kept
+        assert says in " ".join(notes_of(converted))
+        shutil.rmtree(tmp_path / "timm")
+
+
+def test_unknown_keys_of_a_config_are_told(tmp_path):
+    cfg = {"input_size": [3, 64, 64], "test_crop_pct": 0.9, "strange": 1}
+    told = [note for note in notes_of(convert(timm_folder(tmp_path, pretrained_cfg=cfg, novel=True)))]
+    assert any("not kept" in note and "novel, strange, test_crop_pct" in note for note in told)
+    shutil.rmtree(tmp_path / "timm")
+    folder = timm_folder(tmp_path)
+    assert not any("not kept" in note for note in notes_of(convert(folder)))
+    (folder / "config.json").write_text('{"pooling": "mean"}')
+    assert any("not kept" in note and "pooling" in note for note in notes_of(convert(folder, num_heads=2)))
+    folder = with_config(tmp_path, "hf_vit", {"window": 7, "id2label": {"1": "a", "2": "b"}})
+    (folder / "preprocessor_config.json").write_text('{"do_rescale": false, "gamma": 2.2}')
+    told = " ".join(notes_of(convert(folder)))
+    for key in ("window", "id2label", "do_rescale", "gamma"):
+        assert key in told
+    folder = openclip_folder(tmp_path, {"twist": 1}, {})
+    assert any("vision_cfg.twist" in note for note in notes_of(convert(folder)))
+    (tmp_path / "dinov2").mkdir()
+    shutil.copy(GOLDEN / "dinov2_vit_mlp_hub/checkpoint.pth", tmp_path / "dinov2")
+    (tmp_path / "dinov2/config.json").write_text('{"pooling": "mean"}')
+    assert any("config.json beside the weights tell" in n for n in notes_of(convert(tmp_path / "dinov2", **DINOV2)))
+
+
+@pytest.mark.parametrize("case", ["hf_vit", "hf_deit", "hf_dinov2_reg", "hf_clip_vision"])
+def test_configs_of_transformers_hold_nothing_unknown(case):
+    assert not any("not kept" in note for note in notes_of(convert(GOLDEN / case / "model")))
+
+
+def test_a_network_that_pools_nothing(tmp_path, refused):
+    folder = timm_folder(tmp_path, args={"global_pool": "", "num_classes": 0})
+    assert "set global_pool to 'token' or 'avg'" in refused(folder)
+    headless = {name: t for name, t in load_file(folder / "model.safetensors").items() if "head" not in name}
+    save_file(headless, folder / "model.safetensors")
+    converted = convert(folder)
+    assert converted.model_args["global_pool"] == "token"
+    assert any("pools nothing" in note for note in notes_of(converted))
+    args = dict(embed_dim=32, depth=2, num_heads=2, img_size=64, num_classes=0, global_pool="")
+    network = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    network.load_state_dict(headless)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(converted.build()(images), network(images)[:, 0])
+    assert torch.equal(converted.build().forward_features(images), network.forward_features(images))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg
 from vitreg_hub.arch import row
 from vitreg_hub.bundle.config import BundleConfig, config_from_json, empty_model, shapes_of
 from vitreg_hub.errors import BundleError, UnknownArchError
-from vitreg_hub.files import WEIGHTS_FILE
+from vitreg_hub.files import LARGE_HEADER, WEIGHTS_FILE, has_large_header
 from vitreg_hub.network.kinds import KINDS
 
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
@@ -117,7 +117,9 @@ def weights_problems(folder: Path, config: BundleConfig | None) -> Iterator[str]
     if WEIGHTS_FILE not in found:
         yield f"R6: there is no {WEIGHTS_FILE}"
         return
-    (folder / WEIGHTS_FILE).open("rb").close()  # safetensors calls an unreadable file missing
+    if has_large_header(folder / WEIGHTS_FILE):  # which also opens it: safetensors calls an unreadable file missing
+        yield f"R6: {WEIGHTS_FILE} {LARGE_HEADER}"
+        return
     try:
         with safe_open(folder / WEIGHTS_FILE, "pt") as weights:
             metadata = weights.metadata() or {}
