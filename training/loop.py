@@ -1,6 +1,7 @@
 """The training loop of all tasks: its steps, and the logging, evaluating, saving and publishing between them."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -98,8 +99,8 @@ def train(
 
     Everything random follows from the seed, the step and the place in the global batch, so a run that was killed and
     resumed ends with the same weights as one that was not. On SIGTERM a checkpoint is written and the function returns.
-    On Ctrl-C too, but it then raises KeyboardInterrupt; a second one stops at once. A finished run whose recipe gets
-    more `epochs` goes on.
+    On Ctrl-C too, but it then raises KeyboardInterrupt; a second one stops at once. A finished run goes on if its
+    recipe gets more `epochs`, or one that ended early more `watch.patience`.
 
     Args:
         recipe: The run.
@@ -158,7 +159,7 @@ def _train(
     if (out / MODEL).exists() and (result := _finished(recipe, out, publisher)):
         return result
     if (out / MODEL).exists() and checkpoint is None:
-        raise TrainingError(f"{out} has no checkpoint from which it could go on for more epochs: take another folder.")
+        raise TrainingError(f"{out} has no checkpoint from which it could go on: take another folder.")
     with torch.random.fork_rng(), publisher or nullcontext():
         trainer = Trainer(recipe, accelerator, clock=instruments.clock)
         license_of(recipe, trainer.parts.sources, published=push is not None)
@@ -230,7 +231,8 @@ def _go_on(
         if any(gather_object([main and measured.is_stalled(recipe, every=steps_of(watch.eval_every))])):
             trainer.ended_early = not trainer.done
             if main and trainer.ended_early:
-                logger.info("ended after step %d: %d evaluations were not better", trainer.step, watch.patience)
+                told = "ended after step %d: %d evaluations were not better (watch.patience)"
+                logger.info(told, trainer.step, watch.patience)
 
     def steps_of(every: int | None) -> int:
         return trainer.parts.span.epoch_steps if every is None else every
@@ -276,12 +278,13 @@ def _go_on(
 def _finished(recipe: Recipe, out: Path, publisher: Publisher | None) -> TrainResult | None:
     """The result of a run that was finished before; its model is published if that is asked for now.
 
-    None if it was finished with fewer epochs than the recipe has.
+    None if it was finished with fewer epochs, or less patience, than the recipe has.
     """
     told = told_by(out / MODEL)
     if told.run is None or told.run.step is None or told.run.total_steps is None:
         raise BundleError(f"{out / MODEL} does not say its steps: delete it and start the run again.")
-    if recipe.epochs > told.run.recipe.get("epochs", recipe.epochs):
+    epochs, patience = told.run.recipe.get("epochs", recipe.epochs), told.run.recipe.get("watch", {}).get("patience", 0)
+    if recipe.epochs > epochs or (recipe.watch.patience or math.inf) > (patience or math.inf):
         return None
     logger.info("the run in %s is finished", out)
     if publisher:

@@ -190,11 +190,14 @@ def test_a_run_that_gets_no_better_ends_early(script, tmp_path, caplog, monkeypa
             script.train(recipe, tmp_path / "run")
     result = script.train(recipe, tmp_path / "run")  # one that was killed before it wrote its model ends as early
     assert (result.step, result.best.step, result.model) == (3, 1, tmp_path / "run" / "model")
-    assert "ended after step 3: 2 evaluations were not better" in caplog.messages
+    assert "ended after step 3: 2 evaluations were not better (watch.patience)" in caplog.messages
     assert script.train(recipe, tmp_path / "run").model  # is finished
     told = ModelBundle.load(result.model).provenance.run
     assert (told.step, told.total_steps, told.start_score) == (3, 3, SCRIPT[0])
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_0000003"]
+    script |= {5: 0.1, 6: 0.1}
+    more = script.train(replace(recipe, watch=replace(recipe.watch, patience=3)), tmp_path / "run")
+    assert (more.step, more.best.step) == (6, 4)
 
 
 def test_without_a_score_there_is_no_best(tmp_path):

@@ -240,7 +240,7 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, caplog):
     with pytest.raises(RecipeError, match=r"has epochs 3\.0, not 2\.0"):
         train(recipe, run)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(TrainingError, match="has no checkpoint from which it could go on for more epochs"):
+    with pytest.raises(TrainingError, match="has no checkpoint from which it could go on"):
         train(replace(more, epochs=9.0), run)
 
 
