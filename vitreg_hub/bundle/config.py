@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import timm
 from pydantic import NonNegativeInt, PlainValidator, PositiveInt
@@ -32,6 +32,7 @@ ARGUMENTS: dict[str, Any] = {
     "embed_dim": PositiveInt,
     "depth": PositiveInt,
     "num_heads": PositiveInt,
+    "weight_init": Literal["skip", "reset", "jax", "jax_nlhb", "moco", ""],
 }
 """Types of the arguments in `model_args` that this package reads; timm checks the others."""
 
