@@ -474,3 +474,12 @@ def test_image_that_the_patch_does_not_divide(saved):
     with pytest.raises(DataError, match="225x225 pixels does not divide into patches of 14x14: "):
         timm.create_model("vit_small_reg4", img_size=225)
     assert timm.create_model("vit_nano_reg4", img_size=(32, 24), patch_size=(4, 8)).patch_embed.grid_size == (8, 3)
+
+
+def test_a_way_to_draw_weights_that_timm_does_not_know(saved):
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    config["model_args"]["weight_init"] = "x"
+    file.write_text(json.dumps(config))
+    with pytest.raises(BundleError, match=r"model_args\.weight_init must be 'skip', .* not 'x'"):
+        ModelBundle.load(saved)

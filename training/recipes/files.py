@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter
@@ -206,7 +206,7 @@ def _types(kinds: Mapping[str, type], group: type = Recipe, prefix: str = "") ->
 
 def _hints(group: type, kinds: Mapping[str, type]) -> dict[str, Any]:
     """The types of a dataclass's fields in their order, with `kinds` in place of what those are kinds of."""
-    hints = get_type_hints(group) | kinds
+    hints = {**get_type_hints(group), **kinds}
     return {field.name: hints[field.name] for field in fields(group)}
 
 
@@ -222,7 +222,11 @@ def _made(group: type[T], values: Mapping[str, Any], kinds: Mapping[str, type], 
         RecipeError: A value is missing, of the wrong type, or contradicts another.
     """
     hints, made = _hints(group, kinds), {}
-    needed = [field.name for field in fields(group) if field.default is MISSING and field.default_factory is MISSING]
+    needed = [
+        field.name
+        for field in fields(cast(Any, group))
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
     if missing := [f"{prefix}{name}" for name in needed if name not in values]:
         raise RecipeError(f"{called} is not a complete recipe: add {', '.join(missing)}.")
     for name, value in values.items():

@@ -312,14 +312,14 @@ NO_VALUES = {
 
 @pytest.mark.parametrize("text", NO_VALUES, ids=lambda text: text[:30])
 def test_yaml_that_gives_no_values(text):
-    began = time.monotonic()
+    began = time.process_time()
     for read in (recipe_from_yaml, partial(updated, RECIPES["supervised_digits"](), called="mine.yaml")):
         with pytest.raises(RecipeError) as caught:
             read(text)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 400
     assert (NO_VALUES[text] or "cannot be read as") in str(caught.value)
-    assert time.monotonic() - began < 4
+    assert time.process_time() - began < 4
 
 
 def test_an_alias_of_one_value_is_taken():
