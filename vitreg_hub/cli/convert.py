@@ -13,7 +13,7 @@ def run(
     out: str,
     *,
     format: str = "auto",
-    weights: Annotated[str | None, "ema|raw|KEY"] = None,
+    weights: Annotated[str | None, "SET"] = None,
     arch: str | None = None,
     img_size: ImageSize = None,
     registers: OptionalN = None,
@@ -30,7 +30,7 @@ def run(
         out: new folder for the bundle
         format: auto, openclip-timm, openclip, openai, hf-clip, ph-reg, hf-dinov2-with-registers, hf-dinov2, hf-deit,
             hf-vit, dino, deit3, deit, dinov2, timm
-        weights: which of several sets in the file: averaged (ema, the default) or raw ones, or a key or prefix of names
+        weights: which of several in the file: ema (averaged ones, the default), raw, a key, or a prefix of names
         arch: row of `vitreg list` that the checkpoint must be; settles heads and activation
         img_size: bake the position table for images of this size in
         registers: add untrained registers to a checkpoint that has none
