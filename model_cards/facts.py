@@ -96,7 +96,8 @@ def measured_on(bundle: ModelBundle) -> Images | None:
     name = without_folders(told)
     if on_hub := on_the_hub(told):
         return Images(name=on_hub[0], dataset=on_hub[0], split=on_hub[1], words=name)
-    return Images(name=name, dataset=CUSTOM, words=name)
+    words = f"the held-out part of {name}" if data.held_out and not held_out else name
+    return Images(name=name, dataset=CUSTOM, words=words)
 
 
 def on_the_hub(dataset: str) -> tuple[str, str | None] | None:

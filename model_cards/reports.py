@@ -72,7 +72,7 @@ def _objective(run: TrainingRun) -> str:
         ("label smoothing {:g}", told.smoothing),
         ("mixup of alpha {:g}", told.mixup),
         ("cutmix of alpha {:g}", told.cutmix),
-        ("weights averaged with decay {:g} per step", told.ema),
+        ("weights averaged with decay {:g} per step", told.ema if told.publish == "averaged" else None),
     )
     return ", ".join([words, *(text.format(value) for text, value in extras if value)])
 

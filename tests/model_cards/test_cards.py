@@ -326,8 +326,9 @@ def test_what_was_on_in_training_is_told():
     card = render(trained(replace(TINY["supervised"], task=task)))
     on = "label smoothing 0.1, mixup of alpha 0.2, cutmix of alpha 1, weights averaged with decay 0.98 per step"
     assert f"- Objective: classification, {on}.\n- Images were augmented by random resized crops.\n" in card
-    task = replace(task, smoothing=0.0, mixup=0.0, cutmix=0.0, ema=None)
-    assert "- Objective: classification.\n" in render(trained(replace(TINY["supervised"], task=task)))
+    task = replace(task, smoothing=0.0, mixup=0.0, cutmix=0.0, publish="raw")
+    for other in (task, replace(task, ema=None, publish="averaged")):
+        assert "- Objective: classification.\n" in render(trained(replace(TINY["supervised"], task=other)))
 
 
 @pytest.mark.parametrize("task", ["supervised", "dinov2"])
@@ -405,6 +406,9 @@ def test_folders_of_a_machine_are_not_told():
     assert "Started from start; trained: registers." in card
     assert "Measured on held-out, at most 32 images" in card
     assert ModelCard(card).data.eval_results[0].dataset_name == "held-out"
+    recipe = replace(recipe, data=replace(data, test=None, held_out=0.2))
+    card = render(trained(recipe, metrics={"knn_accuracy": 0.5}, **MADE))
+    assert "Measured on the held-out part of photos, at most 32 images" in card
 
 
 def test_data_sets_and_base_models_are_named_where_the_hub_has_them():

@@ -79,8 +79,10 @@ class RecipeFacts:
     mixup: Annotated[float, _at("task", "mixup")] = 0.0
     cutmix: Annotated[float, _at("task", "cutmix")] = 0.0
     ema: Annotated[float | None, _at("task", "ema")] = None
+    publish: Annotated[str, _at("task", "publish")] = "averaged"
     train: Annotated[str | None, _at("data", "train")] = None
     test: Annotated[str | None, _at("data", "test")] = None
+    held_out: Annotated[float, _at("data", "held_out")] = 0.0
     augment: Annotated[str | None, _at("augment", "kind")] = None
     opt: Annotated[str | None, _at("optim", "opt")] = None
     lr: Annotated[float | None, _at("optim", "lr")] = None
