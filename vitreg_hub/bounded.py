@@ -56,6 +56,8 @@ def read_json(content: bytes) -> Any:
         data = json.loads(content.decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
     if problem := next(excesses(data), None):
         raise ValueError(problem)
     return data

@@ -101,7 +101,7 @@ class ModelName:
             known = [name.partition(".")[2] for name in timm.list_pretrained(f"{self.arch}.*")]
             self._require_tag(known)
         cfg = timm.get_pretrained_cfg(self.full)
-        return cfg is not None and bool(cfg.has_weights)
+        return bool(cfg and cfg.has_weights)
 
     def require_known(self) -> None:
         """Refuse a name that means nothing, with an UnknownArchError, without opening a model."""

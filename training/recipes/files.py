@@ -265,7 +265,7 @@ def _value(text: str, hint: Any) -> Any:
         return None
     if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
         try:
-            return yaml.safe_load(f"[{text}]")
+            return _parsed(f"[{text}]")
         except yaml.YAMLError:  # such as a text with braces
             return [text]
     if str in kinds or get_origin(hint) is Literal:
