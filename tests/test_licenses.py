@@ -2,7 +2,6 @@
 
 import json
 import struct
-import time
 
 import pytest
 import timm
@@ -170,12 +169,11 @@ CARDS = {
 }
 
 
+@pytest.mark.timeout(60)  # for ever, without a bound
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: repr(card[:40]))
 def test_what_a_card_tells(card, tmp_path):
     (tmp_path / "README.md").write_text(card)
-    before = time.monotonic()
     assert stated_licenses({}, tmp_path / "README.md") == CARDS[card]
-    assert time.monotonic() - before < 2
 
 
 def test_what_other_files_tell(tmp_path):

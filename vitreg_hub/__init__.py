@@ -1,6 +1,4 @@
-"""Vision Transformers with registers, for timm and transformers. Importing this registers the models.
-
-timm then also reads each config.json with bounded work, as this package does. Nothing else changes.
+"""Vision Transformers with registers, for timm and transformers. Importing this registers the models, and nothing else.
 
 It imports neither library: each gets our models at the moment when somebody imports it.
 """

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
-    _hub,
     generate_default_cfgs,
     get_pretrained_cfg,
     is_model,
@@ -19,8 +17,6 @@ from timm.models import (
 from torch import nn
 
 from vitreg_hub.arch import ARCHS, REGISTER_INIT_STD, ArchSpec, require_whole_patches, row
-from vitreg_hub.bounded import read_json, read_small
-from vitreg_hub.errors import BundleError
 from vitreg_hub.network.kinds import STEM, is_registers, kind_of
 from vitreg_hub.tags import DINOV2, SHIPPED_WEIGHTS
 
@@ -89,21 +85,8 @@ def init_registers(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=REGISTER_INIT_STD)
 
 
-def _read_config(file: str | Path) -> Any:
-    """timm's reader of a config.json, with bounded work: a few bytes can ask `timm.create_model` for hours.
-
-    Raises:
-        BundleError: It cannot be read, or describes what is no network.
-    """
-    try:
-        return read_json(read_small(Path(file)))
-    except ValueError as error:
-        raise BundleError(f"{file} cannot be read ({str(error).rstrip('.')}).") from error
-
-
 def register() -> list[str]:
     """Add every row that timm does not have. Returns the names added; a second call returns []."""
-    _hub.load_cfg_from_json = _read_config  # for `local-dir:` and `hf-hub:`; timm has no hook (seen in 1.0.31)
     new = [spec for spec in ARCHS.values() if not is_model(spec.name)]
     for spec in new:
         register_model(_entrypoint(spec))

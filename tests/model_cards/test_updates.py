@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from dataclasses import replace
 
 import pytest
@@ -129,14 +128,13 @@ def test_empty_card_becomes_a_fresh_one():
 MANY = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 28))])
 
 
+@pytest.mark.timeout(60)  # for ever, without a bound
 @pytest.mark.parametrize(
     "metadata", [f"a: {'[' * 5_000}", f"a: {'[' * 200}{']' * 200}", MANY], ids=["open", "deep", "many"]
 )
 def test_metadata_of_a_stranger_take_no_unbounded_work_and_stay(metadata):
-    before = time.monotonic()
     changed = update(CARD.replace("---\n", f"---\n{metadata}\n", 1), NEW)
     assert changed.startswith(f"---\n{metadata}\n")
-    assert time.monotonic() - before < 2
 
 
 def test_card_of_unreadable_metadata_alone_gets_blocks():
