@@ -202,7 +202,7 @@ def test_folder_of_classes_is_torchvisions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("b.png", "a.png"), ("b.png", "x/a.png", "y/c.png"), ("x/a.png", "x/b.png")], ids=str
+    "names", [("b.png", "a.png"), ("b.png", "d.png", "x/a.png", "y/c.png"), ("x/a.png", "x/b.png")], ids=str
 )
 def test_folder_without_classes_has_no_labels(names, tmp_path):
     fill(tmp_path, *names)

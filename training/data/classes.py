@@ -1,6 +1,5 @@
 """Which classes data really have: what is lost of them on the way from files to labels, and a part held out of each."""
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vitreg_hub.errors import DataError
+from vitreg_hub.images.data_sets import files_below
 from vitreg_hub.images.pictures import BROKEN, read_rgb
 from vitreg_hub.training.data.opening import TrainingData, as_stream, held_out_rows, open_rows
 from vitreg_hub.training.distributed.randomness import seed_of
@@ -173,10 +173,7 @@ def _class_folders(data: TrainingData) -> list[Path]:
 
 
 def _files(folder: Path, *, images: bool) -> Iterator[str]:
-    for parent, _, files in os.walk(folder, followlinks=True):
-        for file in sorted(files):
-            if not file.startswith(".") and (not images or file.lower().endswith(IMG_EXTENSIONS)):
-                yield os.path.join(parent, file)
+    return (file for file in files_below(folder) if not images or file.lower().endswith(IMG_EXTENSIONS))
 
 
 def _said(note: str | None) -> list[str]:

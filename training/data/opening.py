@@ -1,32 +1,20 @@
 """Opening training data and held-out data by name, through `datasets`."""
 
 import difflib
-import json
 import os
-import pickle
-import re
-import struct
-import tarfile
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from glob import glob
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import datasets
 import pyarrow.compute
-import pyarrow.parquet
-from datasets.exceptions import DatasetsError
 
 from vitreg_hub.errors import DataError, readable
 from vitreg_hub.images.data_sets import (
     MOST_CLASSES,
     ON_HUB,
-    SPLIT_FOLDERS,
     Rows,
     features_of,
     find_column,
@@ -41,15 +29,13 @@ from vitreg_hub.images.embedded import TRAINING_SETS, Split
 from vitreg_hub.images.pictures import file_of
 from vitreg_hub.images.source import ImageSource, open_images
 from vitreg_hub.names import HUB_PREFIX
+from vitreg_hub.training.data.packed import common_folder, open_packed, packed_files, require_whole_keys
 from vitreg_hub.training.recipes.settings import DataSettings
 
 FORMS = (
     f"an embedded set ({', '.join(TRAINING_SETS)}), a folder of images, parquet files, WebDataset shards "
     "(train-{0000..0099}.tar, also as URL), or org/name[:split] on the Hub"
 )
-
-READERS = {".tar": "webdataset", ".parquet": "parquet"}
-"""Builders of `datasets` by the ending of the files."""
 
 IMAGE_COLUMNS = ("image", "jpg", "png")
 LABEL_COLUMNS = ("label", "cls")
@@ -58,26 +44,13 @@ TEXT_COLUMNS = ("text", "txt", "caption")
 HUB_SPLITS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
 """The split to read on the Hub if none is named: the first of these that exists."""
 
-MOST_FILES = 100_000
-"""Of one name with braces."""
-
 MAX_SHARDS = 64
 """Largest number of shards into which local rows are divided to be read as a stream."""
-
-UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ImportError)
-UNREADABLE += (ArithmeticError, MemoryError, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError)
-UNREADABLE += (DatasetsError,)
-"""What `datasets` raises, even in the middle of a stream, for files that are broken, of another kind or out of reach:
-it decodes all members of an archive, also those that nobody asks for."""
-
-INFLATED, PER_BYTE = 2**29, 100
-"""Bytes that a group of rows of parquet may have unpacked, and from then on for each byte of the file: pictures are
-packed already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingData:
-    """Rows to train on, and their columns; made by `open_training_data`.
+    """Rows to train on, and their columns; made by `open_rows`.
 
     Attributes:
         name: Name of the data.
@@ -214,6 +187,8 @@ def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Colle
             f"data.num_classes is {settings.num_classes}, which is more than {MOST_CLASSES:,} and the images."
         )
     features = features_of(rows)
+    if "__key__" in features:
+        require_whole_keys(called, features)
 
     def column(setting: str, usual: tuple[str, ...], wanted: Callable[[Any], bool], kind: str) -> str | None:
         chosen, fitting = getattr(settings, setting), [name for name in features if wanted(features[name])]
@@ -309,8 +284,8 @@ def _rows(
     """The name of the data, their rows, their folder if it holds pictures, and below what rows may name files."""
     if name in TRAINING_SETS:
         return name, TRAINING_SETS[name](split), None, None
-    if files := _files(name):
-        return name, _of_files(name, files, streaming), None, _common_folder(files)
+    if files := packed_files(name):
+        return name, open_packed(name, files, streaming), None, common_folder(files)
     if os.path.isdir(name):
         return name, image_folder(Path(name), classes=classes), Path(name), None
     if on_hub := ON_HUB.fullmatch(name.removeprefix(HUB_PREFIX)):
@@ -320,112 +295,6 @@ def _rows(
     near = difflib.get_close_matches(name, TRAINING_SETS, n=1)
     hint = f", did you mean {near[0]!r}" if near else ""
     raise DataError(f"there are no training data {name!r}{hint}: give {FORMS}.")
-
-
-def _of_files(name: str, files: list[str], streaming: bool) -> Rows:
-    reader = READERS[_ending(files[0])]
-    for file in files:
-        if "://" not in file:
-            _require_sound(name, file, reader)
-    streaming = streaming or reader == "webdataset" or any("://" in file for file in files)
-    try:
-        return datasets.load_dataset(reader, data_files=files, split="train", streaming=streaming)
-    except UNREADABLE as error:
-        raise DataError(f"{name} cannot be read as {reader}: {reason(error)}.") from error
-
-
-def _common_folder(files: Sequence[str]) -> str:
-    """The folder that all files share, or the start of the first URL."""
-    if all("://" not in file for file in files):
-        return os.path.commonpath([os.path.dirname(file) for file in files])
-    return files[0].rpartition("/")[0] + "/"
-
-
-def _require_sound(name: str, file: str, reader: str) -> None:
-    """Refuse a local file that would block, or whose footer asks for far more memory than its size explains."""
-    if not Path(file).is_file():
-        raise DataError(f"{file} is not an ordinary file: give files, or their folder.")
-    if reader != "parquet":
-        return
-    try:
-        footer = pyarrow.parquet.read_metadata(file)
-        features = list(_objects(json.loads((footer.metadata or {}).get(b"huggingface", b"{}"))))
-    except UNREADABLE as error:
-        raise DataError(f"{name} cannot be read as parquet: {reason(error)}.") from error
-    size = Path(file).stat().st_size
-    largest = max((footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)), default=0)
-    if footer.num_rows > size or largest > max(INFLATED, PER_BYTE * size):
-        raise DataError(
-            f"{file} says that its {size:,} bytes hold {footer.num_rows:,} rows, of up to {largest:,} bytes together: "
-            "it is damaged, or made to fill the memory."
-        )
-    if any(f.get("_type") == "ClassLabel" and not isinstance(f.get("names"), list) for f in features):
-        raise DataError(f"{file} has class labels without their names: store the names in its column.")
-
-
-def _objects(content: Any) -> Iterator[dict[str, Any]]:
-    """Every object in JSON, at any depth."""
-    if isinstance(content, dict):
-        yield content
-    for inner in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
-        yield from _objects(inner)
-
-
-def reason(error: BaseException) -> str:
-    """First line of an error's text, without the full stop."""
-    return (str(error).partition("\n")[0] or type(error).__name__).rstrip(".")
-
-
-def _files(name: str) -> list[str]:
-    """Shards or parquet files of a path, pattern or folder; empty if it is something else."""
-    if os.path.isdir(name):
-        files = []
-        for ending in READERS:
-            files = files or sorted(str(file) for file in Path(name).glob(f"*{ending}"))
-        splits = sorted({re.split(r"[-_.\d]", Path(file).name)[0] for file in files} & SPLIT_FOLDERS)
-        if len(splits) > 1:
-            pattern = Path(name) / f"{splits[-1]}*{_ending(files[0])}"
-            raise DataError(f"{name} holds the splits {', '.join(splits)}: give the files of one, such as {pattern}.")
-        return files
-    if _ending(name) not in READERS:
-        return []
-    paths = list(islice(_braces(name), MOST_FILES + 1))
-    if len(paths) > MOST_FILES:
-        raise DataError(f"{name} stands for more than {MOST_FILES:,} files: give fewer.")
-    return [file for path in dict.fromkeys(paths) for file in _matches(path, name)]
-
-
-def _ending(name: str) -> str:
-    return Path(urlsplit(name).path if "://" in name else name).suffix
-
-
-def _matches(path: str, name: str) -> list[str]:
-    if "://" in path:
-        if "*" in path:
-            raise DataError(
-                f"{name} is a URL, whose files cannot be listed: count them, as in train-{{0000..0099}}.tar."
-            )
-        return [path]
-    files = [path] if os.path.exists(path) else sorted(glob(path, recursive=True))
-    if not files:
-        raise DataError(f"there is no file {path}" + (f", which {name} asks for." if path != name else "."))
-    return [str(Path(file).absolute()) for file in files]
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    """Yield all names of a pattern with ``{first..last}`` or ``{one,other}``, as in a shell."""
-    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
-    if not match:
-        yield pattern
-        return
-    first, last, several = match.groups()
-    if not several and max(len(first), len(last)) > 18:
-        raise DataError(f"{pattern} stands for more than {MOST_FILES:,} files: give fewer.")
-    if not several and int(first) > int(last):
-        raise DataError(f"{pattern} counts from {first} to {last}: give the smaller number first.")
-    inner = several.split(",") if several else (f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1))
-    for part in inner:
-        yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
 
 
 def _numbered_as(training: TrainingData, held_out: TrainingData) -> TrainingData:

@@ -11,7 +11,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.training.data.opening import UNREADABLE, reason
+from vitreg_hub.training.data.packed import UNREADABLE, reason
 from vitreg_hub.training.data.samples import Piece, Sample, SampleReader
 from vitreg_hub.training.distributed.randomness import seed_of
 

@@ -1,8 +1,9 @@
 """Data sets of images as `datasets` has them: folders, the Hub, and which column is what."""
 
+import logging
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from vitreg_hub.errors import DataError
 from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.images.embedded import EMBEDDED
+
+logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 """Names of sub-folders that are splits, not classes."""
@@ -45,15 +48,7 @@ def image_folder(root: Path, *, classes: Collection[str] = ()) -> datasets.Datas
     Folders in it are classes if they hold most of the images and are several, or one of these `classes`; images beside
     them then have no label.
     """
-    paths, known = [], set()
-    for parent, below, files in os.walk(root, followlinks=True, onerror=_unreadable):
-        about = os.stat(parent)
-        if (about.st_dev, about.st_ino) in known:
-            raise DataError(f"{parent} is a link to a folder that is read already: remove it.")
-        known.add((about.st_dev, about.st_ino))
-        below[:] = sorted(folder for folder in below if not folder.startswith(HIDDEN))
-        images = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
-        paths += [os.path.join(parent, file) for file in sorted(images)]
+    paths = [file for file in files_below(root) if file.lower().endswith(IMG_EXTENSIONS)]
     if not paths:
         model = " (it holds a model, which is no data)" if Path(root, CONFIG_FILE).is_file() else ""
         raise DataError(
@@ -77,11 +72,29 @@ def image_folder(root: Path, *, classes: Collection[str] = ()) -> datasets.Datas
     return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=datasets.Features(features))
 
 
+def files_below(root: Path) -> Iterator[str]:
+    """Yield all files below a folder but hidden ones, in the order of their names.
+
+    A link to a folder that is read anyway is not followed, but named: its pictures would count twice, or without end.
+    """
+    top, known = root.resolve(), set()
+    for parent, below, files in os.walk(root, followlinks=True, onerror=_unreadable):
+        real = Path(parent).resolve()
+        is_link = os.path.islink(parent) and parent != str(root)
+        if real in known or (is_link and (real.is_relative_to(top) or top.is_relative_to(real))):
+            logger.warning("%s is a link to a folder that is read anyway, and is not followed", parent)
+            below.clear()
+            continue
+        known.add(real)
+        below[:] = sorted(folder for folder in below if not folder.startswith(HIDDEN))
+        yield from (os.path.join(parent, file) for file in sorted(files) if not file.startswith("."))
+
+
 def why_unlabelled(root: Path) -> str:
     """Why the images of a folder have no classes, and what to do."""
     with os.scandir(root) as found:
         folders = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith(HIDDEN))
-    folders = [folder for folder in folders if any(files for *_, files in os.walk(root / folder, followlinks=True))]
+    folders = [folder for folder in folders if any(files_below(root / folder))]
     if len(folders) == 1 and any(entry.is_dir() for entry in os.scandir(root / folders[0])):
         return f"all of them lie in its one folder {folders[0]}: give {root / folders[0]}"
     if not folders:

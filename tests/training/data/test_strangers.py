@@ -1,8 +1,10 @@
 """Data that a stranger made: nothing private is opened, and no small file takes much memory or time."""
 
+import io
 import json
 import os
 import re
+import tarfile
 
 import datasets
 import numpy as np
@@ -198,13 +200,17 @@ def test_names_that_no_file_can_have(name):
             opening(name)
 
 
-def test_folders_that_hold_themselves_or_cannot_be_read(tmp_path, monkeypatch):
+def test_folders_that_hold_themselves_or_cannot_be_read(tmp_path, monkeypatch, caplog):
     write_folder(tmp_path / "data", 4)
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
-    for opening in (opened, open_images):
-        with pytest.raises(DataError, match="a/up is a link to a folder that is read already: remove it"):
-            opening(str(tmp_path / "data"))
-    (tmp_path / "data" / "a" / "up").unlink()
+    (tmp_path / "data" / "b" / "a").symlink_to(tmp_path / "data" / "a")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "more.png").write_bytes(png(9))
+    (tmp_path / "others" / "again").symlink_to(tmp_path / "others")
+    (tmp_path / "data" / "b" / "others").symlink_to(tmp_path / "others")
+    assert open_images(tmp_path / "data").num_images == opened(tmp_path / "data").num_images == 5
+    for link in ("a/up", "b/a", "again"):
+        assert f"{link} is a link to a folder that is read anyway, and is not followed" in caplog.text
     scandir = os.scandir
 
     def locked(path):
@@ -215,6 +221,18 @@ def test_folders_that_hold_themselves_or_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", locked)
     with pytest.raises(DataError, match=r"data/b cannot be read \(Permission denied\): look at its permissions"):
         opened(tmp_path / "data")
+
+
+def test_keys_with_dots_are_no_columns(tmp_path):
+    with tarfile.open(tmp_path / "train-0000.tar", "w") as tar:
+        for key in ("img.v1.0", "img.v1.1"):
+            for ending, content in (("png", png(1)), ("cls", b"1")):
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    for column in (None, "v1.0.png"):
+        with pytest.raises(DataError, match=r"columns v1.0.png and v1.1.png: in shards a key ends at its first dot"):
+            opened(tmp_path / "train-0000.tar", image_column=column)
 
 
 def test_members_of_archives_that_cannot_be_decoded(tmp_path):
