@@ -92,7 +92,7 @@ class VitRegPreTrainedModel(PreTrainedModel):
     def __init_subclass__(cls, **kwargs: Any) -> None:  # here, so that users' subclasses write bundles too
         super().__init_subclass__(**kwargs)
         prefix = WeightRenaming(r"^(?!timm_model\.)(.+)", r"timm_model.\1")
-        stem = f"timm_model.{STEM}.weight"
+        stem = f"{STEM}.weight"
         channels = WeightConverter(stem, stem, [AdaptChannels()])
         register_checkpoint_conversion_mapping(cls.__name__, [prefix, channels], overwrite=True)
 

@@ -115,19 +115,20 @@ class ModelName:
             raise UnknownArchError(f"{self.arch} has no weights; `vitreg list` prints the tags of those that have.")
 
     def beside(self) -> list[str]:
-        """The paths of what lies where a path of that name would lie, of which it may be a misspelling."""
-        folder = Path(self.given).parent
+        """The paths that it may be a misspelling of: those beside it with nearly its name."""
+        path = Path(self.given)
         try:
-            return sorted(str(path) for path in folder.iterdir())
+            there = [other.name for other in path.parent.iterdir()]
         except OSError:
             return []
+        return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, there, n=3)]
 
     def _require_tag(self, known: Sequence[str]) -> None:
         if self.tag not in known:
             raise UnknownArchError(f"{self.arch} has no weights {self.tag!r}; it has {', '.join(known) or 'none'}.")
 
     def _unknown(self, known: Collection[str]) -> UnknownArchError:
-        near = difflib.get_close_matches(self.given, [*self.beside(), *known], n=3)
+        near = [*self.beside(), *difflib.get_close_matches(self.given, known, n=3)][:3]
         return UnknownArchError(
             f"there is no folder and no architecture {self.given!r}; closest: {', '.join(near) or 'none'}. "
             "`vitreg list` prints ours, and `timm.list_models()` timm's; a Hub repository needs the prefix "

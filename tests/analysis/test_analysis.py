@@ -210,11 +210,11 @@ from vitreg_hub.analysis.results import to_json
 
 torch.set_num_threads(1)
 truth = planted()
-rank = PartialState().process_index
-assert PartialState().num_processes == 2
 for number in map(int, sys.argv[3:]):
     report = analyze(truth.model, truth.data.select(range(number)), batch_size=8)
     assert len(report.examples) == min(4, number)
+    rank = PartialState().process_index
+    assert PartialState().num_processes == 2
     open(f"{sys.argv[2]}/{number}_{rank}.json", "w").write(to_json([report]))
 PartialState().destroy_process_group()
 """

@@ -208,7 +208,7 @@ def test_attention_needs_a_class_token_or_registers(picture, tmp_path):
 MISTAKES = {
     "there is no folder and no architecture 'vit_nano_reg5'; closest: vit_nano_reg": ["analyze", "vit_nano_reg5"],
     "there are no images 'digit', did you mean 'digits'": ["analyze", "vit_nano_reg4", "--images", "digit"],
-    "ResNet cannot be read: timm's VisionTransformer": ["analyze", "resnet18"],
+    "ResNet cannot be read: timm's VisionTransformer": ["analyze", "resnet50t"],
     "block 4 does not exist": ["analyze", "vit_nano_reg4", "--block", "4", "--max-images", "4"],
     "{tmp} exists: choose another folder": ["analyze", "vit_nano_reg4", "--out", "{tmp}"],
     "--card records results in bundles' folders, but vit_nano_reg4 is none": ["analyze", "vit_nano_reg4", "--card"],

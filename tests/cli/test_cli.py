@@ -101,7 +101,7 @@ def test_reader_of_the_output_may_stop():
 
 
 MISTAKES = {
-    "no architecture matches 'vit_hug'; `vitreg list` prints all 147.": ["list", "vit_hug"],
+    "no architecture matches 'vit_hug'; '*vit_hug*' would, and `vitreg list` prints all 147.": ["list", "vit_hug"],
     "{tmp}/nothing is not a folder: fetch a published bundle": ["verify", "{tmp}/nothing"],
     "{tmp} is not a bundle: it has no config.json, but there is {tmp}/broken.": ["verify", "{tmp}"],
     "no architecture matches 'reg4'; '*reg4*' would, and `vitreg list` prints all 147.": ["list", "reg4"],
@@ -119,7 +119,7 @@ MISTAKES = {
     "/ is not a bundle: it has no config.json.": ["push", "/", "lab/x", "--dry-run"],
     "x cannot be used (File name too long): look at its name": ["info", "x" * 300],
     "x: File name too long.": ["pull", "lab/x", "{tmp}/" + "x" * 300],
-    "cannot write {tmp}/broken/config.json/new/recipe.yaml: Not a": [
+    "cannot write to {tmp}/broken/config.json/new: Not a directory.": [
         "quickstart",
         "--out",
         "{tmp}/broken/config.json/new",

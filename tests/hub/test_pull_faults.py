@@ -266,7 +266,9 @@ def test_pull_gives_up_and_leaves_nothing(hub, published, tmp_path, impatient, w
 def test_hub_that_forbids_to_read_has_refused(hub, published, tmp_path, path, verb):
     """A script that is told that the Hub failed would try again for ever."""
     hub.fault = Fault(method=verb, path=path, act=403).on(hub)
-    with pytest.raises(HubRefusedError, match=r"^the access token may not do this with lab/model.*: use one that may "):
+    with pytest.raises(
+        HubRefusedError, match=r"^the access token may not do this with lab/model.*: use a token that may read it"
+    ):
         pull(REPO, tmp_path / "pulled")
 
 

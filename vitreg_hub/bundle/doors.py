@@ -1,6 +1,5 @@
 """Opens a bundle in each of the four ways that users have, and compares the outputs."""
 
-import difflib
 import subprocess
 import sys
 import tempfile
@@ -67,7 +66,7 @@ def bundle_folder(source: str | Path | ModelName) -> Path:
     remedy = "fetch a published bundle with `vitreg pull` first"
     if name.tag in tags(name.arch):
         remedy = f"ModelBundle.load({name.full!r}).save(folder) writes one with these weights"
-    elif near := difflib.get_close_matches(name.given, name.beside(), n=1):
+    elif near := name.beside():
         remedy = f"did you mean {near[0]}"
     raise BundleError(f"{name.given} is not a folder: {remedy}.")
 

@@ -180,8 +180,10 @@ def _reason(repo_id: str, error: hf_errors.HfHubHTTPError) -> str:
         return f"the access token for {repo_id} is missing or invalid: run `hf auth login` or set HF_TOKEN."
     if status == 403:
         reason = f" ({one_line(error.server_message).rstrip('.')})" if error.server_message else ""
-        needed = "read it" if error.response.request.method in ("GET", "HEAD") else "write there"
-        return f"the access token may not do this with {repo_id}{reason}: use one that may {needed}."
+        needed = (
+            "that may read it" if error.response.request.method in ("GET", "HEAD") else "with write permission there"
+        )
+        return f"the access token may not do this with {repo_id}{reason}: use a token {needed}."
     if status == 429:
         return f"the Hub accepts no more requests for {repo_id} for now (status 429): wait some minutes and try again."
     if status >= 500:
