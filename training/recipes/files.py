@@ -263,7 +263,7 @@ def _value(text: str, hint: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if text == "null" and NoneType in kinds:
         return None
-    if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
+    if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith(("[", "- ")):
         try:
             return _parsed(f"[{text}]")
         except yaml.YAMLError:  # such as a text with braces

@@ -323,8 +323,8 @@ def test_no_names_no_score():
     ("changes", "sentence"),
     [
         ({"text_heads": 3}, "3 heads do not divide"),
-        ({"text_heads": 0}, "0 heads do not divide"),
-        ({"logit_scale": 0.5}, "from 1 to 100"),
+        ({"text_heads": 0}, "task.text_heads is 0, give at least 1"),
+        ({"logit_scale": 0.5}, "task.logit_scale is 0.5, give at least 1"),
         ({"templates": ()}, "at least one sentence"),
         ({"templates": ("a {}", "a photo")}, "'a photo', which has no {}"),
     ],
