@@ -129,7 +129,7 @@ def kill_after(hub, number, **arguments):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_push_that_is_killed_at_any_request_leaves_the_old_state_or_the_new(hub, folders, tmp_path, exists, every):
     old, new = folders[:2]
     if exists:
