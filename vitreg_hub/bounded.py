@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from vitreg_hub.errors import BundleError
 
@@ -19,6 +20,9 @@ LARGEST_METADATA = 2**16
 """Characters of a card's metadata, which Python's YAML reads slowly."""
 DEEPEST = 60
 """Lists and objects in each other: Python copies and prints them by recursion."""
+
+MOST_BITS = 1000
+"""Of a whole number; with more, not even a float could hold it."""
 
 SIDE, WIDTH, COUNT = 10**5, 2**15, 10**4
 MOST = {
@@ -78,22 +82,34 @@ def excesses(data: Any) -> Iterator[str]:
             yield f"{key} is {value}, but {MOST[key]:,} is the most that it may be"
 
 
-class _Plain(yaml.SafeLoader):
-    """YAML whose values stand where they are written, without names for lists and objects, which may multiply."""
+class PlainLoader(yaml.SafeLoader):
+    """Makes values of YAML that are as small as their text."""
 
     depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            named = self.anchors.get(self.peek_event().anchor)
-            if isinstance(named, yaml.CollectionNode):
-                raise yaml.YAMLError("it has names (&) for lists or objects")
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse an alias of more than one value, of which a few in each other stand for millions, and deep nesting."""
+        alias = self.check_event(yaml.AliasEvent)
         if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"it is nested deeper than {DEEPEST}")
+            sentence = f"lists or objects in each other without end (more than {DEEPEST})"
+            raise ComposerError(None, None, sentence, self.peek_event().start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if alias and isinstance(node, yaml.CollectionNode):
+            raise ComposerError(None, None, "an alias stands for several values: write them out", node.start_mark)
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Refuse a value that is not of the kind that it seems or claims to be, such as the date 2020-99-99."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > MOST_BITS:
+                raise OverflowError
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise ConstructorError(None, None, f"this cannot be read as {kind}", node.start_mark) from error
+        return value
 
 
 def read_yaml(text: str) -> tuple[Any, Any]:
@@ -104,11 +120,11 @@ def read_yaml(text: str) -> tuple[Any, Any]:
     """
     if len(text) > LARGEST_METADATA:
         raise ValueError(f"it has more than {LARGEST_METADATA:,} characters")
-    loader = _Plain(text)
+    loader = PlainLoader(text)
     try:
         node = loader.get_single_node()
         return node, None if node is None else loader.construct_document(node)
-    except (yaml.YAMLError, RecursionError, TypeError) as error:  # TypeError: a list as a key
+    except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     finally:
         loader.dispose()
@@ -120,5 +136,7 @@ def read_metadata(card: str) -> Any:
     Raises:
         ValueError: As from `read_yaml`.
     """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK  # takes long, and settings of a run have no card
+
     found = REGEX_YAML_BLOCK.search(card)
     return read_yaml(found[2])[1] if found else None

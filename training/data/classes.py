@@ -11,7 +11,7 @@ import pyarrow
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.images.data_sets import files_below
+from vitreg_hub.images.data_sets import files_below, folders_in
 from vitreg_hub.images.pictures import BROKEN, read_rgb
 from vitreg_hub.training.data.opening import TrainingData, as_stream, held_out_rows, open_rows
 from vitreg_hub.training.distributed.randomness import seed_of
@@ -167,8 +167,7 @@ def _class_folders(data: TrainingData) -> list[Path]:
     """The folders in a folder of images, if there are several."""
     if data.folder is None:
         return []
-    below = [path for path in sorted(data.folder.iterdir()) if path.is_dir()]
-    below = [path for path in below if not path.name.startswith((".", "__MACOSX"))]
+    below = folders_in(data.folder)
     return below if len(below) > 1 else []
 
 

@@ -9,9 +9,8 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 
 import yaml
 from pydantic import TypeAdapter
-from yaml.composer import ComposerError
-from yaml.constructor import ConstructorError
 
+from vitreg_hub.bounded import PlainLoader
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.files import RECIPE_FILE, whole_file
@@ -23,9 +22,6 @@ T = TypeVar("T")
 
 MOST_TEXT = 50_000
 """Letters of a file of settings, ten times what any needs: reading them takes seconds."""
-MOST_BITS = 1000
-"""Of a whole number; with more, not even a float could hold it."""
-
 KIND = "kind"
 """Key that says which dataclass `task` and `augment` are."""
 
@@ -265,49 +261,15 @@ def _value(text: str, hint: Any) -> Any:
         return None
     if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith(("[", "- ")):
         try:
-            return _parsed(f"[{text}]")
+            return yaml.load(f"[{text}]", PlainLoader)
         except yaml.YAMLError:  # such as a text with braces
             return [text]
     if str in kinds or get_origin(hint) is Literal:
         return text
     try:
-        return _parsed(text)
+        return yaml.load(text, PlainLoader)
     except yaml.YAMLError:
         return text
-
-
-class _Loader(yaml.SafeLoader):
-    """Makes values that are as small as their text."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse an alias of more than one value: a few in each other stand for millions."""
-        alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
-        if alias and isinstance(node, yaml.CollectionNode):
-            raise ComposerError(None, None, "an alias stands for several values: write them out", node.start_mark)
-        return node
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Refuse a value that is not of the kind that it seems or claims to be, such as the date 2020-99-99."""
-        try:
-            value = super().construct_object(node, deep)
-            if isinstance(value, int) and value.bit_length() > MOST_BITS:
-                raise OverflowError
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            kind = node.tag.rpartition(":")[2]
-            raise ConstructorError(None, None, f"this cannot be read as {kind}", node.start_mark) from error
-        return value
-
-
-def _parsed(text: str) -> Any:
-    """
-    Raises:
-        YAMLError: It is not YAML.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except RecursionError as error:
-        raise yaml.YAMLError("lists or objects in each other without end") from error
 
 
 def _merged(values: Any, given: Any) -> Any:
@@ -352,7 +314,7 @@ def _mapping(text: str, called: str) -> dict[str, Any]:
     if len(text) > MOST_TEXT:
         raise RecipeError(f"{called} has more than {MOST_TEXT:,} letters, so it holds no settings of a run.")
     try:
-        given = _parsed(text)
+        given = yaml.load(text, PlainLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{called} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):

@@ -90,11 +90,14 @@ def files_below(root: Path) -> Iterator[str]:
         yield from (os.path.join(parent, file) for file in sorted(files) if not file.startswith("."))
 
 
+def folders_in(root: Path) -> list[Path]:
+    """The folders in a folder but hidden ones, in the order of their names."""
+    return [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(HIDDEN)]
+
+
 def why_unlabelled(root: Path) -> str:
     """Why the images of a folder have no classes, and what to do."""
-    with os.scandir(root) as found:
-        folders = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith(HIDDEN))
-    folders = [folder for folder in folders if any(files_below(root / folder))]
+    folders = [folder.name for folder in folders_in(root) if any(files_below(folder))]
     if len(folders) == 1 and any(entry.is_dir() for entry in os.scandir(root / folders[0])):
         return f"all of them lie in its one folder {folders[0]}: give {root / folders[0]}"
     if not folders:

@@ -231,9 +231,9 @@ def open_images(
     Args:
         images: A tensor [N, C, H, W] that is already preprocessed, or a list of such [C, H, W], also as arrays of
             floating-point numbers; PIL images, or arrays of bytes [H, W] or [H, W, 3]; a folder, whose sub-folders are
-            classes if they hold all images; a data set with one column of images (or one called "image") and at most
-            one of class labels (or whole numbers or words called "label"); the name of an embedded data set; or
-            ``org/name[:split]`` on the Hub.
+            classes if there are several and they hold most images; a data set with one column of images (or one called
+            "image") and at most one of class labels (or whole numbers or words called "label"); the name of an
+            embedded data set; or ``org/name[:split]`` on the Hub.
         name: What to call them instead of their own name.
         max_images: Read at most this many: a random subset in order, or the first ones of a stream.
         seed: Decides which subset.
