@@ -204,12 +204,14 @@ def test_folders_that_hold_themselves_or_cannot_be_read(tmp_path, monkeypatch, c
     write_folder(tmp_path / "data", 4)
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "b" / "a").symlink_to(tmp_path / "data" / "a")
+    (tmp_path / "data" / "a" / "c").symlink_to(tmp_path / "data" / "c")  # which comes before what it leads to
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "more.png").write_bytes(png(9))
     (tmp_path / "others" / "again").symlink_to(tmp_path / "others")
     (tmp_path / "data" / "b" / "others").symlink_to(tmp_path / "others")
     assert open_images(tmp_path / "data").num_images == opened(tmp_path / "data").num_images == 5
-    for link in ("a/up", "b/a", "again"):
+    assert opened(tmp_path / "data").label_names == ("a", "b", "c")
+    for link in ("a/up", "b/a", "a/c", "again"):
         assert f"{link} is a link to a folder that is read anyway, and is not followed" in caplog.text
     scandir = os.scandir
 
