@@ -88,6 +88,16 @@ def test_normed_tokens_are_timms_features(vit):
     assert torch.equal(torch.cat([seen.cls, seen.registers, seen.patches], dim=1), norm(features))
 
 
+@torch.no_grad()
+def test_normed_tokens_of_any_block_are_timms_intermediates(vit):
+    images = images_for(vit)
+    seen = observe(vit, images, normed_blocks=(1, 0)).normed_blocks
+    norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else nn.Identity()
+    how = {"indices": [0, 1], "norm": True, "output_fmt": "NLC", "intermediates_only": True}
+    for index, patches in enumerate(vit.forward_intermediates(images, **how)):
+        assert torch.equal(seen[index].patches, norm(patches))
+
+
 def test_embedded_patches_are_timms(vit):
     images = images_for(vit)
     embedded = vit.patch_embed(images)

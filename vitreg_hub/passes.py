@@ -23,6 +23,7 @@ class Needs:
     norms: bool = False
     blocks: tuple[int, ...] = ()
     normed: bool = False
+    normed_blocks: tuple[int, ...] = ()
     embedded: bool = False
     attention: tuple[int, ...] = ()
 
@@ -31,6 +32,7 @@ class Needs:
             norms=self.norms or other.norms,
             blocks=tuple({*self.blocks, *other.blocks}),
             normed=self.normed or other.normed,
+            normed_blocks=tuple({*self.normed_blocks, *other.normed_blocks}),
             embedded=self.embedded or other.embedded,
             attention=tuple({*self.attention, *other.attention}),
         )

@@ -99,6 +99,7 @@ class Observation:
         input_norms: [B, N] float32 L2 norms of the tokens that enter the first block.
         tokens: Tokens after the blocks asked for, before the final norm, by the indices that were given.
         normed: Tokens of the last block after the final norm.
+        normed_blocks: Tokens after the blocks asked for and then the final norm, by the indices that were given.
         embedded: [B, P, D] patch embeddings, before positions are added.
         attention: Attention of the blocks asked for, by the indices that were given.
     """
@@ -109,6 +110,7 @@ class Observation:
     input_norms: Tensor = NOTHING
     tokens: dict[int, Tokens] = field(default_factory=dict)
     normed: Tokens = NO_TOKENS
+    normed_blocks: dict[int, Tokens] = field(default_factory=dict)
     embedded: Tensor = NOTHING
     attention: dict[int, Attention] = field(default_factory=dict)
 
@@ -124,6 +126,7 @@ def observe(
     norms: bool = False,
     blocks: Sequence[int] = (),
     normed: bool = False,
+    normed_blocks: Sequence[int] = (),
     embedded: bool = False,
     attention: Sequence[int] = (),
     attention_images: int | None = None,
@@ -138,6 +141,7 @@ def observe(
         norms: Record the norms of all tokens after every block, and before the first.
         blocks: Blocks whose tokens are recorded; negative indices count from the end.
         normed: Record the tokens of the last block after the final norm.
+        normed_blocks: Blocks whose tokens are recorded after the final norm, as if they were the last.
         embedded: Record the patch embeddings.
         attention: Blocks whose attention is recorded; negative indices count from the end.
         attention_images: Record the attention, which costs most, of only so many images, the first ones; by default of
@@ -148,7 +152,7 @@ def observe(
     """
     layout = VitLayout.of(model)
     depth = len(layout.blocks)
-    if wrong := [i for i in (*blocks, *attention) if not -depth <= i < depth]:
+    if wrong := [i for i in (*blocks, *normed_blocks, *attention) if not -depth <= i < depth]:
         raise DataError(f"block {wrong[0]} does not exist: the model has {depth}, 0 to {depth - 1} or -{depth} to -1.")
     found: dict[tuple[str, int], Any] = {}
     with evaluating(model), ExitStack() as hooks:
@@ -165,7 +169,7 @@ def observe(
                 record("norms", index, block, _norms)
         if normed:
             record("tokens", -1, layout.blocks[-1], _output)
-        for index in set(blocks):
+        for index in {*blocks, *normed_blocks}:
             record("tokens", index, layout.blocks[index], _output)
         for index in set(attention):
             record("attention", index, layout.attention(index), partial(_weights, number=attention_images))
@@ -175,6 +179,8 @@ def observe(
         layout.run(images)
         if normed:
             found["normed", 0] = layout.norm(found["tokens", -1])
+        for index in set(normed_blocks):
+            found["normed_blocks", index] = layout.norm(found["tokens", index])
 
     def unscaled(stream: Tensor) -> Tensor:
         return stream if layout.residual_scale == 1 else stream / layout.residual_scale
@@ -187,6 +193,7 @@ def observe(
         input_norms=unscaled(found["input_norms", 0]) if norms else NOTHING,
         tokens={i: order.split(unscaled(found["tokens", i])) for i in blocks},
         normed=order.split(found["normed", 0]) if normed else NO_TOKENS,
+        normed_blocks={i: order.split(found["normed_blocks", i]) for i in normed_blocks},
         embedded=unscaled(found["embedded", 0]).flatten(2).transpose(1, 2) if embedded else NOTHING,
         attention={i: order.attention(found["attention", i]) for i in attention},
     )
