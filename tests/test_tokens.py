@@ -98,6 +98,22 @@ def test_normed_tokens_of_any_block_are_timms_intermediates(vit):
         assert torch.equal(seen[index].patches, norm(patches))
 
 
+@torch.no_grad()
+def test_logits_are_those_of_the_head():
+    images = torch.randn(2, 3, 32, 32)
+    timms = random_bundle().build()
+    assert torch.equal(observe(timms, images, logits=True, normed=True).logits, timms(images))
+    config = transformers.ViTConfig(**WIDE, num_labels=7)
+    theirs = randomised(transformers.ViTForImageClassification(config))
+    for side in (64, 32):
+        large = torch.randn(2, 3, side, side)
+        expected = theirs(large, interpolate_pos_encoding=side != 64).logits
+        assert torch.equal(observe(theirs, large, logits=True).logits, expected)
+    for headless in (random_bundle(num_classes=0).build(), hf_model("dinov2")[0]):
+        with pytest.raises(DataError, match="cannot classify"):
+            observe(headless, images if hasattr(headless, "blocks") else torch.randn(2, 3, 64, 64), logits=True)
+
+
 def test_embedded_patches_are_timms(vit):
     images = images_for(vit)
     embedded = vit.patch_embed(images)

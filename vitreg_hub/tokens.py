@@ -102,6 +102,7 @@ class Observation:
         normed_blocks: Tokens after the blocks asked for and then the final norm, by the indices that were given.
         embedded: [B, P, D] patch embeddings, before positions are added.
         attention: Attention of the blocks asked for, by the indices that were given.
+        logits: [B, classes] of the model's own head.
     """
 
     images: Tensor
@@ -113,6 +114,7 @@ class Observation:
     normed_blocks: dict[int, Tokens] = field(default_factory=dict)
     embedded: Tensor = NOTHING
     attention: dict[int, Attention] = field(default_factory=dict)
+    logits: Tensor = NOTHING
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -130,6 +132,7 @@ def observe(
     embedded: bool = False,
     attention: Sequence[int] = (),
     attention_images: int | None = None,
+    logits: bool = False,
 ) -> Observation:
     """Run a ViT on images once and record only what is asked for.
 
@@ -146,9 +149,10 @@ def observe(
         attention: Blocks whose attention is recorded; negative indices count from the end.
         attention_images: Record the attention, which costs most, of only so many images, the first ones; by default of
             all.
+        logits: Run the model's head as well, and record what it gives.
 
     Raises:
-        DataError: The model is not a ViT that can be read, or a block does not exist.
+        DataError: The model is not a ViT that can be read, has no head, or a block does not exist.
     """
     layout = VitLayout.of(model)
     depth = len(layout.blocks)
@@ -176,7 +180,7 @@ def observe(
         if embedded:
             record("embedded", 0, layout.embedding, _output)
         record("order", 0, layout.blocks[0], _count)
-        layout.run(images)
+        found["logits", 0] = layout.run(images, head=model if logits else None)
         if normed:
             found["normed", 0] = layout.norm(found["tokens", -1])
         for index in set(normed_blocks):
@@ -196,6 +200,7 @@ def observe(
         normed_blocks={i: order.split(found["normed_blocks", i]) for i in normed_blocks},
         embedded=unscaled(found["embedded", 0]).flatten(2).transpose(1, 2) if embedded else NOTHING,
         attention={i: order.attention(found["attention", i]) for i in attention},
+        logits=found["logits", 0] if logits else NOTHING,
     )
 
 

@@ -30,6 +30,7 @@ class Features:
         cls: [N, L, D], class tokens of the last L blocks in their order; L is 0 for a model without a class token.
         patches: [N, D], means over the patches of the last block.
         registers: [N, 0 or 1, D], means over the registers of the last block, if there are any.
+        logits: [N, C] of the model's own head, where they were asked for; else [N, 0].
     """
 
     indices: Tensor
@@ -37,6 +38,7 @@ class Features:
     cls: Tensor
     patches: Tensor
     registers: Tensor
+    logits: Tensor
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -86,25 +88,24 @@ class Features:
         return self.pools[0]
 
 
-def pooled_needs(model: nn.Module, *, blocks: int = LAST_BLOCKS) -> Needs:
+def pooled_needs(model: nn.Module, *, blocks: int = LAST_BLOCKS, logits: bool = False) -> Needs:
     """What `pooled_features` reads of an observation."""
     depth = len(VitLayout.of(model).blocks)
-    return Needs(normed_blocks=tuple(range(-min(blocks, depth), 0)))
+    return Needs(normed_blocks=tuple(range(-min(blocks, depth), 0)), logits=logits)
 
 
 def pooled_features(seen: Observation, batch: Batch, *, dtype: torch.dtype = torch.float32) -> Features:
     """The features of one batch, on the CPU."""
     by_block = [seen.normed_blocks[block] for block in sorted(seen.normed_blocks)]
     last = by_block[-1]
-    missing = torch.full_like(batch.indices, -1)
+    registers = last.registers.mean(dim=1, keepdim=True) if last.registers.shape[1] else last.registers
     return Features(
         indices=batch.indices,
-        labels=missing if batch.labels is None else batch.labels,
+        labels=torch.full_like(batch.indices, -1) if batch.labels is None else batch.labels,
         cls=torch.cat([tokens.cls[:, :1] for tokens in by_block], dim=1).to("cpu", dtype),
         patches=last.patches.mean(dim=1).to("cpu", dtype),
-        registers=(last.registers.mean(dim=1, keepdim=True) if last.registers.shape[1] else last.registers).to(
-            "cpu", dtype
-        ),
+        registers=registers.to("cpu", dtype),
+        logits=seen.logits.to("cpu", dtype) if seen.logits.numel() else torch.empty(len(batch.indices), 0),
     )
 
 
@@ -121,21 +122,26 @@ def joined(parts: Sequence[Features]) -> Features:
 
 
 def extract(
-    model: nn.Module, batches: Iterable[Batch], *, world_size: int = 1, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    logits: bool = False,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> Features:
     """Features of all images, the same on every process; all must call it, each with its share of the batches.
 
     Args:
         model: A ViT of timm or transformers.
         batches: From `ImageSource.batches`.
+        logits: Also take what the model's own head gives.
         world_size: Number of processes.
-        dtype: In which they are kept: (L + 2) x D numbers for each image.
+        dtype: In which they are kept: (L + 2) x D numbers for each image, and C more with `logits`.
 
     Raises:
-        DataError: An image cannot be used, or the model is not a ViT that can be read.
+        DataError: An image cannot be used, or the model is not a ViT that can be read, or has no head.
     """
+    needs = pooled_needs(model, logits=logits)
     with failing_together(world_size=world_size):
-        mine = [
-            pooled_features(seen, batch, dtype=dtype) for seen, batch in observed(model, batches, pooled_needs(model))
-        ]
+        mine = [pooled_features(seen, batch, dtype=dtype) for seen, batch in observed(model, batches, needs)]
     return joined([part for share in gathered(mine, world_size=world_size) for part in share])

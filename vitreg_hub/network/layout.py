@@ -80,15 +80,23 @@ class VitLayout:
             residual_scale=scale,
         )
 
-    def run(self, images: Tensor) -> None:
-        """Run the network on images [B, 3, height, width], without a head, on its own device and in its own type.
+    def run(self, images: Tensor, *, head: nn.Module | None = None) -> Tensor:
+        """Run the network on images [B, 3, height, width], on its own device and in its own type.
 
         Compiled parts run uncompiled, because compiled code has no hooks.
 
+        Args:
+            images: Preprocessed.
+            head: The model around the network, to run its head as well.
+
+        Returns:
+            Logits [B, classes] of the head; nothing of use without one.
+
         Raises:
-            DataError: It takes only images of another size.
+            DataError: It takes only images of another size, or has no head.
         """
         images = images.to(self.embedding.weight.device, self.embedding.weight.dtype)
+        whole: Any = None if head is None else unwrapped(head)
         if not isinstance(self.network, PreTrainedModel):
             patches = self.network.patch_embed
             if getattr(patches, "strict_img_size", False) and tuple(images.shape[-2:]) != tuple(patches.img_size):
@@ -97,14 +105,17 @@ class VitLayout:
                     f"{patches.img_size[0]} x {patches.img_size[1]}: give img_size or dynamic_img_size=True."
                 )
             with _uncompiled():
-                self.network.forward_features(images)
-            return
-        resizes = "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters
+                if isinstance(whole, PreTrainedModel):  # ours, around timm's network
+                    return _logits(whole, whole(pixel_values=images))
+                return self.network.forward_features(images) if head is None else _logits(whole, whole(images))
+        network = self.network if head is None else whole
+        resizes = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
         size = self.network.config.image_size
         native = (size, size) if isinstance(size, int) else tuple(size)
         options = {"interpolate_pos_encoding": True} if resizes and tuple(images.shape[-2:]) != native else {}
         with _uncompiled():
-            self.network(pixel_values=images, **options)
+            output = network(pixel_values=images, **options)
+        return output if head is None else _logits(whole, output)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images [B, 3, height, width]."""
@@ -163,6 +174,18 @@ def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _uncompiled() -> AbstractContextManager[None]:
     """Run compiled code uncompiled. Importing torch._dynamo takes a second; where code was compiled, it is imported."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _logits(model: nn.Module, output: Any) -> Tensor:
+    """What a classifier gives.
+
+    Raises:
+        DataError: The model is none.
+    """
+    logits = getattr(output, "logits", output if getattr(model, "num_classes", 0) else None)
+    if not isinstance(logits, Tensor):
+        raise DataError(f"a {type(model).__name__} without classes cannot classify: give a model with a head.")
+    return logits
 
 
 @contextmanager
