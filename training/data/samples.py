@@ -28,11 +28,7 @@ class Sample:
 
 
 class Piece(NamedTuple):
-    """What workers hand over, as in a `Batch`; a tuple, because torch can pin its tensors.
-
-    Attributes:
-        position: Where the stream goes on after this piece.
-    """
+    """What workers hand over, as in a `Batch`; a tuple, because torch can pin its tensors."""
 
     names: Sequence[str]
     crops: Sequence[Tensor]

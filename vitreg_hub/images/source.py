@@ -64,7 +64,6 @@ class ImageSource:
         num_images: How many there are; None for a stream.
         rows: What holds the images: read by index, or by iteration if it is a stream.
         picked: Indices of the rows that are read; None for a stream.
-        image_column: Column of the images, if rows have columns.
         within: Folder or URLs below which rows may name files, as in `read_rgb`.
     """
 
