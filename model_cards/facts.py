@@ -37,7 +37,6 @@ class Images:
     Attributes:
         name: Without a machine's folders.
         dataset: Identifier on the Hub, or name of an embedded set; otherwise `CUSTOM`.
-        words: Name in a sentence.
     """
 
     name: str

@@ -42,9 +42,7 @@ class AnyVit:
         transform: Makes a tensor [C, H, W] of an RGB image; None where it is unknown, or C is neither 3 nor 1.
         preprocessing: The transform in words.
         size: Height and width of the images that the transform makes, where they are known.
-        in_chans: Channels C of the images.
         mean: Of the channels, for pixels in [0, 1]; None where it is unknown.
-        std: Standard deviations of the channels.
         untrained: Whether the weights are random, since there are none of that name.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.network.layout import VitLayout, attention_weights, evaluating
+from vitreg_hub.network.layout import VitLayout, attention_weights, evaluating, uncompiled
 
 # Shapes: B images; N = C + R + P tokens, of which C class tokens, R registers and P patches; D channels; H heads.
 
@@ -94,7 +94,6 @@ class Observation:
 
     Attributes:
         images: [B, 3, height, width] as the network saw them.
-        order: Which token is what.
         norms: [blocks, B, N] float32 L2 norms of all tokens after every block, before the final norm.
         input_norms: [B, N] float32 L2 norms of the tokens that enter the first block.
         tokens: Tokens after the blocks asked for, before the final norm, by the indices that were given.
@@ -155,7 +154,7 @@ def observe(
     if wrong := [i for i in (*blocks, *normed_blocks, *attention) if not -depth <= i < depth]:
         raise DataError(f"block {wrong[0]} does not exist: the model has {depth}, 0 to {depth - 1} or -{depth} to -1.")
     found: dict[tuple[str, int], Any] = {}
-    with evaluating(model), ExitStack() as hooks:
+    with evaluating(model), uncompiled(), ExitStack() as hooks:
 
         def record(what: str, index: int, module: nn.Module, read: Reader) -> None:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -176,7 +175,7 @@ def observe(
         if embedded:
             record("embedded", 0, layout.embedding, _output)
         record("order", 0, layout.blocks[0], _count)
-        layout.run(images)
+        layout.forward(images)()
         if normed:
             found["normed", 0] = layout.norm(found["tokens", -1])
         for index in set(normed_blocks):

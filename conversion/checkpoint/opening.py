@@ -56,7 +56,6 @@ class Checkpoint:
         places: The open file that holds a tensor, and the tensor's name in there.
         container: Key of the dictionary that held the weights, and their prefix if one was asked for; "torchscript" for
             an archive.
-        left_out: What a file holds beside the weights.
         notes: Which of several sets of weights it is.
         metadata: Texts by name in the header of a .safetensors file.
         config: config.json beside the weights; this and the other two are empty where there is no such file.

@@ -74,7 +74,6 @@ def fitting(keys: Iterable[str], wanted: str) -> list[str]:
     """The keys that are meant by `wanted`, only the best of them where some are better known than others.
 
     Args:
-        keys: Of the sets.
         wanted: "" for the averaged ones if there are any, "ema", "raw", or a key or a part of one.
     """
     keys = list(keys)
@@ -143,11 +142,7 @@ def prefix_of(names: Collection[str], wanted: str, *, container: str, keys: Coll
     """The prefix that is meant where no dictionary of the file was; "" for all names.
 
     Args:
-        names: Of the tensors.
         wanted: As for `fitting`, never "".
-        container: Keys under which the tensors were.
-        keys: Of all sets in the file, for messages.
-        called: The file, for messages.
 
     Raises:
         ConversionError: There are no such weights, or several.

@@ -187,13 +187,7 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> Measured:
 
 
 def _read(checkpoint: Path) -> tuple[_State, dict[str, dict[str, Tensor]]]:
-    """The state of a checkpoint, and its tensors by file.
-
-    Raises:
-        OSError: A file cannot be read.
-        ValueError: A file is not as it was written, or not of this checkpoint.
-        SafetensorError: A file does not hold tensors.
-    """
+    """The state of a checkpoint, and its tensors by file. Raises what `restore_run` puts into a sentence."""
     folder = checkpoint / STATE
     data = typed.parsed((folder / STATE_FILE).read_bytes())
     told = data.pop(CHECKSUM, None) if isinstance(data, dict) else None

@@ -51,11 +51,9 @@ class Publisher:
     The run is never stopped; `errors` says what went wrong.
 
     Args:
-        repo_id: ``org/name``.
         private: Whether a new repository can be seen by its owner alone.
         license: The weights' license as the user gives it.
         waits: Seconds before the second try of an upload, the third, and so on; after the last one it is given up.
-        push: Sends a folder.
         pause: Waits for an event, at most so many seconds, and returns whether it happened.
 
     Raises:
@@ -92,9 +90,7 @@ class Publisher:
         Raises:
             HubRefusedError: The token is invalid or may only read, or a repository cannot become what was asked for.
         """
-        repos = [self.repo_id]
-        if towers:
-            repos.append(f"{self.repo_id}{TOWER_SUFFIX}")
+        repos = [self.repo_id, f"{self.repo_id}{TOWER_SUFFIX}"] if towers else [self.repo_id]
         try:
             _within(seconds, partial(_ask, repos, private=self._options["private"]))
         except HubRefusedError:
@@ -196,11 +192,7 @@ class Publisher:
 
 
 def _ask(repos: Sequence[str], *, private: bool) -> None:
-    """
-    Raises:
-        HubRefusedError: As `Publisher.ask`.
-        HubError: The Hub does not answer.
-    """
+    """Raises what `Publisher.ask` does, or a HubError where the Hub does not answer."""
     api = hf.HfApi(library_name="vitreg_hub")
     with hub_errors(repos[0]):
         token = patiently(api.whoami).get("auth", {}).get("accessToken", {})
@@ -213,11 +205,7 @@ def _ask(repos: Sequence[str], *, private: bool) -> None:
 
 
 def _within(seconds: float, request: Callable[[], None]) -> None:
-    """Make a request, for which the Hub's client itself sets no time limit.
-
-    Raises:
-        HubError: There is no answer in time.
-    """
+    """Make a request, for which the client itself sets no time limit; raises a HubError without an answer in time."""
     answer: Future[None] = Future()
 
     def ask() -> None:

@@ -40,13 +40,9 @@ def evaluate(
     Args:
         model: A ViT, on `device`.
         scorer: The task's scores. NaN means that an image has no score; it does not count in the mean.
-        held_out: Images that are not trained on.
         train: Images among which k-NN finds neighbours of the held-out ones, if both have labels; None: no k-NN.
         transform: Makes the model's input of an image, without augmentation.
-        device: The device of this process.
-        settings: How many images, and how.
         seed: Chooses images, where there are too many.
-        rank, world_size, batch_size, num_workers: As for `run_pass`.
 
     Returns:
         `eval/knn_accuracy` in [0, 1], `eval/<score>`, under `EVALUATED_IMAGES` the number of images that all processes

@@ -45,9 +45,6 @@ class Shipment:
     """What one repository is to hold.
 
     Attributes:
-        title: Title of the commit.
-        license: The license of the weights; None if it is unknown.
-        given_license: The license that the user gave.
         files: All but the card.
         card: Makes the card out of the one on the Hub, or out of None.
         own_card: The folder's card, if it has one.

@@ -1,11 +1,11 @@
 """Data sets that need no download, as ordinary `datasets.Dataset`s: of the package's dependencies, or drawn."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -101,10 +101,15 @@ def digits(split: Split) -> datasets.Dataset:
     chosen = _indices(len(stored.target), split)
     pixels = np.round(stored.images[chosen] * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
     names = [str(name) for name in stored.target_names]
-    return datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(p).convert("RGB") for p in pixels], "label": stored.target[chosen]},
-        features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names)),
-    )
+    return _labelled([Image.fromarray(p).convert("RGB") for p in pixels], stored.target[chosen], names)
+
+
+def _labelled(
+    images: Sequence[Any], labels: Sequence[int], names: list[str], **texts: Sequence[str]
+) -> datasets.Dataset:
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    features = datasets.Features(**kinds, **dict.fromkeys(texts, datasets.Value("string")))
+    return datasets.Dataset.from_dict({"image": images, "label": labels, **texts}, features=features)
 
 
 def _indices(number: int, split: Split | None) -> np.ndarray:
@@ -145,10 +150,7 @@ def photos(split: Split | None = None, *, whole: bool = False) -> datasets.Datas
                 labels.append(label)
     chosen = _indices(len(tiles), split)
     names = [file.name.partition(".")[0] for file in pictures]
-    return datasets.Dataset.from_dict(
-        {"image": [tiles[i] for i in chosen], "label": [labels[i] for i in chosen]},
-        features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names)),
-    )
+    return _labelled([tiles[i] for i in chosen], [labels[i] for i in chosen], names)
 
 
 def scenes(split: Split) -> datasets.Dataset:
@@ -167,12 +169,7 @@ def scenes(split: Split) -> datasets.Dataset:
     rng = np.random.default_rng(list(PER_CLASS).index(split))
     labels = list(range(len(names))) * PER_CLASS[split]
     pictures, texts = zip(*(_scene(rng, *names[label].split()) for label in labels), strict=True)
-    return datasets.Dataset.from_dict(
-        {"image": pictures, "label": labels, "text": texts},
-        features=datasets.Features(
-            image=datasets.Image(), label=datasets.ClassLabel(names=names), text=datasets.Value("string")
-        ),
-    )
+    return _labelled(pictures, labels, names, text=texts)
 
 
 def _scene(rng: np.random.Generator, color: str, shape: str) -> tuple[dict[str, bytes | None], str]:
@@ -201,11 +198,7 @@ def _scene(rng: np.random.Generator, color: str, shape: str) -> tuple[dict[str, 
 
 def _caption(rng: np.random.Generator, name: str, radius: float, x: float, y: float) -> str:
     place = PLACES[int(3 * y / SCENE)][int(3 * x / SCENE)]
-    size = ""
-    if radius < 12:
-        size = "small "
-    elif radius > 16:
-        size = "large "
+    size = "small " if radius < 12 else "large " if radius > 16 else ""
     thing = size + name if rng.random() < 0.5 else name
     sentence = CAPTIONS[rng.integers(len(CAPTIONS))]
     return sentence.format(a="an" if thing[0] in "aeiou" else "a", thing=thing, place=place)

@@ -3,9 +3,10 @@
 import copy
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -33,7 +34,6 @@ class VitLayout:
         blocks: Transformer blocks, in order. Each gives tokens [B, N, D]: class, registers, patches.
         norm: The norm after the last block. CLIP and SigLIP apply theirs after pooling; here it is for all tokens.
         embedding: The convolution that makes patches into tokens, before positions are added.
-        num_registers: Registers, which stand between class tokens and patches.
         residual_scale: How many times larger the network's residual stream is than its model's (`residual_scale.py`).
     """
 
@@ -80,10 +80,8 @@ class VitLayout:
             residual_scale=scale,
         )
 
-    def run(self, images: Tensor) -> None:
-        """Run the network on images [B, 3, height, width], without a head, on its own device and in its own type.
-
-        Compiled parts run uncompiled, because compiled code has no hooks.
+    def forward(self, images: Tensor) -> Callable[[], object]:
+        """What runs the network on images [B, 3, height, width], without a head, on its own device and in its own type.
 
         Raises:
             DataError: It takes only images of another size.
@@ -96,15 +94,12 @@ class VitLayout:
                     f"the images have {images.shape[-2]} x {images.shape[-1]} pixels, but the model was built for "
                     f"{patches.img_size[0]} x {patches.img_size[1]}: give img_size or dynamic_img_size=True."
                 )
-            with _uncompiled():
-                self.network.forward_features(images)
-            return
+            return partial(self.network.forward_features, images)
         resizes = "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters
         size = self.network.config.image_size
         native = (size, size) if isinstance(size, int) else tuple(size)
         options = {"interpolate_pos_encoding": True} if resizes and tuple(images.shape[-2:]) != native else {}
-        with _uncompiled():
-            self.network(pixel_values=images, **options)
+        return partial(self.network, pixel_values=images, **options)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images [B, 3, height, width]."""
@@ -160,8 +155,11 @@ def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return layer.forward(*args, **kwargs)[1]
 
 
-def _uncompiled() -> AbstractContextManager[None]:
-    """Run compiled code uncompiled. Importing torch._dynamo takes a second; where code was compiled, it is imported."""
+def uncompiled() -> AbstractContextManager[None]:
+    """Run compiled code uncompiled, because it has no hooks.
+
+    Importing torch._dynamo takes a second; where code was compiled, it is imported.
+    """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

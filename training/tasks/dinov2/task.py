@@ -158,7 +158,6 @@ class DinoV2Task(Task[DinoNetwork]):
         """The losses of given crops and masks, by the teacher's temperature.
 
         Args:
-            network: The student.
             crops: Two global and L local ones, each [B, 3, H, W].
             masks: Hidden patches of the global crops, all first ones before all second ones [2B, N], on the CPU.
         """
@@ -202,23 +201,16 @@ class DinoV2Task(Task[DinoNetwork]):
             for name, values in logits.items():
                 self.centers[name].update(values)
         else:
-            targets = {
-                name: sinkhorn_knopp(values, temperature, iterations=self.settings.sinkhorn_iterations)
-                for name, values in logits.items()
-            }
+            passes = self.settings.sinkhorn_iterations
+            targets = {name: sinkhorn_knopp(x, temperature, iterations=passes) for name, x in logits.items()}
         return targets["dino"].unflatten(0, (GLOBAL_CROPS, -1)), targets["ibot"]
 
     def _masks(self, batch: Batch) -> Tensor:
         """Hidden patches of this process's global crops [2b, N], planned for the whole global batch."""
-        plan = self.masks.plan(GLOBAL_CROPS * self.batch_size, seed=self.seed, step=batch.step)
+        size, random = self.batch_size, {"seed": self.seed, "step": batch.step}
+        plan = self.masks.plan(GLOBAL_CROPS * size, **random)
         drawn = [
-            self.masks.mask(
-                int(plan[crop * self.batch_size + position]),
-                seed=self.seed,
-                step=batch.step,
-                position=position,
-                crop=crop,
-            )
+            self.masks.mask(int(plan[crop * size + position]), position=position, crop=crop, **random)
             for crop in range(GLOBAL_CROPS)
             for position in batch.positions.tolist()
         ]
