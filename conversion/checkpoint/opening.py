@@ -1,7 +1,6 @@
 """Opening checkpoints: files, shards, folders and repositories; tensors are only read when asked for."""
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitreg_hub.bounded import read_json, read_small
 from vitreg_hub.conversion.checkpoint.file_kinds import (
     INDEX,
     SAFETENSORS,
@@ -236,9 +236,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not JSON ({error}).") from error
+        content = read_json(read_small(path))
+    except ValueError as error:
+        raise ConversionError(f"{path} cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} is not a JSON object.")
     return content
