@@ -32,7 +32,7 @@ from vitreg_hub.conversion.checkpoint.readers import (
     require_stored,
     require_whole_archive,
 )
-from vitreg_hub.conversion.checkpoint.sets import RAW, choice_note, fitting, prefix_of, unwrapped
+from vitreg_hub.conversion.checkpoint.sets import COUNTER, RAW, choice_note, fitting, is_averaged, prefix_of, unwrapped
 from vitreg_hub.conversion.checkpoint.torchscript import TorchScriptReader
 from vitreg_hub.errors import ConversionError, readable
 from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, PREPROCESSOR_FILE
@@ -197,7 +197,8 @@ def open_checkpoint(source: str | Path, *, prefer: str = "", weights: str = "") 
     )
     if not weights or (weights != RAW and reader.container in fitting(reader.keys, weights)):
         return checkpoint
-    prefix = prefix_of(names, weights, container=reader.container, keys=reader.keys, called=called)
+    averaged = is_averaged(reader.container) or COUNTER in readers
+    prefix = prefix_of(names, weights, averaged=averaged, keys=reader.keys, called=called)
     return checkpoint.under(prefix, why="as asked for") if prefix else checkpoint
 
 

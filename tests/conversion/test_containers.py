@@ -130,6 +130,13 @@ def test_containers(container, zipped, dinov2, saved, tmp_path):
     assert_same(convert(source, tmp_path / "out", **DINOV2), wanted)
 
 
+def test_an_averaged_model_alone_is_the_averaged_one(dinov2, saved, tmp_path, refused):
+    tensors, wanted = dinov2
+    source = saved(CONTAINERS["averaged model"](tensors))
+    assert_same(convert(source, tmp_path / "ema", weights="ema", **DINOV2), wanted)
+    assert "holds no raw weights" in refused(source, weights="raw")
+
+
 @pytest.mark.parametrize("container", ["timm's run", "DeiT's run", "ema", "student and teacher"])
 def test_a_choice_among_weights_is_told_and_can_be_changed(container, dinov2, saved):
     tensors, wanted = dinov2

@@ -55,7 +55,7 @@ class Publisher:
         private: Whether a new repository can be seen by its owner alone.
         license: The weights' license as the user gives it.
         waits: Seconds before the second try of an upload, the third, and so on; after the last one it is given up.
-        push: Sends a folder.
+        push: Sends a folder; by default `push_apart`.
         pause: Waits for an event, at most so many seconds, and returns whether it happened.
 
     Raises:
@@ -69,13 +69,15 @@ class Publisher:
         private: bool = False,
         license: str | None = None,
         waits: Sequence[float] = WAITS,
-        push: Push = push_apart,
+        push: Push | None = None,
         pause: Callable[[Event, float], bool] = Event.wait,
     ) -> None:
         require_token(repo_id)
         self.repo_id = repo_id
         self._options = {"private": private, "license": license}
-        self._waits, self._push, self._pause = tuple(waits), push, pause
+        self._stop = Event()
+        self._push = push or partial(push_apart, stop=self._stop)
+        self._waits, self._pause = tuple(waits), pause
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._newest: dict[str, _Upload] = {}
         self._futures: list[Future[None]] = []
@@ -127,8 +129,18 @@ class Publisher:
         return future
 
     def close(self) -> dict[str, str]:
-        """Wait for the last uploads; returns the address of the commit on each branch whose newest bundle arrived."""
-        self._thread.shutdown()
+        """Wait for the last uploads; returns the address of the commit on each branch whose newest bundle arrived.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed meanwhile, which ends all uploads.
+        """
+        try:
+            self._thread.shutdown()
+        except KeyboardInterrupt:
+            for event in (*(upload.outdated for upload in self._newest.values()), self._stop):
+                event.set()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            raise
         for future in self._futures:
             if not future.cancelled():
                 future.result()  # raises what only a bug can have raised
