@@ -161,6 +161,7 @@ HUGE = {
     "both": {"num_hidden_layers": 500, "hidden_size": 32_000},
     "blocks": {"num_hidden_layers": 500},
     "image": {"image_size": 99_999},
+    "MLP": {"intermediate_size": 10**6},
 }
 
 

@@ -112,6 +112,7 @@ CONTAINERS = {
         "optimizer_state_dict": {"state": {0: {"exp_avg": t["norm.bias"]}}},
     },
     "timm's run": lambda t: {"state_dict": raw(t), "state_dict_ema": t, "optimizer": {}, "arch": "vit"},
+    "both averages that timm knows": lambda t: {"model_ema": raw(t), "state_dict_ema": t},
     "DeiT's run": lambda t: {"model": raw(t), "model_ema": t, "lr_scheduler": {}, "epoch": 3},
     "ema": lambda t: {"net": raw(t), "ema": t, "loss": torch.ones(1)},
     "target encoder": lambda t: {"encoder": raw(t), "target_encoder": {f"module.{n}": x for n, x in t.items()}},

@@ -134,6 +134,21 @@ def test_another_file_in_the_place_of_the_optimizer(name, run, end):
     assert "optimizer.safetensors is not as it was written" in (goes_right(run, end) or "")
 
 
+def test_the_lines_up_to_a_checkpoint_are_on_the_disk_before_it(run, end, monkeypatch):
+    seen = []
+    monkeypatch.setattr("vitreg_hub.training.run.checkpoints.synced", seen.append)
+    assert goes_right(run, end) is None
+    assert run / "metrics.jsonl" in seen
+
+
+def test_a_state_that_was_changed(run, end):
+    file = run / STATE / "state.json"
+    state = json.loads(file.read_text())
+    state["extra"]["seconds"] += 1
+    file.write_text(json.dumps(state))
+    assert "state.json is not as it was written" in (goes_right(run, end) or "")
+
+
 def test_the_state_of_another_step(run, end):
     earlier, later = checkpoints(run)
     shutil.rmtree(later)

@@ -393,6 +393,8 @@ def test_ctrl_c_while_waiting_for_an_upload_ends_it(token, tmp_path, monkeypatch
     publisher.submit(checkpoint(tmp_path, "b"), branch="best")
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n")):
         time.sleep(0.01)
+    process = int((tmp_path / "pid").read_text())
+    assert os.getpgid(process) != os.getpgid(0)  # Ctrl-C reaches all of a group: the first one must not end it
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -400,7 +402,7 @@ def test_ctrl_c_while_waiting_for_an_upload_ends_it(token, tmp_path, monkeypatch
     publisher.close()
     assert time.monotonic() - started < 10
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(process, 0)
     assert not caplog.messages
 
 

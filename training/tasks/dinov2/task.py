@@ -100,7 +100,8 @@ def load_heads(network: DinoNetwork, checkpoint: Path) -> None:
     """
     try:
         state = read_state(checkpoint)
-        sums = typed.read(dict[str, str] | None, state.get(FILES) if isinstance(state, dict) else None, called=FILES)
+        told = state.get(FILES) if isinstance(state, dict) else None
+        sums = None if told is None else typed.read(dict[str, str], told, called=FILES)
         file = state_file(checkpoint, "heads")
         left = network.load_state_dict(read_tensors([file], sums)[file.stem], strict=False)
         missing = [name for name in left.missing_keys if not name.startswith("backbone.")]
