@@ -31,7 +31,7 @@ MOST = {
     **dict.fromkeys(("intermediate_size", "num_classes", "num_labels"), 10**6),
     **dict.fromkeys(("patch_size", "in_chans", "num_channels", "num_heads", "num_attention_heads"), COUNT),
     **dict.fromkeys(("reg_tokens", "num_register_tokens", "mlp_ratio"), COUNT),
-    **dict.fromkeys(("depth", "num_hidden_layers", "num_layers"), 500),
+    **dict.fromkeys(("depth", "depths", "num_hidden_layers", "num_layers", "layers"), 500),
 }
 """The largest numbers that describe a network, under the names of timm and of transformers."""
 

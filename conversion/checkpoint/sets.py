@@ -138,17 +138,18 @@ def vit_prefixes(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda prefix: (not is_averaged(prefix), prefix))
 
 
-def prefix_of(names: Collection[str], wanted: str, *, container: str, keys: Collection[str], called: str) -> str:
+def prefix_of(names: Collection[str], wanted: str, *, averaged: bool, keys: Collection[str], called: str) -> str:
     """The prefix that is meant where no dictionary of the file was; "" for all names.
 
     Args:
         wanted: As for `fitting`, never "".
+        averaged: Whether all of them are.
 
     Raises:
         ConversionError: There are no such weights, or several.
     """
     prefixes = vit_prefixes(names)
-    if wanted in (EMA, RAW) and is_averaged(container):
+    if wanted in (EMA, RAW) and averaged:
         return require_one([""] if wanted == EMA else [], keys, wanted, called=called)
     if wanted not in (EMA, RAW) and any(name.startswith(f"{wanted}.") for name in names):
         return wanted

@@ -67,13 +67,15 @@ class Publisher:
         private: bool = False,
         license: str | None = None,
         waits: Sequence[float] = WAITS,
-        push: Push = push_apart,
+        push: Push | None = None,
         pause: Callable[[Event, float], bool] = Event.wait,
     ) -> None:
         require_token(repo_id)
         self.repo_id = repo_id
         self._options = {"private": private, "license": license}
-        self._waits, self._push, self._pause = tuple(waits), push, pause
+        self._stop = Event()
+        self._push = push or partial(push_apart, stop=self._stop)
+        self._waits, self._pause = tuple(waits), pause
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._newest: dict[str, _Upload] = {}
         self._futures: list[Future[None]] = []
@@ -123,8 +125,18 @@ class Publisher:
         return future
 
     def close(self) -> dict[str, str]:
-        """Wait for the last uploads; returns the address of the commit on each branch whose newest bundle arrived."""
-        self._thread.shutdown()
+        """Wait for the last uploads; returns the address of the commit on each branch whose newest bundle arrived.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed meanwhile, which ends all uploads.
+        """
+        try:
+            self._thread.shutdown()
+        except KeyboardInterrupt:
+            for event in (*(upload.outdated for upload in self._newest.values()), self._stop):
+                event.set()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            raise
         for future in self._futures:
             if not future.cancelled():
                 future.result()  # raises what only a bug can have raised

@@ -181,10 +181,12 @@ def _writing(file: Path) -> Iterator[None]:
 def _drop_from(file: Path, start_step: int) -> None:
     """Keep only complete lines of the steps that were done; an evaluation after the last of them is made again."""
     if file.exists():
-        with whole_file(file, replace=True) as target, file.open("rb") as old, target.open("wb") as new:
-            new.writelines(
-                line for line in old if (read := read_line(line)) and read[0] - ("loss" in read[1]) < start_step
-            )
+        with file.open("rb") as old:
+            lines = [(line, *read) for line in old if (read := read_line(line))]
+        # a line of training has the number of steps after it; older versions gave those before it, so from 0 on
+        ahead = not any(step == 0 and "loss" in values for _, step, values in lines)
+        with whole_file(file, replace=True) as target, target.open("wb") as new:
+            new.writelines(line for line, step, values in lines if step - (ahead and "loss" in values) < start_step)
 
 
 def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:

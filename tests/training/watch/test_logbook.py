@@ -95,6 +95,16 @@ def test_resumed_run_has_each_step_once(book, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_resumed_run_of_an_older_version_has_each_step_once(book, tmp_path):
+    """It counted the steps before a line of training, not those that were done."""
+    told = [{"step": step, "loss": 1.0} for step in range(5)] + [{"step": 3, "eval/knn": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    with book(start_step=3) as logbook:
+        assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+        train(logbook, range(3, 5))
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 4, 5]
+
+
 def test_without_a_terminal_there_are_log_lines(book, caplog):
     caplog.set_level(logging.INFO, "vitreg_hub.training")
     with book() as logbook:
