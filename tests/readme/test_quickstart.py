@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def printed(reader: Reader) -> str:
     """What the README's first command printed."""
-    return reader.run("bash", INSTALL[1].partition("&& ")[2])
+    return reader.run("bash", INSTALL[1].partition("&& ")[2], cold=True)
 
 
 def test_quickstart_reaches_97_percent(printed):
