@@ -107,10 +107,10 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines(run) if "loss" in line]
 
 
-def in_processes(count: int, names: Iterable[str], out: Path, **scale: Any) -> None:
+def in_processes(count: int, names: Iterable[str], out: Path, *, python: Path, **scale: Any) -> None:
     """Train small recipes one after the other in several processes on the CPU, each in a folder of its name."""
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
-    command = [sys.executable, *launch, __file__, ",".join(names), str(out), json.dumps(scale)]
+    command = [python, *launch, __file__, ",".join(names), str(out), json.dumps(scale)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

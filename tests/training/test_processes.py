@@ -23,10 +23,10 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def together(request, tmp_path_factory):
+def together(request, tmp_path_factory, warm_python):
     """The same runs in two processes."""
     folder = tmp_path_factory.mktemp(request.param)
-    in_processes(2, TINY, folder, sharding=request.param)
+    in_processes(2, TINY, folder, python=warm_python.executable, sharding=request.param)
     return folder
 
 
