@@ -3,9 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import STEPS, TINY, in_processes, lines, losses
+from training_runs import STEPS, TINY, in_processes, lines, losses, train
 
-from vitreg_hub.training.loop import train
 from vitreg_hub.training.run.measured import read_best
 
 pytestmark = pytest.mark.long
