@@ -25,6 +25,8 @@ from vitreg_hub.bundle.provenance import Provenance
 from vitreg_hub.errors import BundleError, DataError, UnknownArchError
 from vitreg_hub.files import new_folder
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 @pytest.fixture
 def saved(folder: Path) -> Path:

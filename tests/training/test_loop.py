@@ -29,6 +29,8 @@ from vitreg_hub.training.run.state import write_state
 from vitreg_hub.training.schedules import Span
 from vitreg_hub.training.tasks.supervised.settings import Supervised
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SUPERVISED, DINOV2 = TINY["supervised"], TINY["dinov2"]
 START = "vit_nano_reg4.digits"
 

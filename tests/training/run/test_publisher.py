@@ -37,6 +37,8 @@ from vitreg_hub.training.run.push_apart import NotPushed, outcome_of_push, patie
 from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.tasks.distill.settings import Distill
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 REPO = "lab/trained"
 
 
