@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import datasets
 import numpy as np
@@ -12,13 +12,19 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.images.data_sets import Rows, features_of
-from vitreg_hub.images.embedded import TRAINING_SETS
+from vitreg_hub.images.data_sets import ON_HUB, Rows, features_of, hub_stream, is_integer
+from vitreg_hub.images.detection import VocXml, box_rows
+from vitreg_hub.images.known import KNOWN, known_data
+from vitreg_hub.images.paired import aliases, paired_rows
 from vitreg_hub.images.pictures import BROKEN, file_of, read_rgb
-from vitreg_hub.images.scenes import MASK_CLASSES, UNITS
+from vitreg_hub.images.scenes import MASK_CLASSES, PER_CLASS, UNITS, scenes
 from vitreg_hub.images.targets import part, read_boxes, read_depth, read_mask
+from vitreg_hub.names import HUB_PREFIX
 
 Target = Literal["mask", "depth", "boxes"]
+
+USUAL_SPLITS = ("validation", "val", "test", "train")
+"""Splits on the Hub; if none is named, the first of these that exists is read: tests often come without annotations."""
 
 IGNORED = 255
 """The label of pixels that count nowhere, unless told otherwise."""
@@ -157,9 +163,16 @@ class AnnotatedSource:
         row = self.rows[index] if row is None else row
         columns = self.columns
         values = {kind: part(row, column) for kind, column in columns.items()}
-        name = file_of(values["image"]) or f"image {index} of {self.name}"
-        if values.get(self.target, values.get("bbox")) is None:
-            raise DataError(f"{name} has no {self.target}: leave it out, or add what is missing.")
+        for kind in ("image", "mask", "depth"):
+            if isinstance(values.get(kind), str):  # a file that a row names, which may be a stranger's
+                values[kind] = {"bytes": None, "path": values[kind]}
+        if isinstance(values.get("boxes"), VocXml):
+            values["boxes"] = values["boxes"].boxes()
+        file = values["image"] if isinstance(values["image"], Path) else file_of(values["image"])
+        name = str(file or f"image {index} of {self.name}")
+        for kind in ("image", "bbox" if self.target == "boxes" and "bbox" in columns else self.target):
+            if values[kind] is None:
+                raise DataError(f"{name} has no {kind}: leave it out, or add what is missing.")
 
         def read(kind: str, reader: Any, **options: Any) -> Any:
             if values.get(kind) is None:
@@ -174,14 +187,15 @@ class AnnotatedSource:
 
         image = read("image", read_rgb, within=self.within)
         mask = read("mask", read_mask, within=self.within)
-        depth = read("depth", read_depth, scale=self.depth_scale, within=self.within)
+        depth = None
+        if self.target == "depth" or self.depth_scale:
+            depth = read("depth", read_depth, scale=self.depth_scale, within=self.within)
         for kind, found in (("mask", mask), ("depth", depth)):
             if found is not None and found.shape != (image.height, image.width):
                 raise DataError(
                     f"the {kind} of {name} has {found.shape[1]} x {found.shape[0]} pixels, but the picture has "
                     f"{image.width} x {image.height}: both must be of one size."
                 )
-        label = values.get("label")
         return Annotated(
             index=index,
             name=name,
@@ -190,7 +204,7 @@ class AnnotatedSource:
             depth=depth,
             boxes=read("boxes", read_boxes) if "boxes" in columns else read("bbox", read_boxes, sizes=True),
             caption=values.get("caption"),
-            label=None if label is None else int(label),
+            label=read("label", int),
         )
 
 
@@ -213,7 +227,7 @@ def _unchanged(picture: Any) -> Any:
 
 
 def open_annotated(
-    data: str | Path | datasets.Dataset,
+    data: str | Path | Rows,
     target: Target,
     *,
     split: str | None = None,
@@ -222,12 +236,14 @@ def open_annotated(
     max_images: int | None = None,
     seed: int = 0,
 ) -> AnnotatedSource:
-    """Open pictures with masks, depths or boxes.
+    """Open pictures with masks, depths or boxes. Data sets on the Hub are streamed: nothing is copied to the disk.
 
     Args:
-        data: The embedded "scenes", or a data set with columns as in `USUAL`.
+        data: The embedded "scenes"; a data set with columns as in `USUAL`; a folder with paired folders, as
+            `paired.paired_rows` takes; for boxes also a folder as Pascal VOC has it, or a COCO JSON file or its folder;
+            a name in `known.KNOWN`, or ``org/name`` on the Hub, each also with ``:split``.
         target: What every picture must have.
-        split: Which part: "train" or "test" of the embedded ones.
+        split: Which part, if there are several.
         columns: Columns by what they hold (`USUAL`), where they have other names, such as ``{"mask": "labels"}``.
         depth_scale: Units of whole numbers in a metre: 1000 for millimetres, 256 for KITTI.
         max_images: Read at most this many: a random subset in order, or the first ones of a stream.
@@ -236,31 +252,81 @@ def open_annotated(
     Raises:
         DataError: There are no such pictures.
     """
-    if isinstance(data, str) and data in TRAINING_SETS:
-        rows, name = TRAINING_SETS[data](split or "test"), data  # pyright: ignore[reportArgumentType]
+    if target not in get_args(Target):
+        raise DataError(f"{target!r} is no target: give {', '.join(get_args(Target))}.")
+    if max_images is not None and max_images < 1:
+        raise DataError(f"max_images is {max_images}: give at least 1, or None for all.")
+    if depth_scale is not None and not depth_scale > 0:
+        raise DataError(f"depth_scale is {depth_scale}: give the units in a metre, such as 1000 for millimetres.")
+    if unknown := sorted(set(columns or {}) - set(USUAL)):
+        raise DataError(f"columns may say where {', '.join(USUAL)} are, not {', '.join(unknown)}.")
+    if isinstance(data, str | Path):
+        source = _named(str(data), target, split, columns)
     else:
-        rows, name = data, "data set"
-    source = _of_rows(rows, target, columns=columns, name=name)
-    if name == "scenes":
-        source, depth_scale = replace(source, class_names=MASK_CLASSES), UNITS
-    source = replace(source, depth_scale=depth_scale)
+        source = _of_rows(data, target, columns=columns, name=data.info.dataset_name or "data set")
+    if source.num_images == 0:
+        raise DataError(f"{source.name} holds no pictures.")
+    source = replace(source, depth_scale=depth_scale or source.depth_scale)
     return source if max_images is None else source.at_most(max_images, seed)
+
+
+def _named(name: str, target: Target, split: str | None, columns: Mapping[str, str] | None) -> AnnotatedSource:
+    """What a name stands for."""
+    path, (word, _, after) = Path(name), name.removeprefix(HUB_PREFIX).partition(":")
+    split = split or after or None
+    if word == "scenes":
+        part_of = next((known for known in PER_CLASS if known in aliases(split or "test")), None)
+        if part_of is None:
+            raise DataError(f"scenes have the splits {', '.join(PER_CLASS)}, not {split}: give one of them.")
+        source = _of_rows(scenes(part_of), target, columns=columns, name=name)  # pyright: ignore[reportArgumentType]
+        return replace(source, class_names=MASK_CLASSES, depth_scale=UNITS)
+    if path.is_dir() or (target == "boxes" and path.is_file()):
+        if target == "boxes":
+            rows, within = box_rows(path, split)
+        else:
+            rows, within = paired_rows(path, target, split), path
+        return AnnotatedSource(
+            name=name,
+            num_images=len(rows),
+            target=target,
+            columns={kind: kind for kind in rows[0]} if rows else {},
+            rows=rows,
+            picked=range(len(rows)),
+            within=str(within),
+        )
+    known = known_data(word)
+    if known is None and not ON_HUB.fullmatch(word):
+        raise DataError(
+            f"there are no pictures {name!r}: give scenes, a folder, {', '.join(KNOWN)}, or a data set on the Hub "
+            "(org/name[:split])."
+        )
+    options = {"name": known.config, "revision": known.revision} if known else {}
+    options = {key: value for key, value in options.items() if value is not None}
+    called, rows, within = hub_stream(known.repo_id if known else word, split, USUAL_SPLITS, **options)
+    source = _of_rows(rows, target, columns={**(known.columns if known else {}), **(columns or {})}, name=called)
+    return replace(source, class_names=known.class_names if known else None, within=within)
 
 
 def _of_rows(data: Rows, target: Target, *, columns: Mapping[str, str] | None, name: str) -> AnnotatedSource:
     """Find the columns, and leave decoding to the reader."""
     data = data.with_format(None)
     features = features_of(data)
-    found = {}
-    for kind, usual in USUAL.items():
-        there = [column for column in usual if column.partition(".")[0] in features]
-        if kind == "label":
-            there = [column for column in there if not isinstance(features[column], datasets.Image)]
-        elif kind == "mask":
-            there = [column for column in there if isinstance(features[column], datasets.Image)]
-        if there:
-            found[kind] = there[0]
-    found |= columns or {}
+    chosen = {kind: column for kind, column in (columns or {}).items() if column is not None}
+    if missing := [column for column in chosen.values() if column.partition(".")[0] not in features]:
+        raise DataError(f"{name} has no column {missing[0]}, but {', '.join(features)}: give one of them.")
+    if {"boxes", "bbox"} <= chosen.keys():
+        raise DataError("columns name both boxes (corners) and bbox (widths and heights): give what the data hold.")
+    found = {kind: column for kind, column in _usual(features).items() if column not in chosen.values()}
+    if {"boxes", "bbox"} & chosen.keys():
+        found = {kind: column for kind, column in found.items() if kind not in ("boxes", "bbox")}
+    found |= chosen
+    if lacking := [
+        kind for kind in ("image", target) if kind not in found and not (kind == "boxes" and "bbox" in found)
+    ]:
+        raise DataError(
+            f"{name} has no column of the {lacking[0]} that is known, but {', '.join(features)}: say which it is by "
+            f"columns, as {{'{lacking[0]}': '{next(iter(features), 'name')}'}}."
+        )
     for column in {column for column in found.values() if isinstance(features.get(column), datasets.Image)}:
         data = data.cast_column(column, datasets.Image(decode=False))
     number = len(data) if isinstance(data, datasets.Dataset) else None
@@ -272,3 +338,45 @@ def _of_rows(data: Rows, target: Target, *, columns: Mapping[str, str] | None, n
         rows=data,
         picked=None if number is None else range(number),
     )
+
+
+def _usual(features: Mapping[str, Any]) -> dict[str, str]:
+    """Columns with usual names, of the kind that belongs to the name."""
+    found: dict[str, str] = {}
+    for kind, usual in USUAL.items():
+        for column in usual:
+            outer, _, inner = column.partition(".")
+            is_image = isinstance(features.get(outer), datasets.Image)
+            is_class = isinstance(features.get(outer), datasets.ClassLabel) or is_integer(features.get(outer))
+            fits = {"image": is_image, "mask": is_image, "label": is_class}.get(kind, True)
+            if outer in features and fits and (not inner or inner in str(features[outer])):
+                found.setdefault(kind, column)
+    if "boxes" in found:
+        found.pop("bbox", None)
+    return found
+
+
+def require_classes(
+    picture: Annotated, num_classes: int, *, ignore_index: int = IGNORED, reduce_zero_label: bool = False
+) -> None:
+    """Refuse a mask with a label outside of the classes.
+
+    Args:
+        picture: A picture with its mask.
+        num_classes: Classes count from 0, or from 1 if the zero label is reduced, as in ADE20k.
+        ignore_index: The label of pixels that count nowhere.
+        reduce_zero_label: The label 0 counts nowhere, and 1 is the first class.
+
+    Raises:
+        DataError: There is such a label, or no mask.
+    """
+    if picture.mask is None:
+        raise DataError(f"{picture.name} has no mask: leave it out, or add what is missing.")
+    first = int(reduce_zero_label)
+    labels = np.unique(picture.mask)
+    odd = [label for label in labels.tolist() if not 0 <= label < first + num_classes and label != ignore_index]
+    if odd:
+        raise DataError(
+            f"the mask of {picture.name} has the label {odd[0]}, but {num_classes} classes are numbered from {first} "
+            f"to {first + num_classes - 1}, and {ignore_index} is ignored: relabel it, or give the right number."
+        )

@@ -115,12 +115,10 @@ def scenes(split: Split) -> datasets.Dataset:
 
 
 @cache
-def _textures() -> tuple[np.ndarray, ...]:
-    """Grey pictures [H, W]. Read as files, since skimage's own functions may download."""
-    return tuple(
-        np.asarray(Image.open(io.BytesIO((files("skimage.data") / file).read_bytes())).convert("L"))
-        for file in TEXTURES
-    )
+def _textures() -> tuple[Image.Image, ...]:
+    """Grey pictures. Read as files, since skimage's own functions may download."""
+    contents = [(files("skimage.data") / file).read_bytes() for file in TEXTURES]
+    return tuple(Image.open(io.BytesIO(content)).convert("L") for content in contents)
 
 
 def _background(rng: np.random.Generator, side: int) -> Image.Image:
@@ -129,9 +127,10 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
     if rng.random() < 0.5:
         return Image.new("RGB", (side, side), tuple((rng.integers(60, 200) + tint).tolist()))
     texture = _textures()[rng.integers(len(TEXTURES))]
-    top, left = (rng.integers(0, size - side + 1) for size in texture.shape)
-    grey = texture[top : top + side, left : left + side, None]
-    return Image.fromarray(np.clip(grey + tint, 0, 255).astype(np.uint8))
+    left, top = (int(rng.integers(0, size - side + 1)) for size in texture.size)
+    grey = texture.crop((left, top, left + side, top + side))
+    tinted = np.clip(np.arange(256) + tint[:, None], 0, 255)
+    return Image.merge("RGB", (grey, grey, grey)).point(tinted.ravel().tolist())
 
 
 def _scene(rng: np.random.Generator, color: str, shape: str) -> dict:
@@ -160,21 +159,23 @@ def _scene(rng: np.random.Generator, color: str, shape: str) -> dict:
     depths.insert(1, OBJECT / radius)
 
     found = np.asarray(instances)[::fine, ::fine]
-    depth = np.where(found == 0, np.linspace(*FLOOR, SCENE)[:, None], np.array(depths)[found])
-    rows, columns = np.nonzero(found == 1)
+    depth = np.round(UNITS * np.array(depths)).astype(np.uint16)[found]
+    np.copyto(depth, np.linspace(*FLOOR, SCENE)[:, None] * UNITS, where=found == 0, casting="unsafe")
+    rows, columns = (found == 1).any(axis=1).nonzero()[0], (found == 1).any(axis=0).nonzero()[0]
     return {
-        "image": _file(canvas.reduce(fine), "BMP"),  # since compression would take longer than all the rest
+        "image": _file(canvas.reduce(fine), "BMP"),
         "text": _caption(rng, f"{color} {shape}", radius, x, y),
-        "boxes": [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]],
-        "mask": _file(Image.fromarray(np.where(found == 1, MASK_CLASSES.index(shape), 0).astype(np.uint8)), "PNG"),
-        "instances": _file(Image.fromarray(found), "PNG"),
-        "depth": _file(Image.fromarray(np.round(depth * UNITS).astype(np.uint16)), "PNG"),
+        "boxes": [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]],
+        "mask": _file(Image.fromarray((found == 1).astype(np.uint8) * MASK_CLASSES.index(shape)), "BMP"),
+        "instances": _file(Image.fromarray(found), "BMP"),
+        "depth": _file(Image.fromarray(depth), "PPM"),
     }
 
 
 def _file(picture: Image.Image, form: str) -> dict[str, bytes | None]:
+    """A picture as a file without compression, which would take longer than all the rest."""
     file = io.BytesIO()
-    picture.save(file, form, **({"compress_level": 1} if form == "PNG" else {}))
+    picture.save(file, form)
     return {"bytes": file.getvalue(), "path": None}
 
 

@@ -100,4 +100,4 @@ def part(row: Mapping[str, Any], column: str) -> Any:
     value = row.get(column)
     if not inner or value is None:
         return value
-    return value.get(inner) if isinstance(value, Mapping) else [entry[inner] for entry in value]
+    return value.get(inner) if isinstance(value, Mapping) else [entry.get(inner) for entry in value]
