@@ -166,8 +166,8 @@ def _scene(rng: np.random.Generator, color: str, shape: str) -> dict:
         "image": _file(canvas.reduce(fine), "BMP"),
         "text": _caption(rng, f"{color} {shape}", radius, x, y),
         "boxes": [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]],
-        "mask": _file(Image.fromarray((found == 1).astype(np.uint8) * MASK_CLASSES.index(shape)), "BMP"),
-        "instances": _file(Image.fromarray(found), "BMP"),
+        "mask": _file(Image.fromarray((found == 1).astype(np.uint8) * MASK_CLASSES.index(shape)), "PPM"),
+        "instances": _file(Image.fromarray(found), "PPM"),
         "depth": _file(Image.fromarray(depth), "PPM"),
     }
 
