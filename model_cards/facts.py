@@ -20,7 +20,7 @@ CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")
 SOURCES = {
     "digits": "scikit-learn's load_digits: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository",
     "photos": "tiles of pictures in scikit-learn and scikit-image, see vitreg_hub/images/embedded.py",
-    "scenes": "drawn by vitreg_hub/images/embedded.py",
+    "scenes": "drawn by vitreg_hub/images/scenes.py",
 }
 """Where the embedded data sets come from."""
 CUSTOM = "custom"

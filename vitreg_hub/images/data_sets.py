@@ -114,14 +114,14 @@ def _unreadable(error: OSError) -> None:
 
 
 def hub_stream(
-    repo_id: str, split: str | None, usual_splits: Sequence[str]
+    repo_id: str, split: str | None, usual_splits: Sequence[str], **options: str
 ) -> tuple[str, datasets.IterableDataset, str]:
     """Name and rows of a split on the Hub, and the start of the URLs of its own files.
 
-    If no split is given, it is the first usual one that exists.
+    If no split is given, it is the first usual one that exists. Options, such as a revision, are those of `datasets`.
     """
     try:
-        splits = datasets.load_dataset(repo_id, streaming=True)
+        splits = datasets.load_dataset(repo_id, streaming=True, **options)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
