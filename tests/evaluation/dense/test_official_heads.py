@@ -31,7 +31,7 @@ def with_weights(head, weights, *, norm=None, conv):
 def dinov3_segmentation(blocks):
     inputs, expected, weights = case("eval_segmentation")
     model = dinov3(below("segmentation_model.0.feature_model.", weights))
-    head = SegmentationHead(model, num_classes=6, blocks=BLOCKS[blocks])
+    head = SegmentationHead(model, num_classes=6, blocks=BLOCKS[blocks], fit="cut")
     head = with_weights(head, below(f"{blocks}:segmentation_model.1.", weights), norm="batchnorm_layer", conv="conv")
     return head, inputs, below(f"{blocks}.", expected)
 

@@ -72,6 +72,8 @@ class DepthHead(DenseHead[DepthSettings]):
         depth = head.predict(images, flip=True)  # [B, H, W], metres
     """
 
+    settings_type = DepthSettings
+
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         """A new head.
 
@@ -90,8 +92,8 @@ class DepthHead(DenseHead[DepthSettings]):
             )
         if chosen.bins < 1 or chosen.upsample < 1 or (chosen.bins == 1 and chosen.weights == "softmax"):
             raise DataError(
-                f"bins is {chosen.bins}, weights is {chosen.weights!r} and upsample is {chosen.upsample}: give at least "
-                "1, and 'linear' or 'sigmoid' for 1 bin, which is regression."
+                f"bins is {chosen.bins}, weights is {chosen.weights!r} and upsample is {chosen.upsample}: give "
+                "at least 1 of both, and 'linear' or 'sigmoid' for 1 bin, which is regression."
             )
         super().__init__(model, chosen, out_channels=chosen.bins)
 

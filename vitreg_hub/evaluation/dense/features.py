@@ -13,7 +13,7 @@ from vitreg_hub.evaluation.dense.maps import resized
 from vitreg_hub.network.layout import VitLayout
 from vitreg_hub.tokens import observe
 
-Fit = Literal["pad", "resize"]
+Fit = Literal["pad", "resize", "cut"]
 """What is done to images that the patch does not divide."""
 
 
@@ -24,11 +24,15 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
 
 
 def fitted(images: Tensor, patch: tuple[int, int], *, fit: Fit) -> Tensor:
-    """Make the sides of images [B, 3, H, W] multiples of the patch, by zeros around them or by resizing to the next.
+    """Make the sides of images [B, 3, H, W] multiples of the patch.
 
-    Source: CenterPadding of DINOv2 and DINOv3, which puts the smaller half to the left and the top.
+    Source: "pad" is CenterPadding of DINOv2 and of DINOv3's depth: zeros, the smaller half to the left and at the top.
+    "resize" goes to the next multiples. "cut" leaves out what is too much at the right and the bottom, as
+    DINOv3's network does, whose segmentation does not pad.
     """
     size = tuple(images.shape[-2:])
+    if fit == "cut":
+        return images[..., : size[0] // patch[0] * patch[0], : size[1] // patch[1] * patch[1]]
     wanted = tuple(math.ceil(side / step) * step for side, step in zip(size, patch, strict=True))
     if wanted == size:
         return images
@@ -58,8 +62,7 @@ def dense_features(
             (DINOv2's published heads for depth do not).
         use_cls: Follow each block's patches by its class token, the same at every place.
         use_registers: Follow them by the mean of the registers.
-        fit: What is done to images that the patch does not divide: "pad" (with zeros around them, as officially) or
-            "resize".
+        fit: What is done to images that the patch does not divide, see `fitted`.
 
     Raises:
         DataError: The model cannot be read, or has no such block, class token or registers.

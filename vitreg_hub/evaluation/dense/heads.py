@@ -1,17 +1,19 @@
 """Linear heads on the patches of a frozen ViT: what they share, and the one that tells every pixel's class."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vitreg_hub.errors import DataError
+from vitreg_hub.errors import BundleError, DataError
 from vitreg_hub.evaluation.dense.features import Fit, dense_features
 from vitreg_hub.evaluation.dense.maps import resized
+from vitreg_hub.evaluation.dense.saved import Fits, read_head, write_head
 from vitreg_hub.evaluation.dense.windows import by_windows
 from vitreg_hub.network.layout import VitLayout, evaluating
 
@@ -28,8 +30,8 @@ class HeadSettings:
         normed: Each block passes through the final norm.
         use_cls: Each block's class token follows its patches.
         use_registers: The mean of the registers follows them.
-        fit: What is done to images that the patch does not divide. After "pad", what the head says of the padded image
-            is stretched over the image, as the official code does; "resize" avoids that shift.
+        fit: What is done to images that the patch does not divide. After "pad" and "cut", what the head tells of the
+            changed image is stretched over the image, as in the official code; "resize" avoids that shift.
         batchnorm: Normalise the features by batch norm before they are read.
         dropout: Share of the features' channels that is left out at each step of training.
         mean: Of the channels of the model's images, for pixels in [0, 1]; needed only for pictures.
@@ -47,10 +49,10 @@ class HeadSettings:
     std: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
-        if not self.blocks or not 0 <= self.dropout < 1 or self.fit not in ("pad", "resize"):
+        if not self.blocks or not 0 <= self.dropout < 1 or self.fit not in get_args(Fit):
             raise DataError(
                 f"blocks is {list(self.blocks)}, dropout is {self.dropout:g} and fit is {self.fit!r}: give at least "
-                "one block, a share below 1, and 'pad' or 'resize'."
+                f"one block, a share below 1, and one of {', '.join(get_args(Fit))}."
             )
 
 
@@ -73,6 +75,8 @@ Settings = TypeVar("Settings", bound=HeadSettings)
 
 class DenseHead(nn.Module, Generic[Settings]):
     """A linear layer that reads the features of a frozen ViT, which is no part of it: neither trained nor saved."""
+
+    settings_type: ClassVar[type[HeadSettings]]
 
     def __init__(self, model: nn.Module, settings: Settings, *, out_channels: int) -> None:
         """Draw the weights from N(0, 0.01^2), as officially.
@@ -99,6 +103,38 @@ class DenseHead(nn.Module, Generic[Settings]):
     def model(self) -> nn.Module:
         """The frozen ViT."""
         return self._frozen[0]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the head's weights and settings to a new .safetensors file, without the model.
+
+        Raises:
+            BundleError: The file exists or cannot be written.
+        """
+        settings = {"kind": type(self).__name__, **asdict(self.settings)}
+        write_head(Path(path), self.state_dict(), settings=settings, fits=Fits.of(self.model))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> Self:
+        """Read a head that `save` wrote, in evaluation mode.
+
+        Args:
+            path: The file.
+            model: The ViT that it was trained on.
+
+        Raises:
+            BundleError: The file cannot be read or holds another kind of head.
+            DataError: The model is of another width, depth or patch size.
+        """
+        settings, tensors = read_head(Path(path), cls.settings_type, kind=cls.__name__, fits=Fits.of(model))
+        head = cls(model, **asdict(settings))
+        try:
+            head.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise BundleError(
+                f"{path} does not hold the weights that its settings tell: save the head again."
+            ) from error
+        return head.eval()
 
     def features(self, images: Tensor) -> Tensor:
         """Features [B, C, rows, columns] that the head reads of images [B, 3, H, W]."""
@@ -185,6 +221,8 @@ class SegmentationHead(DenseHead[SegmentationSettings]):
         logits = head(images)  # [B, 21, H / patch, W / patch]
         classes = head.predict(images, crop=512)  # [B, H, W]
     """
+
+    settings_type = SegmentationSettings
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         """A new head.
