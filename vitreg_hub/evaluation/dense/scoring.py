@@ -120,12 +120,12 @@ def evaluate_segmentation(
     ready = Labelled(source=source, num_classes=classes, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
 
     def score(picture: Picture, labels: np.ndarray) -> tuple[SegmentationCounts, np.ndarray]:
-        views = list(_views(picture.image, crop=crop, scales=scales))
+        seen = list(views(picture.image, crop=crop, scales=scales))
         how: dict[str, Any] = dict(size=labels.shape, crop=crop, stride=stride, input_size=input_size)
-        if len(views) == 1:
-            predicted = head.predict(views[0], flip=flip, **how)[0]
+        if len(seen) == 1:
+            predicted = head.predict(seen[0], flip=flip, **how)[0]
         else:
-            predicted = torch.stack([head.probabilities(view, flip=flip, **how)[0] for view in views]).sum(0).argmax(0)
+            predicted = torch.stack([head.probabilities(view, flip=flip, **how)[0] for view in seen]).sum(0).argmax(0)
         predicted = predicted.cpu()
         counts = SegmentationCounts.of(
             predicted, torch.from_numpy(labels), num_classes=classes, ignore_index=ignore_index
@@ -187,7 +187,7 @@ def evaluate_depth(
     return DepthResult(scores=together.scores(), errors=together, examples=kept)
 
 
-def _views(image: Image.Image, *, crop: int | None, scales: Sequence[float]) -> Iterator[Image.Image]:
+def views(image: Image.Image, *, crop: int | None, scales: Sequence[float]) -> Iterator[Image.Image]:
     """Yield a picture at every scale, its shorter side that of the windows where there are any."""
     for scale in scales:
         short = int((crop or min(image.size)) * scale)
