@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from vitreg_hub.evaluation.dense.heads import as_tensor
 
@@ -56,7 +55,7 @@ class View:
 
     def mirrored(self) -> "View":
         """Mirror from left to right."""
-        return View(image=TF.hflip(self.image), values=self.values[:, ::-1], unknown=self.unknown)
+        return View(image=ImageOps.mirror(self.image), values=self.values[:, ::-1], unknown=self.unknown)
 
     def turned(self, degrees: float) -> "View":
         """Turn around the centre; corners that come from outside are black and unknown."""
@@ -150,9 +149,11 @@ def _distorted(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     if chosen[1] and contrast_first:
         image = _with_pixels(image, contrast, 0)
     if chosen[2]:
-        image = TF.adjust_saturation(image, saturation)  # pyright: ignore[reportArgumentType]  # pictures are allowed
+        image = ImageEnhance.Color(image).enhance(saturation)
     if chosen[3]:
-        image = TF.adjust_hue(image, hue)  # pyright: ignore[reportArgumentType]  # likewise
+        turned = np.asarray(image.convert("HSV")).copy()
+        turned[..., 0] += np.uint8(int(hue * 255) % 256)
+        image = Image.fromarray(turned, mode="HSV").convert("RGB")
     if chosen[1] and not contrast_first:
         image = _with_pixels(image, contrast, 0)
     return image

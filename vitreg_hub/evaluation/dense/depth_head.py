@@ -50,8 +50,8 @@ def depth_of(outputs: Tensor, settings: DepthSettings) -> Tensor:
     if settings.spacing == "uniform":
         depths = torch.linspace(low, high, bins, device=outputs.device)
     elif settings.spacing == "sid":
-        ends = torch.tensor([low, high]).log().tolist()
-        depths = torch.linspace(*ends, bins, device=outputs.device).exp()
+        start, end = torch.tensor([low, high]).log().tolist()
+        depths = torch.linspace(start, end, bins, device=outputs.device).exp()
     else:
         depths = torch.logspace(low, high, bins, device=outputs.device)
     if settings.weights == "softmax":

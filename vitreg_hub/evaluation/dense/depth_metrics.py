@@ -75,7 +75,8 @@ class DepthErrors:
             raise DataError(
                 f"min_depth is {min_depth:g} and max_depth is {max_depth:g}: give 0 <= min_depth < max_depth."
             )
-        counts = (target > min_depth) & (target < max_depth) & crop_mask(tuple(target.shape), crop).to(target.device)
+        height, width = target.shape
+        counts = (target > min_depth) & (target < max_depth) & crop_mask((height, width), crop).to(target.device)
         predicted, true = prediction[counts].double(), target[counts].double()
         if align:
             scale, shift = least_squares(predicted, true)

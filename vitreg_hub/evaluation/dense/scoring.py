@@ -176,7 +176,7 @@ def evaluate_depth(
     def score(picture: Picture, depth: np.ndarray) -> tuple[DepthErrors, np.ndarray]:
         image = picture.image
         if input_size:
-            image = image.resize(input_size[::-1], Image.Resampling.BILINEAR)
+            image = image.resize((input_size[1], input_size[0]), Image.Resampling.BILINEAR)
         predicted = head.predict(image, size=depth.shape, flip=flip)[0].cpu()
         target = torch.from_numpy(depth)
         errors = DepthErrors.of(predicted, target, min_depth=low, max_depth=high, crop=crop, align=align)
