@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def box_of_products(
     if not mask[place]:
         mask[:] = False
         mask[place] = True
-    components, _ = ndimage.label(mask)  # joined by edges, not by corners
+    components = cast(tuple[np.ndarray, int], ndimage.label(mask))[0]  # joined by edges, not by corners
     rows_and_columns = ndimage.find_objects(components, max_label=components[place])[-1]
     steps = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     (top, bottom), (left, right) = (
@@ -113,8 +113,9 @@ def box_of_products(
 
 def _relations(products: Tensor, *, above: float) -> Tensor:
     """With how many others each patch has a product above a number [P]."""
-    if products.device.type == "cpu" and products.dtype == torch.float32:  # torch sums such bytes ten times slower
-        counts = torch.tensor([np.count_nonzero(row) for row in products.detach().numpy() > np.float32(above)])
+    if products.device.type == "cpu" and products.dtype == torch.float32:  # torch sums ten times slower
+        bits = np.packbits(products.detach().numpy() > np.float32(above), axis=1)
+        counts = torch.from_numpy(np.bitwise_count(bits).sum(axis=1, dtype=np.int64))
     else:
         counts = (products > above).sum(dim=1)
     return counts - (products.diagonal() > above).to(counts.dtype)
