@@ -265,3 +265,10 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
             else:
                 (folder / name).write_bytes(before[name])
         raise BundleError(f"cannot write to {folder}: {error.strerror or error}.") from error
+
+
+def find_tower(folder: Path) -> Path | None:
+    """The folder of both towers beside a bundle's, if there is one."""
+    folder = folder.absolute()
+    both = folder.parent / f"{folder.name}{TOWER_SUFFIX}"
+    return both if (both / OPENCLIP_CONFIG).is_file() else None

@@ -25,6 +25,7 @@ class Needs:
     normed_blocks: tuple[int, ...] = ()
     embedded: bool = False
     attention: tuple[int, ...] = ()
+    projections: tuple[int, ...] = ()
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -33,6 +34,7 @@ class Needs:
             normed_blocks=tuple({*self.normed_blocks, *other.normed_blocks}),
             embedded=self.embedded or other.embedded,
             attention=tuple({*self.attention, *other.attention}),
+            projections=tuple({*self.projections, *other.projections}),
         )
 
 

@@ -51,12 +51,9 @@ def digits(split: Split) -> datasets.Dataset:
     return _labelled([Image.fromarray(p).convert("RGB") for p in pixels], stored.target[chosen], names)
 
 
-def _labelled(
-    images: Sequence[Any], labels: Sequence[int], names: list[str], **texts: Sequence[str]
-) -> datasets.Dataset:
-    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    features = datasets.Features(**kinds, **dict.fromkeys(texts, datasets.Value("string")))
-    return datasets.Dataset.from_dict({"image": images, "label": labels, **texts}, features=features)
+def _labelled(images: Sequence[Any], labels: Sequence[int], names: list[str]) -> datasets.Dataset:
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
 def _indices(number: int, split: Split | None) -> np.ndarray:

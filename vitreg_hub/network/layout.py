@@ -19,6 +19,8 @@ from vitreg_hub.errors import DataError
 FINAL_NORMS = ("norm", "fc_norm", "layernorm", "post_layernorm")
 """The norm after the last block: timm and DINOv3, timm after pooling, transformers' ViT and Dinov2, CLIP and SigLIP."""
 HF_ATTENTIONS = ("attention", "self_attn")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+"""Linear layers of queries, keys and values where they are not one, `qkv`, in timm and transformers."""
 SUPPORTED = (
     "timm's VisionTransformer, Eva and Beit and transformers' Dinov2, Dinov2WithRegisters, DINOv3ViT, ViT, DeiT, CLIP "
     "and SigLIP can be"
@@ -123,6 +125,29 @@ class VitLayout:
             if hasattr(layer, "attn_drop") or hasattr(layer, "config"):
                 return layer
         raise DataError(f"the attention of a {type(self.blocks[block]).__name__} cannot be read: {SUPPORTED}.")
+
+    def projecting(self, block: int) -> nn.Module:
+        """The layer of a block that projects tokens to queries, keys and values, as `projected` understands it.
+
+        Raises:
+            DataError: The block has none, or several.
+        """
+        layers = [m for m in self.blocks[block].modules() if hasattr(m, "qkv") or hasattr(m, PROJECTIONS[0])]
+        if len(layers) != 1:
+            raise DataError(f"the keys of a {type(self.blocks[block]).__name__} cannot be read: {SUPPORTED}.")
+        return layers[0]
+
+
+def projected(layer: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, N, D] of the tokens that a layer is called with, before its norms and rotation."""
+    if getattr(layer, "qkv", None) is None:
+        queries, keys, values = (getattr(layer, name)(tokens) for name in PROJECTIONS)
+        return queries, keys, values
+    fused = layer.qkv(tokens)
+    if getattr(layer, "q_bias", None) is not None:  # Eva and Beit, whose keys have none
+        fused = fused + torch.cat([layer.q_bias, layer.k_bias, layer.v_bias])
+    queries, keys, values = fused.chunk(3, dim=-1)
+    return queries, keys, values
 
 
 def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
