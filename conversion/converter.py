@@ -11,15 +11,14 @@ from torch import Tensor
 
 from vitreg_hub import environment
 from vitreg_hub.bundle.model_bundle import ModelBundle
-from vitreg_hub.bundle.provenance import Provenance
+from vitreg_hub.bundle.provenance import Conversion, Provenance
 from vitreg_hub.conversion.checkpoint.opening import checksums, open_checkpoint
 from vitreg_hub.conversion.checkpoint.safetensors_writer import write_safetensors
 from vitreg_hub.conversion.formats.clip import TEXT_TOWER
 from vitreg_hub.conversion.formats.detect import find_format
 from vitreg_hub.conversion.planning.choices import Request
-from vitreg_hub.conversion.planning.plan import Plan, make_plan
+from vitreg_hub.conversion.planning.plan import make_plan
 from vitreg_hub.conversion.reference import measure
-from vitreg_hub.conversion.report import ConversionReport
 from vitreg_hub.conversion.text_tower import tower_config, write_towers
 from vitreg_hub.errors import ConversionError
 from vitreg_hub.files import CARD_FILE, CONFIG_FILE, TOWER_SUFFIX, WEIGHTS_FILE, new_folder, require_absent
@@ -103,7 +102,7 @@ def convert(
             dropped = plan.dropped()
             if towers:
                 dropped = {KEPT_TOWER if why == TEXT_TOWER else why: names for why, names in dropped.items()}
-            report = ConversionReport(
+            report = Conversion(
                 source=checkpoint.source,
                 sha256=_sorted(sha256()),
                 format=plan.tensors.fmt.name,
@@ -116,7 +115,14 @@ def convert(
                 untrained_registers=plan.num_untrained_registers,
                 measured=_sorted(measure(plan, state_dict)) if verify else {},
             )
-            provenance = _provenance(plan, report, seconds=time.perf_counter() - start)
+            provenance = Provenance(
+                origin=f"converted from {report.source} ({plan.tensors.fmt.title})",
+                license=license,
+                made=report,
+                **environment.made_with("safetensors"),
+                created=environment.now(),
+                seconds=round(time.perf_counter() - start, 2),
+            )
             bundle = ModelBundle.of(replace(plan.config, provenance=provenance), state_dict)
             bundle.require_consistent()
             return bundle
@@ -144,17 +150,3 @@ def _license_notes(told: Sequence[str], license: str | None) -> Iterator[str]:
         yield f"the license is as asked for: the source names {' and '.join(told)}"
     elif not told and license:
         yield "the license is as asked for: the source tells none"
-
-
-def _provenance(plan: Plan, report: ConversionReport, *, seconds: float) -> Provenance:
-    return Provenance(
-        origin=f"converted from {report.source} ({plan.tensors.fmt.title})",
-        license=report.license,
-        made=report,
-        versions=environment.versions("safetensors"),
-        command=environment.command(),
-        commit=environment.commit(),
-        created=environment.now(),
-        hardware=environment.hardware(),
-        seconds=round(seconds, 2),
-    )

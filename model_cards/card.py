@@ -37,7 +37,6 @@ def render(
     """A fresh card.
 
     Args:
-        bundle: The model.
         repo: ``org/name`` under which it is published; a placeholder by default.
         files: Names of the extra files beside the bundle, of which the card shows the figures.
         revision: Branch on which it is published; main by default.
@@ -62,10 +61,7 @@ def update(
     blocks are added. Metadata that cannot be read (the Hub refuses them too) or merged stay as they are.
 
     Args:
-        existing: The card.
-        bundle: The model.
         repo: ``org/name`` under which it is published; by default the card's own, with its branch.
-        revision: Branch on which it is published.
         settled_license: Whether the bundle's license holds even if the author has changed the card's.
         **more: Files and towers, as for `render`.
 

@@ -20,7 +20,7 @@ CLIP_FORMATS = ("openclip", "openclip-timm", "openai", "hf-clip")
 SOURCES = {
     "digits": "scikit-learn's load_digits: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository",
     "photos": "tiles of pictures in scikit-learn and scikit-image, see vitreg_hub/images/embedded.py",
-    "scenes": "drawn by vitreg_hub/images/embedded.py",
+    "scenes": "drawn by vitreg_hub/images/scenes.py",
 }
 """Where the embedded data sets come from."""
 CUSTOM = "custom"
@@ -37,7 +37,6 @@ class Images:
     Attributes:
         name: Without a machine's folders.
         dataset: Identifier on the Hub, or name of an embedded set; otherwise `CUSTOM`.
-        words: Name in a sentence.
     """
 
     name: str

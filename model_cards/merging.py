@@ -2,15 +2,14 @@
 
 A merge has three sides: what we wrote last (`record`), what stands there now, and what we would write today. A value
 that is still ours is renewed; what the author changed, added or removed stays. In lists this holds for each member, in
-a model-index for each result. A renewed value loses its comments; all other text keeps every character.
+a model-index for each result. A renewed list loses the comments inside it; all other text keeps every character.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
@@ -22,6 +21,8 @@ OF_LICENSE = (LICENSE, LICENSE_NAME, LICENSE_LINK)
 ORDER = ("base_model", "datasets", "library_name", *OF_LICENSE, "pipeline_tag", "tags", MODEL_INDEX)
 """Our keys, in the order in which `ModelCardData` writes them; a link to a license is always the author's."""
 
+ENTRY = r"^[\"']?(?:{})[\"']? *:.*?((?<=\S)[ \t]+#.*)?\n(?:(?:[ \t]*(?:#.*)?\n)*(?:[ \t]+[^\s#]|[\]}}-]).*\n)*"
+"""The lines of a key and its value in YAML, without comments and empty lines that follow; the comment of the first."""
 RECORD = re.compile(r"<!-- (\{.*\}) -->")
 
 
@@ -60,15 +61,15 @@ def merge(card: str, *, old: Mapping[str, Any], new: Mapping[str, Any], settled_
         return (front_matter(new) + "\n").replace("\n", line_end) + card
     text = found[2].replace("\r\n", "\n") + "\n" if found[2].strip() else ""
     try:
-        tree, theirs = read_yaml(text)
-        theirs = {} if tree is None else theirs
+        theirs = read_yaml(text)
+        theirs = {} if theirs is None else theirs
         if not isinstance(theirs, dict):
             return None
         wanted = _merged(theirs, old, new, settled_license)
         if wanted == theirs:
             return card
-        merged = _spliced(text, _places(text, tree), theirs, wanted)
-        if read_yaml(merged)[1] != wanted:  # all on one line, or with anchors
+        merged = _spliced(text, theirs, wanted)
+        if read_yaml(merged) != wanted:  # all on one line, or with anchors
             return None
     except ValueError:
         return None
@@ -138,42 +139,20 @@ def _is_ours(result: Any) -> bool:
     return isinstance(source, dict) and source.get("name") == SOURCE
 
 
-def _spliced(
-    text: str, places: Mapping[str, tuple[int, int]], theirs: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> str:
+def _spliced(text: str, theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The YAML text with the wanted values of our keys; new keys stand before our next one, or at the end."""
-
-    def changes() -> Iterator[tuple[int, int, str]]:
-        for index, key in enumerate(ORDER):
-            if theirs.get(key) == wanted.get(key):
-                continue
-            if key not in places:
-                place = min((places[later][0] for later in ORDER[index:] if later in places), default=len(text))
-                yield place, place, f"{_yaml({key: wanted[key]})}\n"
-            elif key in wanted:
-                yield *places[key], _yaml({key: wanted[key]})
-            else:
-                start, end = places[key]
-                yield start, text.index("\n", end) + 1, ""
-
-    parts, done = [], 0
-    for start, end, lines in sorted(changes(), key=lambda change: change[:2]):
-        parts += [text[done:start], lines]
-        done = end
-    return "".join([*parts, text[done:]])
-
-
-def _places(text: str, tree: yaml.MappingNode | None) -> dict[str, tuple[int, int]]:
-    """Where each key begins and its value ends."""
-    return {key.value: (key.start_mark.index, _end(text, value)) for key, value in (tree.value if tree else ())}
-
-
-def _end(text: str, node: yaml.Node) -> int:
-    """Where a value ends, without the comments and empty lines that follow."""
-    while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        node = last[1] if isinstance(last, tuple) else last
-    return len(text[: node.end_mark.index].rstrip())
+    for index, key in enumerate(ORDER):
+        if theirs.get(key) == wanted.get(key):
+            continue
+        lines = f"{_yaml({key: wanted[key]})}\n" if key in wanted else ""
+        if place := re.search(ENTRY.format(key), text, re.MULTILINE):
+            lines = lines.replace("\n", f"{place[1] or ''}\n", 1)
+        else:
+            place = re.search(ENTRY.format("|".join(ORDER[index:])), text, re.MULTILINE)
+            lines += place[0] if place else ""
+        start, end = place.span() if place else (len(text), len(text))
+        text = text[:start] + lines + text[end:]
+    return text
 
 
 def _yaml(data: Mapping[str, Any]) -> str:

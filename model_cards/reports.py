@@ -98,7 +98,8 @@ def results(bundle: ModelBundle) -> str:
         on = images.words if images else "images of which the bundle does not tell"
         lines += ["", f"Measured on {on}{_how(told.run, knn='knn_accuracy' in told.metrics) if told.run else ''}."]
         if told.best:
-            lines += ["", _chosen(in_words(bundle, told.best.score))]
+            chosen = f"the best of their run's evaluations by {in_words(bundle, told.best.score)}, chosen on the same"
+            lines += ["", f"These weights are {chosen} images that it was measured on: the value is optimistic."]
     else:
         lines.append(NOT_MEASURED)
     lines += ["", "### Parity", ""]
@@ -118,13 +119,6 @@ def _how(run: TrainingRun, *, knn: bool) -> str:
     reference = f"at most {count(told.eval_images, 'training image')}"
     neighbors = f"up to {count(told.knn_neighbors, 'neighbor')}"
     return f"{most}; k-NN among {reference}, with {neighbors} and temperature {told.knn_temperature:g}"
-
-
-def _chosen(score: str) -> str:
-    return (
-        f"These weights are the best of their run's evaluations by {score}, chosen on the same images that it was "
-        "measured on: the value is optimistic."
-    )
 
 
 def _reference(report: Conversion) -> str:

@@ -28,6 +28,7 @@ from pictures import data_set
 from pushers import push
 from safetensors.torch import save_file
 from skips import pytest_runtest_makereport  # noqa: F401  (a hook)
+from warm_python import WarmPython
 
 import vitreg_hub  # noqa: F401  (registers the models)
 from vitreg_hub.errors import ConversionError, VitregError
@@ -53,6 +54,18 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(_THREADS)
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    with tempfile.TemporaryDirectory(prefix="vitreg-python-") as folder, WarmPython(Path(folder)) as python:
+        yield python
+
+
+@pytest.fixture
+def warm(warm_python: WarmPython, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this process starts by `sys.executable` starts at once."""
+    monkeypatch.setattr(sys, "executable", str(warm_python.executable))
 
 
 @pytest.fixture

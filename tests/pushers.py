@@ -1,9 +1,7 @@
 """Pushes that skip the doors, which take seconds and which other tests open: from here and from other processes."""
 
-import multiprocessing
 import os
 from functools import partial
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -21,13 +19,6 @@ def not_opened(folder: Path, *, bundle: ModelBundle) -> dict[str, float]:
 
 push = partial(hub.push, verify=not_opened)
 plan = partial(hub.plan, verify=not_opened)
-
-
-def processes() -> ForkServerContext:
-    """Where processes come from that share nothing with this one, and start at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 def push_from_here(endpoint: str, token: str, cache: str, folder: str, repo_id: str, tries: int = 1, **options) -> str:

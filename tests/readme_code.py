@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from hub_server import HubServer
+from warm_python import WarmPython
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -38,18 +39,22 @@ def lines_for_larger_machines() -> list[str]:
 class Reader:
     """Runs code in a folder, where a Hub can be reached."""
 
-    def __init__(self, folder: Path, hub: HubServer) -> None:
-        self.folder = folder
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self._environment = os.environ | {"PATH": path} | hub.env("hf_reader_of_this")
+    def __init__(self, folder: Path, hub: HubServer, warm: WarmPython) -> None:
+        self.folder, self._warm = folder, warm
+        self._environment = os.environ | hub.env("hf_reader_of_this")
 
-    def run(self, language: str, code: str) -> str:
-        """Standard output of code that must succeed, and show every shape that its comments tell."""
+    def run(self, language: str, code: str, *, cold: bool = False) -> str:
+        """Standard output of code that must succeed, and show every shape that its comments tell.
+
+        Its processes import the libraries themselves if it is to run as cold as at a reader's.
+        """
+        programs = Path(sys.executable).parent if cold else self._warm.folder
+        path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(
-            [sys.executable, "-c", code] if language == "python" else code,
+            ["python", "-c", code] if language == "python" else code,
             shell=language == "bash",
             cwd=self.folder,
-            env=self._environment,
+            env=self._environment | {"PATH": path},
             capture_output=True,
             text=True,
             check=False,

@@ -1,11 +1,14 @@
 """Models by name, folder, Hub id and module, against timm and transformers used directly."""
 
+import json
+
 import huggingface_hub as hf
 import numpy as np
 import pytest
 import timm
 import torch
 import transformers
+from bounds import within_bounds
 from models import TINY, random_bundle, randomised
 from PIL import Image
 from torch import nn
@@ -349,3 +352,43 @@ def test_folder_that_holds_no_model(files, tmp_path):
     with pytest.raises(BundleError, match=str(tmp_path)) as caught:
         open_vit(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+TINIEST = {
+    "timm": lambda folder: timm.models.save_for_hf(timm.create_model("test_vit"), folder, safe_serialization=True),
+    "transformers": lambda folder: hf_model("ViT", **VISION).save_pretrained(folder),
+}
+MORE_THAN_ITS_WEIGHTS = [
+    ("transformers", {"num_hidden_layers": 10**9}, "500 is the most"),
+    ("transformers", {"hidden_size": 10**7}, "32,768 is the most"),
+    ("transformers", {"num_hidden_layers": 500, "hidden_size": 32_000}, "cannot fill"),
+    ("transformers", {"num_hidden_layers": 500}, "cannot fill"),
+    ("transformers", {"num_hidden_layers": 3}, "lack 16 tensors of blocks"),
+    ("transformers", {"image_size": 99_999, "patch_size": 1}, "cannot fill"),
+    ("timm", {"depth": 500, "embed_dim": 1024, "num_heads": 1}, "cannot fill"),
+    ("timm", {"embed_dim": 32_000, "num_heads": 1}, "cannot fill"),
+    ("timm", {"img_size": 16_000, "patch_size": 1}, "cannot fill"),
+]
+
+
+@pytest.mark.timeout(60)  # for ever, without a bound
+@pytest.mark.parametrize(("kind", "asked", "says"), MORE_THAN_ITS_WEIGHTS)
+def test_config_asks_for_more_than_its_weights(kind, asked, says, tmp_path):
+    TINIEST[kind](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_args": asked} if kind == "timm" else asked
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with within_bounds(), pytest.raises(BundleError, match=says) as caught:
+        open_vit(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_repository_asks_for_more_than_its_weights(hub, tmp_path):
+    TINIEST["timm"](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"embed_dim": 32_000, "num_heads": 1}}))
+    hf.HfApi().create_repo("lab/huge")
+    hf.HfApi().upload_folder(repo_id="lab/huge", folder_path=tmp_path)
+    with within_bounds(), pytest.raises(BundleError, match="cannot fill"):
+        open_vit("hf-hub:lab/huge")
+    assert not any("model.safetensors" in path and method == "GET" for method, path, _ in hub.requests)

@@ -356,6 +356,8 @@ LABEL_MAPS = {
     "equal names": dict(id2label={0: "a", 1: "a"}),
     "several names of a class": dict(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "kitty": 0, "dog": 1}),
     "only an inverse": dict(label2id={"x": 0, "y": 1}),
+    "two names by default": dict(id2label={0: "LABEL_0", 1: "LABEL_1"}),
+    "an inverse by default": dict(id2label={0: "a", 1: "b"}, label2id={"LABEL_0": 0, "LABEL_1": 1}),
     "a contradiction": dict(num_labels=5, id2label=LETTERS),
     "nothing": dict(id2label={}),
 }

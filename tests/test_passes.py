@@ -5,6 +5,7 @@ import timm
 import torch
 from models import randomised
 from pictures import picture
+from processes import run_in_two
 from torch import distributed
 from torchvision.transforms.functional import to_tensor
 
@@ -82,7 +83,7 @@ def test_two_processes_find_the_same_and_fail_together(tmp_path):
     (tmp_path / "broken").mkdir()
     picture(0, size=(32, 32)).save(tmp_path / "broken" / "a.png")
     (tmp_path / "broken" / "b.png").write_bytes(b"no picture")
-    torch.multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
+    run_in_two(two_processes, str(tmp_path))
     alone = rows(network(), open_images(IMAGES))
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

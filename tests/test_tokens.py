@@ -141,6 +141,77 @@ def test_attention_maps_are_what_unfused_timm_computes(vit):
     assert (first - unfused[1][:1]).abs().max() < 1e-6
 
 
+def whole(tokens) -> torch.Tensor:
+    return torch.cat([tokens.cls, tokens.registers, tokens.patches], dim=1)
+
+
+def heads_of(tokens, layer) -> torch.Tensor:
+    """[B, H, N, D / H]."""
+    return whole(tokens).unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_nano_reg4", "vit_small_reg0", "vit_base_reg8_clip", "vit_base_patch16_224"])
+def test_projections_are_what_timms_layer_gives(name):
+    vit = randomised(timm.create_model(name, num_classes=0, **ALL_OF_TIMM[name]))
+    images, found = images_for(vit), {}
+    for index in (1, -1):
+        vit.blocks[index].attn.qkv.register_forward_hook(
+            lambda module, args, output, index=index: found.setdefault(index, output)
+        )
+    vit.forward_features(images)
+    seen = observe(vit, images, projections=(1, -1)).projections
+    assert seen.keys() == found.keys() == {1, -1}
+    for index, fused in found.items():
+        ours = [whole(tokens) for tokens in (seen[index].queries, seen[index].keys, seen[index].values)]
+        assert torch.equal(torch.cat(ours, dim=2), fused)
+        assert seen[index].keys.registers.shape[1] == (0 if vit.reg_token is None else vit.reg_token.shape[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3_qkvb"])
+def test_biases_that_stand_apart_are_part_of_projections(name, fused, monkeypatch):
+    extra = {} if name.startswith("beit") else {"qkv_fused": fused}
+    vit = randomised(timm.create_model(name, num_classes=0, **TINY | {"img_size": 56 if "14" in name else 64}, **extra))
+    layer, images, found = vit.blocks[1].attn, images_for(vit), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def record(queries, keys, values, **kwargs):
+        found.append((queries, keys, values))
+        return attend(queries, keys, values, **kwargs)
+
+    seen = observe(vit, images, projections=(1,)).projections[1]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    vit.forward_features(images)
+    queries, keys, values = found[1]
+    assert torch.allclose(heads_of(seen.values, layer), values, atol=1e-6)
+    # the class token is not rotated
+    assert torch.allclose(heads_of(seen.queries, layer)[:, :, 0], queries[:, :, 0], atol=1e-6)
+    assert torch.allclose(heads_of(seen.keys, layer)[:, :, 0], keys[:, :, 0], atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HF_MODELS)
+def test_projections_are_what_transformers_kernel_is_given(name, monkeypatch):
+    model, *_ = hf_model(name)
+    images, found = torch.randn(2, 3, 64, 64), []
+    seen = observe(model, images, projections=(-2,)).projections[-2]
+
+    def record(module, queries, keys, values, *args, **kwargs):
+        found.append((queries, keys, values))
+        return attend(module, queries, keys, values, *args, **kwargs)
+
+    attend = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    transformers.AttentionInterface.register("recording", record)
+    model.set_attn_implementation("recording")
+    model(pixel_values=images)
+    heads = type("Heads", (), {"num_heads": 2})
+    rotated = slice(0, 1) if name == "dinov3" else slice(None)
+    for ours, theirs in zip((seen.queries, seen.keys, seen.values), found[1], strict=True):
+        assert torch.allclose(heads_of(ours, heads)[:, :, rotated], theirs[:, :, rotated], atol=1e-6)
+
+
 def test_attention_is_cut_by_name():
     vit = randomised(timm.create_model("vit_base_reg8_clip", num_classes=0, **ONE_OF_EACH_KIND["vit_base_reg8_clip"]))
     seen = attention_maps(vit, torch.randn(2, 3, 48, 64))[-1]

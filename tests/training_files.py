@@ -10,6 +10,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import datasets
 from PIL import Image
 
+from vitreg_hub.training.data.opening import as_image_source, as_stream, held_out_rows, open_rows
+
 FEATURES = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
 
 
@@ -71,3 +73,14 @@ def write_parquet(root, *parts):
     for k, numbers in enumerate(parts):
         data_set(numbers).to_parquet(root / f"part-{k}.parquet")
     return root
+
+
+def training_data(settings):
+    """What a run trains on, before its classes are looked at."""
+    return as_stream(open_rows(settings.train, "train", settings), settings)
+
+
+def held_out_source(settings, training):
+    """The held-out data in the form that evaluations take, if there are any."""
+    held_out = held_out_rows(settings, training)
+    return held_out and as_image_source(held_out)

@@ -107,10 +107,13 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines(run) if "loss" in line]
 
 
-def in_processes(count: int, names: Iterable[str], out: Path, **scale: Any) -> None:
-    """Train small recipes one after the other in several processes on the CPU, each in a folder of its name."""
+def in_processes(count: int, names: Iterable[str], out: Path, *, python: Path, **scale: Any) -> None:
+    """Train small recipes one after the other in several processes on the CPU, each in a folder of its name.
+
+    The first one draws its pictures, too.
+    """
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
-    command = [sys.executable, *launch, __file__, ",".join(names), str(out), json.dumps(scale)]
+    command = [python, *launch, __file__, ",".join(names), str(out), json.dumps(scale)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -120,6 +123,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     names, out, scale = sys.argv[1:]
-    for name in names.split(","):
-        loop.train(with_scale(TINY[name], **json.loads(scale)), Path(out, name))
+    for number, name in enumerate(names.split(",")):
+        run = train if number else loop.train
+        run(with_scale(TINY[name], **json.loads(scale)), Path(out, name))
     torch.distributed.destroy_process_group()

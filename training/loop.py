@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -15,7 +15,6 @@ from statistics import median
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vitreg_hub.errors import BundleError, RecipeError, TrainingError
@@ -34,7 +33,6 @@ from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.watch.curves import draw_curves
 from vitreg_hub.training.watch.first_batch import draw_first_batch
 from vitreg_hub.training.watch.logbook import Logbook, require_trackers
-from vitreg_hub.training.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +51,6 @@ class TrainResult:
 
     Attributes:
         folder: The run's folder.
-        step: Steps done.
-        total_steps: Steps of the whole run.
-        metrics: The last evaluation.
         model: Folder of the bundle; None if the run is not finished.
         best: The model in the folder `best`, if there was an evaluation.
         commits: Address of the last commit on each branch that was published: the bundles of `model` and `best` if the
@@ -103,7 +98,6 @@ def train(
     recipe gets more `epochs`, or one that ended early more `watch.patience`.
 
     Args:
-        recipe: The run.
         out: Its folder: `recipe.yaml`, `metrics.jsonl`, `first_batch.png`, `checkpoints`, from the first evaluation on
             `best`, and at the end `curves.png` and `model`.
         resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" requires a new folder;
@@ -112,7 +106,6 @@ def train(
             the branch best.
         push_every: Whether to publish at every checkpoint ("save") or only at the end.
         private: Whether only its owner can see a new repository.
-        instruments: For tests.
 
     Raises:
         RecipeError: Settings contradict each other, the data, the processes, or the run in `out`; or another run uses
@@ -131,36 +124,24 @@ def train(
     require_trackers(recipe.watch.trackers)
     accelerator = make_accelerator(recipe)
     find_checkpoint(out, recipe, resume)  # refuses what is no run, before anything is written into it
-    with locked(out, main=accelerator.is_main_process):
-        return _train(recipe, out, accelerator, resume, push, push_every, private, instruments)
-
-
-def _train(
-    recipe: Recipe,
-    out: Path,
-    accelerator: Accelerator,
-    resume: str,
-    push: str | None,
-    push_every: Literal["end", "save"],
-    private: bool,
-    instruments: Instruments,
-) -> TrainResult:
-    """Train in a folder that no other run uses."""
-    checkpoint = find_checkpoint(out, recipe, resume)
-    found = gather_object([checkpoint.name if checkpoint else None])  # before one of them writes anything
-    if len(set(found)) > 1:
-        raise BundleError(
-            f"not all processes see the same checkpoints in {out}: give a folder that all machines share."
-        )
-    publisher = None
-    if push and accelerator.is_main_process:
-        publisher = instruments.publisher(push, private=private, license=recipe.license)  # fails if there is no token
-        publisher.ask(towers=recipe.task.objective.text_tower)
-    if (out / MODEL).exists() and (result := _finished(recipe, out, publisher)):
-        return result
-    if (out / MODEL).exists() and checkpoint is None:
-        raise TrainingError(f"{out} has no checkpoint from which it could go on: take another folder.")
-    with torch.random.fork_rng(), publisher or nullcontext():
+    with locked(out, main=accelerator.is_main_process), torch.random.fork_rng(), ExitStack() as closing:
+        checkpoint = find_checkpoint(out, recipe, resume)
+        found = gather_object([checkpoint.name if checkpoint else None])  # before one of them writes anything
+        if len(set(found)) > 1:
+            raise BundleError(
+                f"not all processes see the same checkpoints in {out}: give a folder that all machines share."
+            )
+        publisher = None
+        if push and accelerator.is_main_process:
+            # fails if there is no token
+            publisher = instruments.publisher(push, private=private, license=recipe.license)
+            publisher.ask(towers=recipe.task.objective.text_tower)
+        if (out / MODEL).exists() and (result := _finished(recipe, out, publisher)):
+            return result
+        if (out / MODEL).exists() and checkpoint is None:
+            raise TrainingError(f"{out} has no checkpoint from which it could go on: take another folder.")
+        if publisher:
+            closing.enter_context(publisher)
         trainer = Trainer(recipe, accelerator, clock=instruments.clock)
         license_of(recipe, trainer.parts.sources, published=push is not None)
         measured = restore_run(trainer, checkpoint) if checkpoint else Measured()
@@ -211,7 +192,7 @@ def _go_on(
         accelerator=trainer.accelerator,
         total_steps=trainer.parts.span.total_steps,
         start_step=trainer.step,
-        batch_size=recipe.batch_size,
+        throughput=trainer.throughput,
         name=recipe.name,
         trackers=watch.trackers,
         config=to_dict(recipe),
@@ -249,16 +230,16 @@ def _go_on(
         if measured.step == trainer.step:  # the logbook of a resumed run has dropped this line
             trainer.refresh_twin()
             note()
-        for step, batches in () if trainer.done else trainer.steps(logbook.throughput):
+        for step, batches in () if trainer.done else trainer.steps():
             if step == 0 and main:
                 parts, file = trainer.parts, out / FIRST_BATCH
                 names = parts.data.label_names
                 instruments.draw_first_batch(batches[0], mean=parts.mean, std=parts.std, file=file, label_names=names)
-            metrics, stopped = trainer.do_step(step, batches, logbook.throughput, stop, out)
+            metrics, stopped = trainer.do_step(step, batches, stop, out)
             logbook.step_done()
             if trainer.done or due(watch.log_every):
                 logbook.log(step, metrics)
-            with logbook.throughput.paused():
+            with trainer.throughput.paused():
                 if trainer.done or due(watch.eval_every):
                     measured = evaluate()
                     note()
@@ -315,11 +296,9 @@ class DryRun:
     """What a run will cost, estimated from its first steps.
 
     Attributes:
-        steps: Of the whole run.
         images_per_second: Of a usual step after the first ones, over all processes.
         eta_seconds: For the whole run, without evaluations, at the speed of the fastest and of the slowest step.
         memory_gib: In use on the device, or by this process if there is none.
-        parameters: Number of trained ones.
     """
 
     steps: int
@@ -345,16 +324,9 @@ def dry_run(recipe: Recipe, *, clock: Callable[[], float] = time.perf_counter) -
         total, batch_size = trainer.parts.span.total_steps, recipe.batch_size
         if total < 2:
             raise RecipeError(f"the whole run has {total} step: a dry run would have 2, so run it.")
-        throughput = Throughput(
-            batch_size=batch_size,
-            total_steps=total,
-            device=trainer.accelerator.device,
-            precision=trainer.accelerator.mixed_precision,
-        )
         ends = [clock()]
-        for step, batches in islice(trainer.steps(throughput), sum(DRY_STEPS)):
-            trainer.do_step(step, batches, throughput, StopEvent(), None)
-            throughput.step_done()
+        for step, batches in islice(trainer.steps(), sum(DRY_STEPS)):
+            trainer.do_step(step, batches, StopEvent(), None)
             ends.append(clock())
             if len(ends) > 2 and max(gather_object([ends[-1] - ends[1]])) > DRY_SECONDS:
                 break
@@ -363,7 +335,7 @@ def dry_run(recipe: Recipe, *, clock: Callable[[], float] = time.perf_counter) -
         steps=total,
         images_per_second=batch_size / median(seconds),
         eta_seconds=(total * seconds[0], total * seconds[-1]),
-        memory_gib=throughput.read()["memory_gib"],
+        memory_gib=trainer.throughput.read()["memory_gib"],
         parameters=sum(p.numel() for p in trainer.parts.task.network.parameters() if p.requires_grad),
     )
 

@@ -29,11 +29,9 @@ class QuickstartResult:
     """What the quickstart has made.
 
     Attributes:
-        model: Folder of the bundle.
         figure: PNG of inputs, patch norms and attention.
         accuracy: Top-1 on the held-out digits, in [0, 1].
         doors: Largest difference in the model's outputs for each way to open it.
-        commit: Its address, if the model was published.
     """
 
     model: Path

@@ -1,6 +1,7 @@
 """Any ViT by name, folder, Hub id or module, with the preprocessing that its weights expect."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.images.pictures import Gray
 from vitreg_hub.names import ModelName
 from vitreg_hub.network.layout import unwrapped
+from vitreg_hub.network.limits import SUFFIXES, AtMost, weights_in
 from vitreg_hub.remote.client import hub_errors
 
+OF_BLOCK = re.compile(r"\.\d+\.")
+"""In names of tensors. What lies outside of blocks, such as a pooler, is often left out, and not looked at."""
 UNKNOWN = "unknown"
 """Preprocessing of a module that does not say what it needs."""
 
@@ -42,9 +46,7 @@ class AnyVit:
         transform: Makes a tensor [C, H, W] of an RGB image; None where it is unknown, or C is neither 3 nor 1.
         preprocessing: The transform in words.
         size: Height and width of the images that the transform makes, where they are known.
-        in_chans: Channels C of the images.
         mean: Of the channels, for pixels in [0, 1]; None where it is unknown.
-        std: Standard deviations of the channels.
         untrained: Whether the weights are random, since there are none of that name.
     """
 
@@ -151,11 +153,27 @@ def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, B
         if "vitreg" in config:
             return _bundled(name, size), None
         if "model_type" not in config and "architecture" in config:
-            return _create(name.given if name.repo_id else f"local-dir:{where}", size, pretrained=True), None
+            with AtMost(_stored_bytes(name, config_file.parent), called=name.given):
+                return _create(name.given if name.repo_id else f"local-dir:{where}", size, pretrained=True), None
         config = AutoConfig.from_pretrained(where, revision=revision)
         config = getattr(config, "vision_config", config)  # of CLIP and the like, only the image side
-        model = AutoModel.from_pretrained(where, revision=revision, config=config)
+        with AtMost(_stored_bytes(name, config_file.parent), called=name.given):
+            model, found = AutoModel.from_pretrained(where, revision=revision, config=config, output_loading_info=True)
+        if missing := sorted(filter(OF_BLOCK.search, found["missing_keys"])):
+            raise BundleError(
+                f"the weights of {name.given} lack {len(missing)} tensors of blocks that its {CONFIG_FILE} has, "
+                f"first {missing[0]}: get both again."
+            )
         return model, _processor(where, revision=revision)
+
+
+def _stored_bytes(name: ModelName, folder: Path) -> int:
+    """Bytes of all weights in a folder, or in a repository of which only a part is in the cache."""
+    here = sum(path.stat().st_size for path in weights_in(folder))
+    if here or name.repo_id is None:
+        return here
+    there = hf.HfApi().model_info(name.repo_id, revision=name.revision, files_metadata=True).siblings or ()
+    return sum(file.size or 0 for file in there if Path(file.rfilename).suffix in SUFFIXES)
 
 
 @contextmanager

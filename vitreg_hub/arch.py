@@ -34,9 +34,7 @@ class Family:
         pre_norm: LayerNorm before the first block, and then no bias in the patch embedding (timm ties the two).
         mean: Of each channel, for pixels in [0, 1].
         crop_pct: Share of the resized image that the centre crop keeps.
-        norm_eps: LayerNorm epsilon of the upstream bases.
         act: timm's name of the MLP's activation, where that is not SwiGLU.
-        timm_class: Name of the class of the upstream bases.
     """
 
     img_size: int

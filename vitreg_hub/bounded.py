@@ -31,7 +31,7 @@ MOST = {
     **dict.fromkeys(("intermediate_size", "num_classes", "num_labels"), 10**6),
     **dict.fromkeys(("patch_size", "in_chans", "num_channels", "num_heads", "num_attention_heads"), COUNT),
     **dict.fromkeys(("reg_tokens", "num_register_tokens", "mlp_ratio"), COUNT),
-    **dict.fromkeys(("depth", "num_hidden_layers", "num_layers"), 500),
+    **dict.fromkeys(("depth", "depths", "num_hidden_layers", "num_layers", "layers"), 500),
 }
 """The largest numbers that describe a network, under the names of timm and of transformers."""
 
@@ -112,8 +112,8 @@ class PlainLoader(yaml.SafeLoader):
         return value
 
 
-def read_yaml(text: str) -> tuple[Any, Any]:
-    """Read YAML, as a node with its place and as a value.
+def read_yaml(text: str) -> Any:
+    """Read YAML.
 
     Raises:
         ValueError: It is too long, nested too deeply or no YAML, or holds a value that cannot be, such as a 40th day.
@@ -122,8 +122,7 @@ def read_yaml(text: str) -> tuple[Any, Any]:
         raise ValueError(f"it has more than {LARGEST_METADATA:,} characters")
     loader = PlainLoader(text)
     try:
-        node = loader.get_single_node()
-        return node, None if node is None else loader.construct_document(node)
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     finally:
@@ -139,4 +138,4 @@ def read_metadata(card: str) -> Any:
     from huggingface_hub.repocard import REGEX_YAML_BLOCK  # takes long, and settings of a run have no card
 
     found = REGEX_YAML_BLOCK.search(card)
-    return read_yaml(found[2])[1] if found else None
+    return read_yaml(found[2]) if found else None

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitreg_hub.errors import printable
 
@@ -61,13 +61,16 @@ def versions(*libraries: str) -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+def made_with(*libraries: str, device: "torch.device | None" = None, num_processes: int = 1) -> dict[str, Any]:
+    """Fields of a `Provenance`, with the versions of these `libraries`; the others as of `hardware`."""
+    shown = hardware(device, num_processes=num_processes)
+    return {"versions": versions(*libraries), "command": command(), "commit": commit(), "hardware": shown}
+
+
 def command(argv: Sequence[str] | None = None) -> str | None:
     """The command line that runs; None if someone else's program calls this package.
 
     It is made public: paths outside the current folder are cut to their last part, and secrets are hidden.
-
-    Args:
-        argv: `sys.argv` by default.
     """
     program, *args = sys.argv if argv is None else argv
     path = Path(program)

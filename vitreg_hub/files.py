@@ -180,7 +180,6 @@ def whole_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         target: The file; must not exist unless `replace`.
-        replace: Whether it may replace an old one.
 
     Raises:
         BundleError: `target` exists, or cannot be written; it stays as it was.
@@ -206,7 +205,6 @@ def checksum(content: Path | bytes, *, like: str) -> str:
     """The checksum of a file, of the kind that the Hub keeps of it.
 
     Args:
-        content: The file, or its content.
         like: A checksum of that kind, in hexadecimal: sha256 for a large file (LFS), Git's sha1 for any other.
     """
     with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
@@ -267,3 +265,10 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
             else:
                 (folder / name).write_bytes(before[name])
         raise BundleError(f"cannot write to {folder}: {error.strerror or error}.") from error
+
+
+def find_tower(folder: Path) -> Path | None:
+    """The folder of both towers beside a bundle's, if there is one."""
+    folder = folder.absolute()
+    both = folder.parent / f"{folder.name}{TOWER_SUFFIX}"
+    return both if (both / OPENCLIP_CONFIG).is_file() else None

@@ -165,8 +165,14 @@ class VitRegConfig(BackboneConfigMixin, TimmWrapperConfig):
             label_names=None if labels == default_names(len(labels)) else labels,
             **read_entry(self.vitreg),
         )
-        if (names, self.label2id) != (dict(enumerate(labels)), _inverse(labels)):  # more than names in order
-            settings |= {"id2label": names, "label2id": self.label2id}
+        # transformers leaves out what is so by default, two classes without names, and then makes both maps anew
+        label2id, default = self.label2id, default_names(2)
+        if labels == default:
+            label2id = _inverse(default)
+        elif label2id == _inverse(default):
+            label2id = None
+        if (names, label2id) != (dict(enumerate(labels)), _inverse(labels)):  # more than names in order
+            settings |= {"id2label": names, "label2id": label2id}
         return settings | config.to_json()
 
 

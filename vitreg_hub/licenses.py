@@ -86,7 +86,6 @@ def settle(stated: str | Sequence[str] | None, given: str | None, *, called: str
     Args:
         stated: By the source: an identifier of the Hub or another name, or several where its files differ.
         given: By the user; "unknown" accepts that the source states none.
-        called: The source, for messages.
 
     Returns:
         The identifier in lower case and with hyphens; None if it is unknown.

@@ -8,7 +8,6 @@ class Score:
     """A metric of a model; more is better.
 
     Attributes:
-        name: Among the metrics of a bundle.
         words: What people call it.
         task: The Hub's name of its task.
         metric: The Hub's name of its kind.
@@ -25,7 +24,6 @@ class Objective:
     """What a run trained a model for.
 
     Attributes:
-        words: For a sentence.
         score: By which the run's models are compared.
         text_tower: Whether the run trains one, which stands beside the bundle in open_clip's own form.
     """

@@ -21,22 +21,22 @@ class Needs:
     """What is read of an observation besides its order; the fields are arguments of `observe`."""
 
     norms: bool = False
-    blocks: tuple[int, ...] = ()
     normed: bool = False
     normed_blocks: tuple[int, ...] = ()
     embedded: bool = False
     attention: tuple[int, ...] = ()
     logits: bool = False
+    projections: tuple[int, ...] = ()
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
             norms=self.norms or other.norms,
-            blocks=tuple({*self.blocks, *other.blocks}),
             normed=self.normed or other.normed,
             normed_blocks=tuple({*self.normed_blocks, *other.normed_blocks}),
             embedded=self.embedded or other.embedded,
             attention=tuple({*self.attention, *other.attention}),
             logits=self.logits or other.logits,
+            projections=tuple({*self.projections, *other.projections}),
         )
 
 
@@ -45,7 +45,6 @@ def observed(model: nn.Module, batches: Iterable[Batch], needs: Needs) -> Iterat
 
     Args:
         model: A ViT of timm or transformers, on the device where it is to run. It is not changed.
-        batches: From `ImageSource.batches`.
         needs: What is to be seen. If it is nothing, the network does not run, and there is no observation to read.
 
     Raises:

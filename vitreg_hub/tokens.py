@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreg_hub.errors import DataError
-from vitreg_hub.network.layout import VitLayout, attention_weights, evaluating
+from vitreg_hub.network.layout import VitLayout, attention_weights, evaluating, logits_of, projected, uncompiled
 
 # Shapes: B images; N = C + R + P tokens, of which C class tokens, R registers and P patches; D channels; H heads.
 
@@ -43,6 +43,21 @@ class Attention:
     weights: Tensor
     cls: Tensor
     registers: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projections:
+    """What the attention of one block makes of its tokens, heads side by side, before norms of its own and rotation.
+
+    Attributes:
+        queries: Tokens by name.
+        keys: Tokens by name.
+        values: Tokens by name.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    values: Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +98,10 @@ class TokenOrder:
             weights=weights, cls=to_patches[:, :, : self.num_class], registers=to_patches[:, :, self.num_class :]
         )
 
+    def projections(self, queries: Tensor, keys: Tensor, values: Tensor) -> Projections:
+        """Name projected tokens [B, N, D]."""
+        return Projections(queries=self.split(queries), keys=self.split(keys), values=self.split(values))
+
 
 NOTHING = torch.empty(0)
 NO_TOKENS = Tokens(cls=NOTHING, registers=NOTHING, patches=NOTHING)
@@ -94,7 +113,6 @@ class Observation:
 
     Attributes:
         images: [B, 3, height, width] as the network saw them.
-        order: Which token is what.
         norms: [blocks, B, N] float32 L2 norms of all tokens after every block, before the final norm.
         input_norms: [B, N] float32 L2 norms of the tokens that enter the first block.
         tokens: Tokens after the blocks asked for, before the final norm, by the indices that were given.
@@ -103,6 +121,7 @@ class Observation:
         embedded: [B, P, D] patch embeddings, before positions are added.
         attention: Attention of the blocks asked for, by the indices that were given.
         logits: [B, classes] of the model's own head.
+        projections: Queries, keys and values of the blocks asked for, by the indices that were given.
     """
 
     images: Tensor
@@ -115,6 +134,7 @@ class Observation:
     embedded: Tensor = NOTHING
     attention: dict[int, Attention] = field(default_factory=dict)
     logits: Tensor = NOTHING
+    projections: dict[int, Projections] = field(default_factory=dict)
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -133,6 +153,7 @@ def observe(
     attention: Sequence[int] = (),
     attention_images: int | None = None,
     logits: bool = False,
+    projections: Sequence[int] = (),
 ) -> Observation:
     """Run a ViT on images once and record only what is asked for.
 
@@ -150,16 +171,17 @@ def observe(
         attention_images: Record the attention, which costs most, of only so many images, the first ones; by default of
             all.
         logits: Run the model's head as well, and record what it gives.
+        projections: Blocks whose queries, keys and values are recorded; negative indices count from the end.
 
     Raises:
         DataError: The model is not a ViT that can be read, has no head, or a block does not exist.
     """
     layout = VitLayout.of(model)
     depth = len(layout.blocks)
-    if wrong := [i for i in (*blocks, *normed_blocks, *attention) if not -depth <= i < depth]:
+    if wrong := [i for i in (*blocks, *normed_blocks, *attention, *projections) if not -depth <= i < depth]:
         raise DataError(f"block {wrong[0]} does not exist: the model has {depth}, 0 to {depth - 1} or -{depth} to -1.")
     found: dict[tuple[str, int], Any] = {}
-    with evaluating(model), ExitStack() as hooks:
+    with evaluating(model), uncompiled(), ExitStack() as hooks:
 
         def record(what: str, index: int, module: nn.Module, read: Reader) -> None:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -177,10 +199,12 @@ def observe(
             record("tokens", index, layout.blocks[index], _output)
         for index in set(attention):
             record("attention", index, layout.attention(index), partial(_weights, number=attention_images))
+        for index in set(projections):
+            record("projections", index, layout.projecting(index), _projections)
         if embedded:
             record("embedded", 0, layout.embedding, _output)
         record("order", 0, layout.blocks[0], _count)
-        found["logits", 0] = layout.run(images, head=model if logits else None)
+        output = layout.forward(images, whole=model if logits else None)()
         if normed:
             found["normed", 0] = layout.norm(found["tokens", -1])
         for index in set(normed_blocks):
@@ -200,7 +224,8 @@ def observe(
         normed_blocks={i: order.split(found["normed_blocks", i]) for i in normed_blocks},
         embedded=unscaled(found["embedded", 0]).flatten(2).transpose(1, 2) if embedded else NOTHING,
         attention={i: order.attention(found["attention", i]) for i in attention},
-        logits=found["logits", 0] if logits else NOTHING,
+        logits=logits_of(output) if logits else NOTHING,
+        projections={i: order.projections(*found["projections", i]) for i in projections},
     )
 
 
@@ -233,9 +258,18 @@ def _norms(*call: Any) -> Tensor:
     return torch.linalg.vector_norm(_output(*call), dim=-1, dtype=torch.float32)
 
 
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def _input_norms(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-    tokens = args[0] if args else kwargs["hidden_states"]
-    return torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(_input(args, kwargs), dim=-1, dtype=torch.float32)
+
+
+def _projections(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return projected(module, _input(args, kwargs))
 
 
 def _weights(

@@ -52,11 +52,9 @@ def read(
     """Check data from a JSON or YAML file, and read them into a type.
 
     Args:
-        kind: A dataclass, or any other type.
         data: As `json.loads` gives it. Nothing is converted (neither true nor "1" is a number), but lists become tuples
             and whole numbers become floats where those are wanted.
         called: Key of the data in their file; empty for all of the file.
-        error: Class of the exception.
         unknown: Whether keys that `kind` does not have are refused or ignored.
 
     Raises:

@@ -161,7 +161,6 @@ def choose(names: Iterable[str], called: str, prefer: str) -> str:
 
     Args:
         names: Its files, by their paths in it.
-        called: The folder, for messages.
         prefer: Beginning of the name of the file to take where there are several usual ones.
 
     Raises:

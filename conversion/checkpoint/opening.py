@@ -1,7 +1,6 @@
 """Opening checkpoints: files, shards, folders and repositories; tensors are only read when asked for."""
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitreg_hub.bounded import read_json, read_small
 from vitreg_hub.conversion.checkpoint.file_kinds import (
     INDEX,
     SAFETENSORS,
@@ -32,7 +32,7 @@ from vitreg_hub.conversion.checkpoint.readers import (
     require_stored,
     require_whole_archive,
 )
-from vitreg_hub.conversion.checkpoint.sets import RAW, choice_note, fitting, prefix_of, unwrapped
+from vitreg_hub.conversion.checkpoint.sets import COUNTER, RAW, choice_note, fitting, is_averaged, prefix_of, unwrapped
 from vitreg_hub.conversion.checkpoint.torchscript import TorchScriptReader
 from vitreg_hub.errors import ConversionError, readable
 from vitreg_hub.files import CONFIG_FILE, OPENCLIP_CONFIG, PREPROCESSOR_FILE
@@ -56,7 +56,6 @@ class Checkpoint:
         places: The open file that holds a tensor, and the tensor's name in there.
         container: Key of the dictionary that held the weights, and their prefix if one was asked for; "torchscript" for
             an archive.
-        left_out: What a file holds beside the weights.
         notes: Which of several sets of weights it is.
         metadata: Texts by name in the header of a .safetensors file.
         config: config.json beside the weights; this and the other two are empty where there is no such file.
@@ -197,7 +196,8 @@ def open_checkpoint(source: str | Path, *, prefer: str = "", weights: str = "") 
     )
     if not weights or (weights != RAW and reader.container in fitting(reader.keys, weights)):
         return checkpoint
-    prefix = prefix_of(names, weights, container=reader.container, keys=reader.keys, called=called)
+    averaged = is_averaged(reader.container) or COUNTER in readers
+    prefix = prefix_of(names, weights, averaged=averaged, keys=reader.keys, called=called)
     return checkpoint.under(prefix, why="as asked for") if prefix else checkpoint
 
 
@@ -236,9 +236,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not JSON ({error}).") from error
+        content = read_json(read_small(path))
+    except ValueError as error:
+        raise ConversionError(f"{path} cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} is not a JSON object.")
     return content

@@ -21,11 +21,6 @@ POPS_MARK = pickletools.markobject
 def require_bounded_pickle(file: BinaryIO, *, called: str, pickles: int = 1) -> None:
     """Refuse pickles that take longer or nest deeper than those of any ViT.
 
-    Args:
-        file: Where the pickles begin.
-        called: The file, for messages.
-        pickles: How many there are, one after the other.
-
     Raises:
         ConversionError: They do.
         ValueError: They are damaged.

@@ -63,8 +63,6 @@ class Reader:
 
     Attributes:
         container: Key of the dictionary that holds the weights.
-        keys: Those of all sets of weights in the file.
-        left_out: What stands beside the weights.
     """
 
     infos: Mapping[str, TensorInfo]
@@ -186,7 +184,6 @@ class PickleReader(_Mapped):
     """A file of `torch.save`. Only tensors and plain data are unpickled: nothing in it can run.
 
     Args:
-        path: The file.
         weights: Which of several sets, as for `sets.fitting`.
         zipped: Whether it is a zip archive, which `require_whole_archive` has seen.
     """

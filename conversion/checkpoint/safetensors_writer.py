@@ -23,10 +23,8 @@ def write_safetensors(
     """Write float32 tensors in the format of safetensors (github.com/huggingface/safetensors, README, "Format").
 
     Args:
-        path: The new file.
         shapes: Shape of every tensor, in the order of the file.
         make: Returns the contiguous tensor of a name; called once for each, and the result is not kept.
-        metadata: Texts by name for the header.
 
     Raises:
         OSError: The disk is full, or the file cannot be written.

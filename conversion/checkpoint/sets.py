@@ -74,7 +74,6 @@ def fitting(keys: Iterable[str], wanted: str) -> list[str]:
     """The keys that are meant by `wanted`, only the best of them where some are better known than others.
 
     Args:
-        keys: Of the sets.
         wanted: "" for the averaged ones if there are any, "ema", "raw", or a key or a part of one.
     """
     keys = list(keys)
@@ -139,21 +138,18 @@ def vit_prefixes(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda prefix: (not is_averaged(prefix), prefix))
 
 
-def prefix_of(names: Collection[str], wanted: str, *, container: str, keys: Collection[str], called: str) -> str:
+def prefix_of(names: Collection[str], wanted: str, *, averaged: bool, keys: Collection[str], called: str) -> str:
     """The prefix that is meant where no dictionary of the file was; "" for all names.
 
     Args:
-        names: Of the tensors.
         wanted: As for `fitting`, never "".
-        container: Keys under which the tensors were.
-        keys: Of all sets in the file, for messages.
-        called: The file, for messages.
+        averaged: Whether all of them are.
 
     Raises:
         ConversionError: There are no such weights, or several.
     """
     prefixes = vit_prefixes(names)
-    if wanted in (EMA, RAW) and is_averaged(container):
+    if wanted in (EMA, RAW) and averaged:
         return require_one([""] if wanted == EMA else [], keys, wanted, called=called)
     if wanted not in (EMA, RAW) and any(name.startswith(f"{wanted}.") for name in names):
         return wanted

@@ -39,7 +39,6 @@ class CheckpointFormat:
     timm can load. Nothing here or in the files of the lineages loads torch, timm or transformers before it is called.
 
     Attributes:
-        name: The value of `--format`.
         rules: Tensors of the vision tower, without prefix.
         outside: Tensors that may stand beside the tower, with their full names.
         prefixes: Prefixes that the tower's names may have; the first that occurs counts, other names are outside.
@@ -47,7 +46,6 @@ class CheckpointFormat:
         marks: Patterns of names without prefix; a checkpoint in which each of them occurs has this format.
         family: Key of `vitreg_hub.arch.FAMILIES`; here and below, None where only a config, tensors or the user tell.
         act: timm's name of the activation.
-        heads: Attention heads by width.
         other_rows: Rows of the position table before those of the patches.
         positions: How the lineage resamples positions.
         registers_positions: The same for checkpoints with registers, where it differs.
@@ -183,7 +181,6 @@ class CheckpointFormat:
         """Run a checkpoint in somebody else's implementation, here timm's with its own filter of checkpoints.
 
         Args:
-            checkpoint: A checkpoint of this format.
             bundle: What it became, for the images' size and without new registers.
             images: [B, C, H, W].
             native: Height and width in patches of the checkpoint's position table.

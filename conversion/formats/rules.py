@@ -70,8 +70,6 @@ class Rule:
     Attributes:
         take: Template of the lineage's name.
         give: Template of timm's name, with the same placeholders in the same order; "" drops the tensor.
-        why: Why it is dropped.
-        reshape: How the shapes differ.
         part: (k, n): the tensor is the k-th of n that timm concatenates along the first dimension.
         swiglu: Whether only networks with a SwiGLU MLP use this name; others then have another rule for it.
     """

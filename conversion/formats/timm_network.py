@@ -23,7 +23,7 @@ ACTIVATIONS: dict[type, str] = {
 
 NO_POOLING = "the config pools nothing: the bundle pools by its class token, and its tokens are all as they were"
 
-MAX_DEPTH = 300
+MAX_DEPTH = 100
 """Blocks that a config may ask timm to build."""
 
 NO_NETWORK_ARGS = {"checkpoint_path", "cache_dir", "features_only"}

@@ -27,8 +27,6 @@ class Assignment:
 
     Attributes:
         parts: For every name in timm, the checkpoint's tensors that are concatenated to it, with their rules.
-        dropped: Names that have no place, by reason.
-        problems: What does not fit, a sentence each.
     """
 
     checkpoint: Checkpoint = field(repr=False)

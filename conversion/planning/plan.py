@@ -35,9 +35,7 @@ class Plan:
     """A bundle to be: its configuration, and how each of its tensors is read or made.
 
     Attributes:
-        choices: What was decided about the checkpoint.
         config: Configuration of the bundle. The provenance in it only names the checkpoint.
-        wanted: Shape of every tensor of the bundle.
         native: Height and width in patches of the checkpoint's position table.
         other_rows: Rows of this table before those of the patches.
     """

@@ -220,6 +220,7 @@ PartialState().destroy_process_group()
 """
 
 
+@pytest.mark.usefixtures("warm")
 def test_number_of_processes_does_not_matter(truth, tmp_path, request):
     numbers = (399, 1)  # odd; fewer images than processes
     script = tmp_path / "script.py"

@@ -53,12 +53,12 @@ def compare(recipe: Recipe, *, rounds: int, steps: int) -> dict[str, float]:
             folder=folder,
             accelerator=trainer.accelerator,
             total_steps=10**9,
-            batch_size=recipe.batch_size,
+            throughput=trainer.throughput,
         )
 
         def loop() -> None:
             for step in range(steps):
-                metrics, _ = trainer.do_step(step, [next(ours)], logbook.throughput, threading.Event(), Path(folder))
+                metrics, _ = trainer.do_step(step, [next(ours)], threading.Event(), Path(folder))
                 logbook.step_done()
                 if step % recipe.watch.log_every == 0:
                     logbook.log(step, metrics)

@@ -23,6 +23,7 @@ def saved(folder: Path) -> Path:
     return random_bundle().save(folder)
 
 
+@pytest.mark.usefixtures("warm")
 def test_verify_refuses_what_is_no_number(folder):
     bundle = random_bundle()
     bundle.state_dict["head.bias"][0] = float("nan")
@@ -33,6 +34,7 @@ def test_verify_refuses_what_is_no_number(folder):
         verify(folder)
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -59,6 +61,7 @@ def test_verify_names_the_door_that_gives_something_else(change, says, saved, mo
         verify(saved)
 
 
+@pytest.mark.usefixtures("warm")
 def test_verify_sees_a_difference(saved, monkeypatch):
     other = random_bundle()
     other = ModelBundle.from_timm(
@@ -69,6 +72,7 @@ def test_verify_sees_a_difference(saved, monkeypatch):
         verify(saved)
 
 
+@pytest.mark.usefixtures("warm")
 def test_verify_reports_a_door_that_does_not_open(saved, monkeypatch):
     monkeypatch.setattr("vitreg_hub.bundle.doors.ModelBundle.load", lambda source: random_bundle())
     (saved / "config.json").unlink()

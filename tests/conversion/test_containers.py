@@ -112,6 +112,7 @@ CONTAINERS = {
         "optimizer_state_dict": {"state": {0: {"exp_avg": t["norm.bias"]}}},
     },
     "timm's run": lambda t: {"state_dict": raw(t), "state_dict_ema": t, "optimizer": {}, "arch": "vit"},
+    "both averages that timm knows": lambda t: {"model_ema": raw(t), "state_dict_ema": t},
     "DeiT's run": lambda t: {"model": raw(t), "model_ema": t, "lr_scheduler": {}, "epoch": 3},
     "ema": lambda t: {"net": raw(t), "ema": t, "loss": torch.ones(1)},
     "target encoder": lambda t: {"encoder": raw(t), "target_encoder": {f"module.{n}": x for n, x in t.items()}},
@@ -128,6 +129,13 @@ def test_containers(container, zipped, dinov2, saved, tmp_path):
     tensors, wanted = dinov2
     source = saved(CONTAINERS[container](tensors), _use_new_zipfile_serialization=zipped)
     assert_same(convert(source, tmp_path / "out", **DINOV2), wanted)
+
+
+def test_an_averaged_model_alone_is_the_averaged_one(dinov2, saved, tmp_path, refused):
+    tensors, wanted = dinov2
+    source = saved(CONTAINERS["averaged model"](tensors))
+    assert_same(convert(source, tmp_path / "ema", weights="ema", **DINOV2), wanted)
+    assert "holds no raw weights" in refused(source, weights="raw")
 
 
 @pytest.mark.parametrize("container", ["timm's run", "DeiT's run", "ema", "student and teacher"])

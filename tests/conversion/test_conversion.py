@@ -374,6 +374,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory accounting")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_large_file_is_never_in_memory_as_a_whole(suffix, tmp_path):

@@ -15,6 +15,8 @@ from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.conversion.formats import detect as all_formats
 from vitreg_hub.errors import ConversionError
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 CASES = sorted(ARGUMENTS)
 SIZES = [(case, size) for case in CASES for size in images(case)]
 FORMATS = {

@@ -165,7 +165,8 @@ def test_reference_agrees_on_sound_checkpoints(case, tmp_path):
     folders.require_right(bundle, case, IN_MEMORY[case.golden])
 
 
-def test_changed_tensors(tmp_path):
+@pytest.mark.parametrize("number", [200, pytest.param(450, marks=pytest.mark.slow)])
+def test_changed_tensors(number, tmp_path):
     folders = Folders(tmp_path)
     sound = {case: folders.convert(case, folders.write(case, IN_MEMORY[case.golden], "zip")) for case in CASES}
     unused = {
@@ -173,7 +174,7 @@ def test_changed_tensors(tmp_path):
         for case, bundle in sound.items()
     }
 
-    @quick_settings(450)
+    @quick_settings(number)
     @given(mutations(), st.sampled_from(("zip", "legacy", "safetensors")))
     def check(mutated, kind):
         case, tensors, touched, same_values = mutated
@@ -192,9 +193,9 @@ def test_changed_tensors(tmp_path):
         shutil.rmtree(folder)
 
     check()
-    assert folders.outcomes["refused"] > 100
-    assert folders.outcomes["converted"] > 50
-    assert folders.outcomes["unchanged"] > 5
+    assert folders.outcomes["refused"] > number / 5
+    assert folders.outcomes["converted"] > number / 10
+    assert folders.outcomes["unchanged"] > number / 100
 
 
 # Files

@@ -16,9 +16,7 @@ KS = (10, 20, 100, 200)
 
 def votes_of(run: str, **options):
     given = {name: GIVEN[f"{run}.{name}"] for name in ("train_features", "train_labels", "test_features")}
-    return knn_votes(
-        given["train_features"], given["train_labels"], given["test_features"], num_classes=10, **options
-    )
+    return knn_votes(given["train_features"], given["train_labels"], given["test_features"], num_classes=10, **options)
 
 
 @pytest.mark.parametrize("run", ["full", "few_train"])
@@ -62,7 +60,10 @@ def test_tiles_and_groups_change_nothing(monkeypatch):
     nearest = products.topk(50)
     weights = (nearest.values / 0.07).softmax(dim=1)
     wanted = torch.zeros(30, 5).scatter_add_(1, labels[nearest.indices], weights)
-    for tile, most in ((knn.TRAIN_TILE, knn.SIMILARITIES), (14_001, 14_001 * 7)):  # groups of 64 in both, not in the rest
+    for tile, most in (
+        (knn.TRAIN_TILE, knn.SIMILARITIES),
+        (14_001, 14_001 * 7),
+    ):  # groups of 64 in both, not in the rest
         monkeypatch.setattr(knn, "TRAIN_TILE", tile)
         monkeypatch.setattr(knn, "SIMILARITIES", most)
         votes = knn_votes(train, labels, queries, num_classes=5, ks=(50,))[50]

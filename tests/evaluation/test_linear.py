@@ -90,7 +90,8 @@ def test_the_probe_that_reads_what_holds_the_class_is_best():
     train_heads(heads, random_batches(train, batch_size=32, steps=steps), steps=steps, settings=settings)
     scores = accuracies(heads, test)
     best = best_probe(scores)
-    assert best.pool == "class+registers" and scores[best] == 1
+    assert best.pool == "class+registers"
+    assert scores[best] == 1
     assert max(score for probe, score in scores.items() if probe.pool != "class+registers") < 0.5
     assert len(heads) == 2 * 3 * 2
 
@@ -116,7 +117,8 @@ def test_a_class_that_was_not_trained_gets_nothing():
     features = one_hot(labels, 3).float()
     fit = fit_logistic(features, labels, features, labels, strengths=(1.0,))
     probabilities = fit.probabilities(features, num_classes=4)
-    assert probabilities[:, [1, 3]].max() == 0 and torch.equal(probabilities.argmax(dim=1), labels)
+    assert probabilities[:, [1, 3]].max() == 0
+    assert torch.equal(probabilities.argmax(dim=1), labels)
     with pytest.raises(DataError, match="at least two classes"):
         fit_logistic(features, torch.zeros(20), features, labels)
 
@@ -131,7 +133,8 @@ def test_a_share_of_each_class_is_kept_back():
 def test_features_of_a_model_without_the_tokens_are_refused():
     without = planted(number=4)
     bare = replace(without, cls=without.cls[:, :0], registers=without.registers[:, :0])
-    assert bare.pools == ("patches",) and LinearSettings().grid(bare)[0].pool == "patches"
+    assert bare.pools == ("patches",)
+    assert LinearSettings().grid(bare)[0].pool == "patches"
     with pytest.raises(DataError, match="choose from patches"):
         bare.pooled("class")
     assert isinstance(new_heads(bare, LinearSettings().grid(bare), num_classes=2).popitem()[1], nn.Linear)

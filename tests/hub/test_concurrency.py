@@ -11,7 +11,8 @@ import pytest
 from hub_server import Drop
 from hub_state import HubError
 from models import random_bundle
-from pushers import processes, push, push_from_here, push_one
+from processes import processes
+from pushers import push, push_from_here, push_one
 
 REPO = "lab/model"
 REGISTERS = (1, 2, 4, 8)

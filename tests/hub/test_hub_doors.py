@@ -19,6 +19,8 @@ from vitreg_hub.bundle.config import config_text
 from vitreg_hub.errors import BundleError, HubError, LicenseError
 from vitreg_hub.hub import list_models, pull
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SHAPES = {
     "vit_nano_reg{}": {},
     "vit_base_reg{}_deit3": TINY | {"img_size": 64},

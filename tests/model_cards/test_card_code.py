@@ -27,6 +27,8 @@ from vitreg_hub.model_cards.card import render
 from vitreg_hub.model_cards.distributed import CARDS, DINOV2_TAG, distributed_cards
 from vitreg_hub.timm_models import SHIPPED_WEIGHTS
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 def code_of(card: str) -> list[str]:
     """The Python blocks of a card, each with a check of the shapes that its comments tell."""

@@ -250,6 +250,20 @@ def test_merge_without_a_record_changes_the_license_alone():
     assert merge(merged, old=told, new=told, settled_license=True) == merged
 
 
+def test_comments_stay_but_for_those_inside_a_renewed_list():
+    old = {"library_name": "timm", "tags": ["a", "b"], "license": "mit"}
+    card = (
+        "---\n# first\nlibrary_name: timm  # ours\n# before\nlicense: mit  # told\n\n# two\ntags:  # all\n"
+        "- a  # one\n\n# inside\n- b\n# after\nlanguage: en  # mine\n---\n# Mine\n"
+    )
+    new = {"library_name": "timm", "tags": ["a", "c"], "license": "mit", "datasets": ["org/x"]}
+    changed = card.replace("- a  # one\n\n# inside\n- b\n", "- a\n- c\n")
+    changed = changed.replace("library_name", "datasets:\n- org/x\nlibrary_name", 1)
+    assert merge(card, old=old, new=new) == changed
+    back = card.replace("license: mit", "license: apache-2.0").replace("- a  # one\n\n# inside\n- b\n", "- a\n- b\n")
+    assert merge(changed, old=new, new=old | {"license": "apache-2.0"}) == back
+
+
 def test_record_holds_no_end_of_a_comment():
     data = {"license_name": "a-->b--c---d", "tags": ["x"], "model-index": [{"name": "y"}]}
     comment = merging.record(data)

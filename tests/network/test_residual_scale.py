@@ -19,6 +19,8 @@ from vitreg_hub.errors import BundleError
 from vitreg_hub.hf_models import VitRegBackbone, VitRegModel
 from vitreg_hub.tokens import block_tokens
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 EPS, SCALE = 9.5367431640625e-13, 1024.0
 """1e-6 / 2^20, the epsilon nearest to 1e-12 that can be stored, and its scale."""
 

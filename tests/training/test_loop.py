@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import random_bundle
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_files import png, write_folder
 from training_runs import RUN, STEPS, TINY, lines, losses, with_scale
 
@@ -25,8 +25,11 @@ from vitreg_hub.training.loop import dry_run, train
 from vitreg_hub.training.recipes.files import recipe_from_yaml
 from vitreg_hub.training.recipes.settings import DataSettings, OptimSettings
 from vitreg_hub.training.run.folders import checkpoints
+from vitreg_hub.training.run.state import write_state
 from vitreg_hub.training.schedules import Span
 from vitreg_hub.training.tasks.supervised.settings import Supervised
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 SUPERVISED, DINOV2 = TINY["supervised"], TINY["dinov2"]
 START = "vit_nano_reg4.digits"
@@ -202,6 +205,16 @@ def test_continued_run_starts_where_its_start_was(tmp_path):
     assert first.keys() == heads.keys()
     for key, tensor in heads.items():
         torch.testing.assert_close(first[key], tensor, atol=2e-3, rtol=0)  # one step on, of a warm-up from 0
+
+
+def test_heads_that_are_not_as_they_were_written_are_refused(tmp_path):
+    heads = {"x": torch.ones(1)}
+    checkpoint = tmp_path / "step_0000001"
+    checkpoint.mkdir()
+    write_state(checkpoint, {"heads": heads}, {"step": 1})
+    save_file({"x": torch.zeros(1)}, checkpoint / "state" / "heads.safetensors")
+    with pytest.raises(RecipeError, match=r"task\.heads .* \(heads\.safetensors is not as it was written\)"):
+        train(changed(DINOV2, task={"heads": str(checkpoint)}), tmp_path / "run")
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):

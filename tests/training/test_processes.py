@@ -3,9 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import STEPS, TINY, in_processes, lines, losses
+from training_runs import STEPS, TINY, in_processes, lines, losses, train
 
-from vitreg_hub.training.loop import train
 from vitreg_hub.training.run.measured import read_best
 
 pytestmark = pytest.mark.long
@@ -23,10 +22,10 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def together(request, tmp_path_factory):
+def together(request, tmp_path_factory, warm_python):
     """The same runs in two processes."""
     folder = tmp_path_factory.mktemp(request.param)
-    in_processes(2, TINY, folder, sharding=request.param)
+    in_processes(2, TINY, folder, python=warm_python.executable, sharding=request.param)
     return folder
 
 

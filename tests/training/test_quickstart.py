@@ -19,6 +19,8 @@ from vitreg_hub.training.recipes.files import write_recipe
 from vitreg_hub.training.recipes.named import RECIPES
 from vitreg_hub.training.run import trainer
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 DIGITS = RECIPES["supervised_digits"]()
 SHORT = replace(
     DIGITS,

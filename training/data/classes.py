@@ -31,8 +31,6 @@ def open_data(
     """Open what is trained on and what is held out, and find out what of their classes cannot be used.
 
     Args:
-        settings: Name the data.
-        needs: What every image must have.
         seed: Chooses the images of `settings.held_out`.
 
     Returns:
@@ -45,43 +43,41 @@ def open_data(
     notes = list(lost_classes(data))
     if notes and "labels" in needs:
         raise DataError(f"{notes[0]}: save them as PNG or JPEG, or remove the class.")
-    notes += _said(strays(data))
+    notes += strays(data)
     if "labels" in needs:
         data = with_classes_only(data)
     held_out = held_out_rows(settings, data)
     if held_out is None and settings.held_out:
         data, held_out = hold_out(data, settings.held_out, seed=seed)
     elif held_out is not None:
-        notes += [*lost_classes(held_out), *_said(strays(held_out)), *_said(missing_classes(held_out))]
+        notes += [*lost_classes(held_out), *strays(held_out), *missing_classes(held_out)]
     return as_stream(data, settings), held_out, tuple(f"{note}." for note in notes)
 
 
 def with_classes_only(data: TrainingData) -> TrainingData:
     """The same without images that have no class, where others of a folder have one."""
-    if not _is_folder(data) or not data.has_labels:
+    if data.folder is None or not data.has_labels:
         return data
     return _part(data, np.flatnonzero(_labels(data) >= 0))
 
 
-def strays(data: TrainingData) -> str | None:
-    """What a folder has beside its class folders, in a sentence; None if there is nothing."""
-    if not _is_folder(data) or not data.has_labels:
-        return None
-    places = np.flatnonzero(_labels(data) < 0)
-    if not len(places):
-        return None
-    first = _some(_called(data, places), len(places))
-    return f"{data.name} has images beside its class folders, which have no class and do not count: {first}"
+def strays(data: TrainingData) -> Iterator[str]:
+    """Yield a sentence about what a folder has beside its class folders, if there is anything."""
+    if data.folder is None or not data.has_labels:
+        return
+    if len(places := np.flatnonzero(_labels(data) < 0)):
+        first = _some(_called(data, places), len(places))
+        yield f"{data.name} has images beside its class folders, which have no class and do not count: {first}"
 
 
 def lost_classes(data: TrainingData) -> Iterator[str]:
     """Yield a sentence for every class that has files but no image that can be read."""
     for folder in _class_folders(data):
-        if not any(_files(folder, images=True)):
-            files = list(_files(folder, images=False))
+        files = list(files_below(folder))
+        if not any(file.lower().endswith(IMG_EXTENSIONS) for file in files):
             told = _some(files[:MOST_NAMED], len(files)) or "its folder is empty"
             yield f"no image of {folder.name} in {data.name} can be read ({told})"
-    if not (_is_local(data) and data.has_labels):
+    if data.is_stream or not data.has_labels:
         return
     labels = _labels(data)
     order = np.argsort(labels, kind="stable")
@@ -93,16 +89,15 @@ def lost_classes(data: TrainingData) -> Iterator[str]:
         yield f"no image of {name} in {data.name} can be read ({_some(_called(data, places), len(places))})"
 
 
-def missing_classes(data: TrainingData) -> str | None:
-    """Which classes have no image in held-out data, in a sentence; None if all have some."""
-    if not (_is_local(data) and data.has_labels and data.label_names):
-        return None
+def missing_classes(data: TrainingData) -> Iterator[str]:
+    """Yield a sentence about the classes that have no image in held-out data, if there are any."""
+    if data.is_stream or not (data.has_labels and data.label_names):
+        return
     there = set(_labels(data).tolist())
     missing = [name for number, name in enumerate(data.label_names) if number not in there]
-    if not missing:
-        return None
-    names = _some(missing[:MOST_NAMED], len(missing))
-    return f"{data.name} has no images of {names}: scores are of the other {len(there - {-1})} classes alone"
+    if missing:
+        names = _some(missing[:MOST_NAMED], len(missing))
+        yield f"{data.name} has no images of {names}: scores are of the other {len(there - {-1})} classes alone"
 
 
 def hold_out(data: TrainingData, share: float, *, seed: int) -> tuple[TrainingData, TrainingData]:
@@ -111,7 +106,7 @@ def hold_out(data: TrainingData, share: float, *, seed: int) -> tuple[TrainingDa
     Raises:
         DataError: The data are a stream, or too few.
     """
-    if not _is_local(data):
+    if data.is_stream:
         raise DataError(
             f"{data.name} is a stream, of which data.held_out cannot choose images: give data.test instead."
         )
@@ -127,16 +122,8 @@ def hold_out(data: TrainingData, share: float, *, seed: int) -> tuple[TrainingDa
     return _part(data, kept), replace(_part(data, np.sort(chosen)), name=f"{data.name} (held out)")
 
 
-def _is_local(data: TrainingData) -> bool:
-    return isinstance(data.rows, datasets.Dataset)
-
-
 def _local(data: TrainingData) -> datasets.Dataset:
     return cast(datasets.Dataset, data.rows)
-
-
-def _is_folder(data: TrainingData) -> bool:
-    return _is_local(data) and data.folder is not None
 
 
 def _labels(data: TrainingData) -> np.ndarray:
@@ -169,14 +156,6 @@ def _class_folders(data: TrainingData) -> list[Path]:
         return []
     below = folders_in(data.folder)
     return below if len(below) > 1 else []
-
-
-def _files(folder: Path, *, images: bool) -> Iterator[str]:
-    return (file for file in files_below(folder) if not images or file.lower().endswith(IMG_EXTENSIONS))
-
-
-def _said(note: str | None) -> list[str]:
-    return [] if note is None else [note]
 
 
 def _some(first: Sequence[str], number: int) -> str:

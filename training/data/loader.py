@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitreg_hub.errors import DataError, RecipeError, VitregError
 from vitreg_hub.images.data_sets import why_unlabelled
+from vitreg_hub.images.source import unchanged
 from vitreg_hub.training.data.opening import TrainingData
-from vitreg_hub.training.data.samples import Piece, Sample, SampleReader, Transform, handed_over
+from vitreg_hub.training.data.samples import Piece, Sample, SampleReader, Transform
 from vitreg_hub.training.data.streams import Position, Stream
 from vitreg_hub.training.distributed.randomness import seed_of
 from vitreg_hub.training.tasks.base import Batch
@@ -61,16 +62,11 @@ class TrainLoader:
     Streams: see `Stream`; the batches depend on the number of processes and workers, and only `state` can resume them.
 
     Args:
-        data: The data.
         transform: Makes views of an RGB image; draws from the global generators.
         batch_size: Images of a step, over all processes and accumulated parts.
-        rank: Number of this process, from 0.
-        world_size: Number of processes.
         accumulate: Parts into which a process divides a step, one after the other.
-        seed: Of everything random.
         repeats: How many times in succession each image is used. An epoch keeps its number of steps, so it contains
             fewer images. Source: deit/samplers.py, `RASampler`.
-        num_workers: Further processes that read, 0 for none.
         max_corrupt: Share of unreadable images above which to stop.
         needs: What every row must have; where it is not needed, a label may be -1 and a caption empty.
 
@@ -283,7 +279,7 @@ def _in_workers(samples: Dataset, num_workers: int, **batching: Any) -> DataLoad
     return DataLoader(
         samples,
         num_workers=num_workers,
-        collate_fn=handed_over,
+        collate_fn=unchanged,
         worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # otherwise it would use the global one

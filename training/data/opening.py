@@ -1,7 +1,5 @@
 """Opening training data and held-out data by name, through `datasets`."""
 
-import difflib
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,21 +12,17 @@ import pyarrow.compute
 from vitreg_hub.errors import DataError, readable
 from vitreg_hub.images.data_sets import (
     MOST_CLASSES,
-    ON_HUB,
     Rows,
     features_of,
     find_column,
-    hub_stream,
-    image_folder,
     is_integer,
     is_words,
-    numbered,
-    require_names,
+    open_named,
+    undecoded,
 )
 from vitreg_hub.images.embedded import TRAINING_SETS, Split
 from vitreg_hub.images.pictures import file_of
-from vitreg_hub.images.source import ImageSource, open_images
-from vitreg_hub.names import HUB_PREFIX
+from vitreg_hub.images.source import ImageSource
 from vitreg_hub.training.data.packed import common_folder, open_packed, packed_files, require_whole_keys
 from vitreg_hub.training.recipes.settings import DataSettings
 
@@ -53,15 +47,12 @@ class TrainingData:
     """Rows to train on, and their columns; made by `open_rows`.
 
     Attributes:
-        name: Name of the data.
         rows: A `datasets.Dataset`, or an `IterableDataset` that is read from start to end.
         num_images: Number of images; None for a stream that does not say.
         columns: All columns, for messages.
         image_column: Column of images, not decoded.
         label_column: Column of class numbers, if there is one.
         text_column: Column of captions, or of lists of captions, if there is one.
-        label_names: Names of the classes, where they are known.
-        num_classes: Number of classes, where it is known.
         folder: The folder of pictures that they are, if they are one.
         shuffle_block: Rows of a stream that are held and shuffled at a time.
         within: Folder or URLs below which rows may name files, as in `read_rgb`.
@@ -106,30 +97,12 @@ class TrainingData:
         return f"row {number}" + (f" ({path})" if path else "")
 
 
-def open_training_data(settings: DataSettings) -> TrainingData:
-    """Open the training data. Nothing is downloaded: shards, URLs and sets on the Hub are streamed.
-
-    Local parquet files are read by index, for which `datasets` converts them in its cache, unless
-    `settings.streaming`.
-
-    Raises:
-        DataError: There are no such data, or a column is missing.
-    """
-    return as_stream(open_rows(settings.train, "train", settings), settings)
-
-
 def as_stream(data: TrainingData, settings: DataSettings) -> TrainingData:
     """The same data as a stream, if `settings.streaming` asks for it and they are none."""
     if not settings.streaming or data.is_stream:
         return data
     rows = cast(datasets.Dataset, data.rows)
     return replace(data, rows=rows.to_iterable_dataset(num_shards=min(len(rows), MAX_SHARDS)))
-
-
-def open_held_out(settings: DataSettings, training: TrainingData) -> ImageSource | None:
-    """Open the held-out data in the form that evaluations take; as `held_out_rows`."""
-    held_out = held_out_rows(settings, training)
-    return held_out and as_image_source(held_out)
 
 
 def held_out_rows(settings: DataSettings, training: TrainingData) -> TrainingData | None:
@@ -152,14 +125,17 @@ def held_out_rows(settings: DataSettings, training: TrainingData) -> TrainingDat
 
 def as_image_source(data: TrainingData) -> ImageSource:
     """The same images in the form that evaluations take."""
-    rows = data.rows
-    if rows.features:
-        usual = {data.image_column: "image"}
-        if data.label_column:
-            usual[data.label_column] = "label"
-        renamed = {old: new for old, new in usual.items() if old != new}
-        rows = rows.select_columns(list(usual)).rename_columns(renamed)
-    return replace(open_images(rows, name=data.name), within=data.within)
+    count = len(data.rows) if isinstance(data.rows, datasets.Dataset) else None
+    return ImageSource(
+        name=data.name,
+        num_images=count,
+        label_names=data.label_names,
+        rows=data.rows,
+        picked=None if count is None else range(count),
+        image_column=data.image_column,
+        label_column=data.label_column,
+        within=data.within,
+    )
 
 
 def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Collection[str] = ()) -> TrainingData:
@@ -208,39 +184,30 @@ def open_rows(name: str, split: Split, settings: DataSettings, *, classes: Colle
         raise DataError(f"{called} needs a column of images: name it as data.image_column ({', '.join(features)}).")
     if label is None and isinstance(rows, datasets.Dataset):
         label = next((name for name in LABEL_COLUMNS if is_words(features.get(name))), None)
-    names, columns = getattr(features[label], "names", None) if label else None, tuple(features)
-    if label and is_words(features[label]):
-        rows, label, names = _numbered(called, rows, label, asked=label == settings.label_column)
-        features = features_of(rows)
-    require_names(names, called)
-    if rows.features:
-        kept = [image, label, text, *(name for name in ("__key__", "__url__") if is_words(features.get(name)))]
-        rows = rows.select_columns([name for name in kept if name in features])
-        rows = rows.cast_column(image, datasets.Image(decode=False))
+    words = label is not None and is_words(features[label])
+    if words and not isinstance(rows, datasets.Dataset):
+        raise DataError(f"the labels of {called} are words, which a stream cannot number: leave data.streaming out.")
+    others = [text, *(name for name in ("__key__", "__url__") if is_words(features.get(name)))]
+    asked = label == settings.label_column
+    rows, label, names = undecoded(rows, image=image, label=label, called=called, others=others)
+    if words and asked and label is None:
+        raise DataError(
+            f"{called} has a different {settings.label_column} for nearly every image: name a column of classes."
+        )
     return TrainingData(
         name=called,
         rows=rows,
         num_images=num_images,
-        columns=columns,
+        columns=tuple(features),
         image_column=image,
         label_column=label,
         text_column=text,
-        label_names=tuple(names) if names else None,
+        label_names=names,
         num_classes=len(names or ()) or settings.num_classes or _count_classes(called, rows, label),
         folder=folder,
         shuffle_block=settings.shuffle_block,
         within=None if settings.allow_remote else within,
     )
-
-
-def _numbered(called: str, rows: Rows, label: str, *, asked: bool) -> tuple[Rows, str | None, tuple[str, ...] | None]:
-    """As `numbered`; refuses what cannot be numbered if it was asked for."""
-    if not isinstance(rows, datasets.Dataset):
-        raise DataError(f"the labels of {called} are words, which a stream cannot number: leave data.streaming out.")
-    rows, number, names = numbered(rows, label)
-    if asked and number is None:
-        raise DataError(f"{called} has a different {label} for nearly every image: name a column of classes.")
-    return rows, number, names
 
 
 def _stream_length(rows: datasets.IterableDataset) -> int | None:
@@ -282,19 +249,10 @@ def _rows(
     name: str, split: Split, streaming: bool, classes: Collection[str]
 ) -> tuple[str, Rows, Path | None, str | None]:
     """The name of the data, their rows, their folder if it holds pictures, and below what rows may name files."""
-    if name in TRAINING_SETS:
-        return name, TRAINING_SETS[name](split), None, None
-    if files := packed_files(name):
+    if name not in TRAINING_SETS and (files := packed_files(name)):
         return name, open_packed(name, files, streaming), None, common_folder(files)
-    if os.path.isdir(name):
-        return name, image_folder(Path(name), classes=classes), Path(name), None
-    if on_hub := ON_HUB.fullmatch(name.removeprefix(HUB_PREFIX)):
-        repo_id, named = on_hub.groups()
-        called, rows, within = hub_stream(repo_id, named, HUB_SPLITS[split])
-        return called, rows, None, within
-    near = difflib.get_close_matches(name, TRAINING_SETS, n=1)
-    hint = f", did you mean {near[0]!r}" if near else ""
-    raise DataError(f"there are no training data {name!r}{hint}: give {FORMS}.")
+    sets = {known: partial(make, split) for known, make in TRAINING_SETS.items()}
+    return open_named(name, sets=sets, splits=HUB_SPLITS[split], wanted="training data", forms=FORMS, classes=classes)
 
 
 def _numbered_as(training: TrainingData, held_out: TrainingData) -> TrainingData:

@@ -28,13 +28,7 @@ class Sample:
 
 
 class Piece(NamedTuple):
-    """What workers hand over, as in a `Batch`; a tuple, because torch can pin its tensors.
-
-    Attributes:
-        crops: Empty if not enough images could be read.
-        num_read: How many images were read or tried.
-        position: Where the stream goes on after this piece.
-    """
+    """What workers hand over, as in a `Batch`; a tuple, because torch can pin its tensors."""
 
     names: Sequence[str]
     crops: Sequence[Tensor]
@@ -109,9 +103,3 @@ class SampleReader:
             num_read=num_read,
             position=position,
         )
-
-
-def handed_over(piece: Any) -> Any:
-    """Replaces torch's collation, because pieces are ready. Errors are returned too: raised in a worker, they would
-    arrive with a traceback in their text."""
-    return piece

@@ -50,14 +50,8 @@ class Stream(torch.utils.data.IterableDataset):
     shuffled anew in each epoch; rows are shuffled in blocks.
 
     Attributes:
-        reader: Makes samples of rows.
-        rows: All rows.
-        batch_size: Images per piece.
-        seed: Seed of the order of shards.
         repeats: How many times in succession each row is used.
         key: Key of this reader's random numbers.
-        number: Number of this reader, from 0.
-        num_readers: Number of all readers.
         position: Where to go on, taken from a piece; None: at the start.
     """
 

@@ -71,11 +71,8 @@ def build_optimizer(network: nn.Module, settings: OptimSettings, *, depth: int) 
     )
     if not groups:
         raise RecipeError("nothing is trained: no parameter of the network takes gradients.")
-    extra: dict[str, Any] = {}
-    if settings.betas is not None:
-        extra["betas"] = settings.betas
-    if settings.eps is not None:
-        extra["eps"] = settings.eps
+    given: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps}
+    extra = {name: value for name, value in given.items() if value is not None}
     try:
         return create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0, **extra)
     except (ValueError, TypeError, RuntimeError) as error:

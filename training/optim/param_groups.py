@@ -71,20 +71,12 @@ def _lr_scale(parts: list[str], depth: int, layer_decay: float, patch_embed_lr: 
     return layer_decay ** (depth + 1 - layer) * (patch_embed_lr if "patch_embed" in parts else 1.0)
 
 
-def _decays_in_dinov2(name: str, parameter: Tensor) -> bool:
-    return not (name.endswith(".bias") or re.search("norm|gamma", name))
-
-
 def _decays_in_timm(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias") and name.rpartition(".")[2] not in _EMBEDDINGS
 
 
-def _decays_in_openclip(name: str, parameter: Tensor) -> bool:
-    return _decays_in_timm(name, parameter) and name.rpartition(".")[2] not in _CLIP_EMBEDDINGS
-
-
 _DECAYS: dict[DecayRule, Callable[[str, Tensor], bool]] = {
-    "dinov2": _decays_in_dinov2,
+    "dinov2": lambda name, _: not (name.endswith(".bias") or re.search("norm|gamma", name)),
     "timm": _decays_in_timm,
-    "openclip": _decays_in_openclip,
+    "openclip": lambda name, x: _decays_in_timm(name, x) and name.rpartition(".")[2] not in _CLIP_EMBEDDINGS,
 }

@@ -212,11 +212,7 @@ def _group(hint: Any) -> type | None:
 
 
 def _made(group: type[T], values: Mapping[str, Any], kinds: Mapping[str, type], *, called: str, prefix: str = "") -> T:
-    """Make a dataclass of nested values, whose names are known; `prefix` is its place in the recipe.
-
-    Raises:
-        RecipeError: A value is missing, of the wrong type, or contradicts another.
-    """
+    """Make a dataclass of nested values, whose names are known; `prefix` is its place in the recipe."""
     hints, made = _hints(group, kinds), {}
     needed = [
         field.name
@@ -243,10 +239,7 @@ def _made(group: type[T], values: Mapping[str, Any], kinds: Mapping[str, type], 
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """
-    Raises:
-        ValueError: It is of another type.
-    """
+    """A value of a type; raises a ValueError if it is of another."""
     if isinstance(value, str) and get_args(hint) == (str, Ellipsis):
         value = [value]
     if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
@@ -259,17 +252,13 @@ def _value(text: str, hint: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if text == "null" and NoneType in kinds:
         return None
-    if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith(("[", "- ")):
-        try:
-            return yaml.load(f"[{text}]", PlainLoader)
-        except yaml.YAMLError:  # such as a text with braces
-            return [text]
-    if str in kinds or get_origin(hint) is Literal:
+    listed = any(get_origin(kind) is tuple for kind in kinds) and not text.startswith(("[", "- "))
+    if not listed and (str in kinds or get_origin(hint) is Literal):
         return text
     try:
-        return yaml.load(text, PlainLoader)
-    except yaml.YAMLError:
-        return text
+        return yaml.load(f"[{text}]" if listed else text, PlainLoader)
+    except yaml.YAMLError:  # such as a text with braces
+        return [text] if listed else text
 
 
 def _merged(values: Any, given: Any) -> Any:

@@ -131,34 +131,13 @@ def _deit3_finetune(start: Recipe, *, img_size: int, drop_path: float) -> Recipe
     )
 
 
-def deit3_base_finetune_224(registers: int = 4) -> Recipe:
-    """Second stage of deit3_base, at 224 pixels; give --model.start."""
-    return _deit3_finetune(deit3_base(registers), img_size=224, drop_path=0.2)
+def _second_stage(first: Callable[[int], Recipe], img_size: int, drop_path: float) -> Callable[..., Recipe]:
+    def recipe(registers: int = 4) -> Recipe:
+        return _deit3_finetune(first(registers), img_size=img_size, drop_path=drop_path)
 
-
-def deit3_large_finetune_224(registers: int = 4) -> Recipe:
-    """Second stage of deit3_large, at 224 pixels; give --model.start."""
-    return _deit3_finetune(deit3_large(registers), img_size=224, drop_path=0.45)
-
-
-def deit3_huge_finetune_224(registers: int = 4) -> Recipe:
-    """Second stage of deit3_huge, at 224 pixels; give --model.start."""
-    return _deit3_finetune(deit3_huge(registers), img_size=224, drop_path=0.55)
-
-
-def deit3_small_finetune_384(registers: int = 4) -> Recipe:
-    """Second stage of deit3_small, at 384 pixels; give --model.start."""
-    return _deit3_finetune(deit3_small(registers), img_size=384, drop_path=0.0)
-
-
-def deit3_base_finetune_384(registers: int = 4) -> Recipe:
-    """Second stage of deit3_base, at 384 pixels; give --model.start."""
-    return _deit3_finetune(deit3_base(registers), img_size=384, drop_path=0.15)
-
-
-def deit3_large_finetune_384(registers: int = 4) -> Recipe:
-    """Second stage of deit3_large, at 384 pixels; give --model.start."""
-    return _deit3_finetune(deit3_large(registers), img_size=384, drop_path=0.4)
+    recipe.__name__ = f"{first.__name__}_finetune_{img_size}"
+    recipe.__doc__ = f"Second stage of {first.__name__}, at {img_size} pixels; give --model.start."
+    return recipe
 
 
 def dinov2_vitl16_short(registers: int = 4) -> Recipe:
@@ -308,8 +287,8 @@ def distill(registers: int = 4) -> Recipe:
 
 RECIPES: tuple[Callable[..., Recipe], ...] = (
     *(deit3_small, deit3_base, deit3_large, deit3_huge),
-    *(deit3_base_finetune_224, deit3_large_finetune_224, deit3_huge_finetune_224),
-    *(deit3_small_finetune_384, deit3_base_finetune_384, deit3_large_finetune_384),
+    *(_second_stage(deit3_base, 224, 0.2), _second_stage(deit3_large, 224, 0.45), _second_stage(deit3_huge, 224, 0.55)),
+    *(_second_stage(deit3_small, 384, 0.0), _second_stage(deit3_base, 384, 0.15), _second_stage(deit3_large, 384, 0.4)),
     *(dinov2_vitl16_short, dinov2_vitl14, dinov2_vitg14),
     *(openclip_base, distill),
 )

@@ -40,7 +40,6 @@ class Parts:
         held_out: The data that scores are measured on, if any.
         eval_images: Images to evaluate: held-out ones, or else training images, but only for artifacts.
         knn_images: Training images without augmentation, among which k-NN finds the neighbours of held-out ones.
-        transform: Of images in evaluation.
         mean: Of each channel, in training and evaluation, as `std`.
         twin: Copy of the model that the task publishes, in evaluation mode, unsharded and on the CPU.
         sources: The models that the run starts from and learns from.

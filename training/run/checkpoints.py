@@ -1,23 +1,19 @@
 """Checkpoints of a run: complete or absent, and enough to go on as if nothing had happened."""
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from accelerate.utils import gather_object
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitreg_hub import typed
 from vitreg_hub.errors import BundleError, TrainingError, readable
-from vitreg_hub.files import CONFIG_FILE, METRICS_FILE, RECIPE_FILE, SHA256, checksum, new_folder, require_name, synced
+from vitreg_hub.files import CONFIG_FILE, METRICS_FILE, RECIPE_FILE, new_folder, require_name, synced
 from vitreg_hub.training.data.loader import LoaderState
 from vitreg_hub.training.distributed.parallel import (
     full_optimizer_tensors,
@@ -30,13 +26,12 @@ from vitreg_hub.training.distributed.parallel import (
 )
 from vitreg_hub.training.recipes.files import require_same_recipe
 from vitreg_hub.training.recipes.settings import Recipe
-from vitreg_hub.training.run.folders import CHECKPOINTS, MODEL, STATE, STEP, checkpoints, is_new, state_file
+from vitreg_hub.training.run.folders import CHECKPOINTS, MODEL, STATE, STEP, checkpoints, is_new
 from vitreg_hub.training.run.measured import Best, Measured
 from vitreg_hub.training.run.model_folder import ModelWriter
+from vitreg_hub.training.run.state import read_state, read_tensors, write_state
 from vitreg_hub.training.run.trainer import Trainer
 
-STATE_FILE, CHECKSUM = "state.json", "sha256"
-"""The file of all that are no tensors, and the key of the checksum of the rest of it."""
 BACKBONE = "backbone."
 """What the names of the ViT's weights begin with in a task's network."""
 
@@ -144,7 +139,7 @@ def save_run(out: Path, writer: ModelWriter, measured: Measured, *, published: b
                 if (out / METRICS_FILE).is_file():
                     synced(out / METRICS_FILE)
                 writer.fill(staging, writer.bundle(measured), run=out if published else None)
-                _write_state(staging, weights, state)
+                write_state(staging, weights, state)
         for old in checkpoints(out)[: -trainer.recipe.watch.keep]:
             # renamed first, so that it never looks complete when it is half deleted
             shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
@@ -161,6 +156,9 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> Measured:
     task, accelerator, optimizer = trainer.parts.task, trainer.accelerator, trainer.optimizer.optimizer
     try:
         state, weights = _read(checkpoint)
+        has_state = optimizer.param_groups[0].get("momentum", 1)  # plain SGD has none
+        if state.files is None and state.step and has_state and "optimizer" not in weights:
+            raise ValueError("the file of the optimizer's state is missing")
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(
             f"{checkpoint} is no checkpoint that a run can go on from ({str(error).rstrip('.')}): delete it to go on "
@@ -187,29 +185,14 @@ def restore_run(trainer: Trainer, checkpoint: Path) -> Measured:
 
 
 def _read(checkpoint: Path) -> tuple[_State, dict[str, dict[str, Tensor]]]:
-    """The state of a checkpoint, and its tensors by file.
-
-    Raises:
-        OSError: A file cannot be read.
-        ValueError: A file is not as it was written, or not of this checkpoint.
-        SafetensorError: A file does not hold tensors.
-    """
-    folder = checkpoint / STATE
-    data = typed.parsed((folder / STATE_FILE).read_bytes())
-    told = data.pop(CHECKSUM, None) if isinstance(data, dict) else None
-    if told not in (None, _checksum(data)):
-        raise ValueError(f"{STATE_FILE} is not as it was written")
-    state = typed.read(_State, data)
+    """The state of a checkpoint, and its tensors by file. Raises what `restore_run` puts into a sentence."""
+    state, folder = typed.read(_State, read_state(checkpoint)), checkpoint / STATE
     if (match := STEP.fullmatch(checkpoint.name)) and int(match[1]) != state.step:
         raise ValueError(f"its state is that of step {state.step}")
     if state.step > state.extra.length.steps:
         raise ValueError(f"its run has only {state.extra.length.steps} steps")
     files = sorted(folder.glob("*.safetensors")) if state.files is None else [folder / name for name in state.files]
-    if state.files is not None:
-        found = _checksums(files)
-        if wrong := [name for name, told in state.files.items() if found[name] != told]:
-            raise ValueError(f"{wrong[0]} is not as it was written")
-    return state, {path.stem: load_file(path) for path in files}
+    return state, read_tensors(files, state.files)
 
 
 def _whole_weights(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
@@ -234,26 +217,3 @@ def _require_finite(weights: Mapping[str, Mapping[str, Tensor]], step: int) -> N
                     f"{name} of {file} is not finite after {step} steps, so no checkpoint is written: lower optim.lr "
                     "or set optim.clip, and go on from the last one."
                 )
-
-
-def _write_state(checkpoint: Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write the state, with checksums of all that is read back: a damaged file would give other weights in silence."""
-    (checkpoint / STATE).mkdir()
-    files = []
-    for name, tensors in weights.items():
-        if tensors:
-            files.append(state_file(checkpoint, name))
-            whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(whole, files[-1], metadata={"format": "pt"})
-    data = {**state, "files": _checksums(files)}
-    (checkpoint / STATE / STATE_FILE).write_text(json.dumps({CHECKSUM: _checksum(data), **data}), encoding="utf-8")
-
-
-def _checksums(files: Sequence[Path]) -> dict[str, str]:
-    """The checksum of every file by its name, of several at a time."""
-    with ThreadPoolExecutor() as threads:
-        return dict(zip((file.name for file in files), threads.map(partial(checksum, like=SHA256), files), strict=True))
-
-
-def _checksum(state: Mapping[str, Any]) -> str:
-    return checksum(json.dumps(state).encode(), like=SHA256)

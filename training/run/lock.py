@@ -42,7 +42,11 @@ def _alone(run: Path) -> Iterator[None]:
         lock = FileLock(run / LOCK, blocking=False, thread_local=False)
         try:
             stack.enter_context(made(run))
+            (run / LOCK).touch()
+            before = _inode(run / LOCK)
             stack.enter_context(lock)
+            if before != _inode(run / LOCK):  # its run deleted it between: what we locked may no longer be there
+                raise Timeout(str(run / LOCK))
         except Timeout as error:
             raise RecipeError(f"another run is using {run}: wait for its end, or give another folder.") from error
         except (OSError, RuntimeError) as error:  # the latter if this process has locked it
@@ -51,3 +55,7 @@ def _alone(run: Path) -> Iterator[None]:
             yield
         finally:
             (run / LOCK).unlink(missing_ok=True)
+
+
+def _inode(file: Path) -> int | None:
+    return file.stat().st_ino if file.exists() else None

@@ -20,13 +20,7 @@ AT_START = "start/"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Best:
-    """The best model of a run so far; of equal ones the first.
-
-    Attributes:
-        name: Name of the score.
-        score: Its value.
-        step: Steps done.
-    """
+    """The best model of a run so far; of equal ones the first."""
 
     name: str
     score: float
@@ -39,7 +33,6 @@ class Measured:
 
     Attributes:
         step: Steps done at the last one; -1 before the first.
-        metrics: What that one found.
         best: The best model so far, if any evaluation gave a score.
         later_best: The best model of a killed process, found after the checkpoint that this one resumes from.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import BestModel, Provenance, TrainingRun
-from vitreg_hub.environment import command, commit, hardware, now, public_text, versions
+from vitreg_hub.environment import made_with, now, public_text
 from vitreg_hub.files import CURVES_FIGURE, EXTRA_FILES, METRICS_FILE, RECIPE_FILE, replaced_folder
 from vitreg_hub.model_cards.card import render
 from vitreg_hub.training.recipes.files import public_settings, write_recipe
@@ -23,17 +23,13 @@ class ModelWriter:
 
     Args:
         trainer: Its twin holds the weights of its step.
-        draw_curves: Draws how the run went.
     """
 
     def __init__(self, trainer: Trainer, *, draw_curves: Callable[..., object] = draw_curves) -> None:
         self.trainer, self._draw_curves = trainer, draw_curves
-        self._made_with = {
-            "versions": versions("accelerate", "datasets", *trainer.recipe.task.libraries),
-            "command": command(),
-            "commit": commit(),
-            "hardware": hardware(trainer.accelerator.device, num_processes=trainer.accelerator.num_processes),
-        }
+        libraries = ("accelerate", "datasets", *trainer.recipe.task.libraries)
+        accelerator = trainer.accelerator
+        self._made_with = made_with(*libraries, device=accelerator.device, num_processes=accelerator.num_processes)
 
     def bundle(self, measured: Measured, *, as_best: bool = False) -> ModelBundle:
         """The twin as a bundle that may be published, with the metrics of these weights if they were evaluated."""
@@ -71,8 +67,6 @@ class ModelWriter:
         """Write the bundle and the files beside it, replacing an older one.
 
         Args:
-            folder: Of the bundle.
-            measured: What was measured so far.
             run: The run's folder, whose recipe, metrics and curves are added to the bundle.
             as_best: Whether the bundle says that it is the run's best model.
 

@@ -1,6 +1,5 @@
 """The models that a run starts from and learns from, and the license that its own model gets from them."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ import timm
 from vitreg_hub.bundle.provenance import SourceOfRun
 from vitreg_hub.environment import public_text
 from vitreg_hub.errors import HubError, LicenseError
-from vitreg_hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from vitreg_hub.files import CARD_FILE, CONFIG_FILE, SHA256, WEIGHTS_FILE, checksum
 from vitreg_hub.licenses import UNKNOWN, is_noncommercial, settle, stated_licenses
 from vitreg_hub.names import HUB_PREFIX, ModelName
 from vitreg_hub.remote.client import hub_errors, patiently
@@ -30,9 +29,7 @@ class Source:
 
     Attributes:
         setting: The setting of the recipe that names it.
-        name: Its name as it was given.
         licenses: The licenses that its files name, without repetition; empty if unknown.
-        origin: What it says about its own origin, if anything.
         sha256: Hash of its weights; None where they are not in one local file.
     """
 
@@ -111,7 +108,7 @@ def _source(setting: str, name: str) -> Source:
         name=name,
         licenses=stated_licenses({"pretrained_cfg": {"license": cfg and cfg.license}}, Path()),
         origin=f"weights of {HUB_PREFIX}{repo_id}@{file.parent.name}" if file else None,
-        sha256=file and _sha256(file),
+        sha256=file and checksum(file, like=SHA256),
     )
 
 
@@ -126,7 +123,7 @@ def _in_folder(setting: str, name: str, folder: Path | None) -> Source:
         name=name,
         licenses=stated_licenses(config, folder / CARD_FILE),
         origin=config["vitreg"]["provenance"]["origin"] if "vitreg" in config else None,
-        sha256=_sha256(weights) if weights.is_file() else None,
+        sha256=checksum(weights, like=SHA256) if weights.is_file() else None,
     )
 
 
@@ -139,8 +136,3 @@ def _cached(repo_id: str, revision: str | None) -> Path | None:
     with suppress(HubError), hub_errors(repo_id):  # without a card, the configuration has to do
         patiently(partial(hf.hf_hub_download, repo_id, CARD_FILE, revision=folder.name))
     return folder
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

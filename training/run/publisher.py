@@ -51,11 +51,9 @@ class Publisher:
     The run is never stopped; `errors` says what went wrong.
 
     Args:
-        repo_id: ``org/name``.
         private: Whether a new repository can be seen by its owner alone.
         license: The weights' license as the user gives it.
         waits: Seconds before the second try of an upload, the third, and so on; after the last one it is given up.
-        push: Sends a folder.
         pause: Waits for an event, at most so many seconds, and returns whether it happened.
 
     Raises:
@@ -69,13 +67,15 @@ class Publisher:
         private: bool = False,
         license: str | None = None,
         waits: Sequence[float] = WAITS,
-        push: Push = push_apart,
+        push: Push | None = None,
         pause: Callable[[Event, float], bool] = Event.wait,
     ) -> None:
         require_token(repo_id)
         self.repo_id = repo_id
         self._options = {"private": private, "license": license}
-        self._waits, self._push, self._pause = tuple(waits), push, pause
+        self._stop = Event()
+        self._push = push or partial(push_apart, stop=self._stop)
+        self._waits, self._pause = tuple(waits), pause
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._newest: dict[str, _Upload] = {}
         self._futures: list[Future[None]] = []
@@ -92,9 +92,7 @@ class Publisher:
         Raises:
             HubRefusedError: The token is invalid or may only read, or a repository cannot become what was asked for.
         """
-        repos = [self.repo_id]
-        if towers:
-            repos.append(f"{self.repo_id}{TOWER_SUFFIX}")
+        repos = [self.repo_id, f"{self.repo_id}{TOWER_SUFFIX}"] if towers else [self.repo_id]
         try:
             _within(seconds, partial(_ask, repos, private=self._options["private"]))
         except HubRefusedError:
@@ -127,8 +125,18 @@ class Publisher:
         return future
 
     def close(self) -> dict[str, str]:
-        """Wait for the last uploads; returns the address of the commit on each branch whose newest bundle arrived."""
-        self._thread.shutdown()
+        """Wait for the last uploads; returns the address of the commit on each branch whose newest bundle arrived.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed meanwhile, which ends all uploads.
+        """
+        try:
+            self._thread.shutdown()
+        except KeyboardInterrupt:
+            for event in (*(upload.outdated for upload in self._newest.values()), self._stop):
+                event.set()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            raise
         for future in self._futures:
             if not future.cancelled():
                 future.result()  # raises what only a bug can have raised
@@ -196,11 +204,7 @@ class Publisher:
 
 
 def _ask(repos: Sequence[str], *, private: bool) -> None:
-    """
-    Raises:
-        HubRefusedError: As `Publisher.ask`.
-        HubError: The Hub does not answer.
-    """
+    """Raises what `Publisher.ask` does, or a HubError where the Hub does not answer."""
     api = hf.HfApi(library_name="vitreg_hub")
     with hub_errors(repos[0]):
         token = patiently(api.whoami).get("auth", {}).get("accessToken", {})
@@ -213,11 +217,7 @@ def _ask(repos: Sequence[str], *, private: bool) -> None:
 
 
 def _within(seconds: float, request: Callable[[], None]) -> None:
-    """Make a request, for which the Hub's client itself sets no time limit.
-
-    Raises:
-        HubError: There is no answer in time.
-    """
+    """Make a request, for which the client itself sets no time limit; raises a HubError without an answer in time."""
     answer: Future[None] = Future()
 
     def ask() -> None:

@@ -34,7 +34,6 @@ class Trainer:
     """The parts of a run on their device, and its steps. All processes must make the same calls in the same order.
 
     Attributes:
-        step: Steps done.
         ended_early: Whether the run is to have no more steps, although some are left.
         names: Names of the network's parameters.
     """
@@ -57,6 +56,8 @@ class Trainer:
         self.optimizer = cast(AcceleratedOptimizer, accelerator.prepare_optimizer(optimizer))
         self.rates = Rates.of(recipe.optim, self.parts.span, batch_size=recipe.batch_size, hold=task.hold)
         self.names = {parameter: name for name, parameter in task.network.named_parameters()}
+        device, precision = accelerator.device, accelerator.mixed_precision
+        self.throughput = Throughput(batch_size=recipe.batch_size, device=device, precision=precision)
         self.step = 0
         self.ended_early = False
         self._copied = -1
@@ -81,12 +82,12 @@ class Trainer:
         self.step, self._copied = step, -1
         self._began -= seconds
 
-    def steps(self, throughput: Throughput) -> Iterator[tuple[int, list[Batch]]]:
+    def steps(self) -> Iterator[tuple[int, list[Batch]]]:
         """Yield each remaining step with the batches of its parts."""
         first, total = self.step, self.parts.span.total_steps
         batches = iter(self.parts.loader.batches(first, total))
         for step in range(first, total):
-            with throughput.waiting():
+            with self.throughput.waiting():
                 parts = list(islice(batches, self.recipe.scale.accumulate))
             for part in parts:
                 for name in part.corrupt:
@@ -94,14 +95,11 @@ class Trainer:
             yield step, parts
 
     def do_step(
-        self, step: int, batches: list[Batch], throughput: Throughput, stop: threading.Event, out: Path | None
+        self, step: int, batches: list[Batch], stop: threading.Event, out: Path | None
     ) -> tuple[dict[str, float], bool]:
         """Forward, backward, update.
 
         Args:
-            step: Number of the step.
-            batches: Its parts of this process.
-            throughput: Counts operations.
             stop: Whether this process was asked to stop.
             out: The run's folder, for messages.
 
@@ -118,7 +116,7 @@ class Trainer:
             # what the network draws must not depend on anything before
             torch.manual_seed(seed_of(recipe.seed, step, part, accelerator.process_index))
             last = part == len(batches) - 1
-            with throughput.counting(), gradients_synced(self.network, accelerator, wanted=last):
+            with self.throughput.counting(), gradients_synced(self.network, accelerator, wanted=last):
                 with accelerator.autocast():  # for teachers, which are not wrapped
                     output = task.training_step(self.network, on_device(batch, accelerator.device))
                 accelerator.backward(output.loss / len(batches))
@@ -143,6 +141,7 @@ class Trainer:
             metrics["grad_norm"] = norm.item()
         if sums["unreadable_images"]:
             metrics["unreadable_images"] = sums["unreadable_images"]
+        self.throughput.step_done()
         return metrics, sums["stops"] > 0
 
     def _refuse(self, step: int, batches: list[Batch], loss: float, *, finite: bool, out: Path | None) -> None:

@@ -27,10 +27,8 @@ class Batch:
     Attributes:
         step: Number of the step, from 0.
         positions: Places of the images in the global batch [b].
-        names: Names of the images, for messages.
         crops: Views of the images, each [b, 3, H, W]: one, or with multi-crop two global ones and the local ones.
         labels: Classes [b], if there are any.
-        texts: Captions, if there are any.
         corrupt: Names of the images that could not be read and were replaced.
     """
 

@@ -49,11 +49,7 @@ class Panel:
     """Curves that share an axis.
 
     Attributes:
-        curves: Curves by label.
         colours: Of the curves, in their order; if there are more curves, a colour map is used instead.
-        log: Whether the axis is logarithmic.
-        share: Whether values are shares in [0, 1].
-        mark: Step of the best model, if these are scores.
     """
 
     title: str

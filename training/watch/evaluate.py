@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitreg_hub.analysis.telemetry import telemetry
-from vitreg_hub.evaluation.knn import knn_classes
+from vitreg_hub.evaluation.knn import knn_votes
 from vitreg_hub.images.source import ImageSource, Transform
 from vitreg_hub.network.layout import evaluating
 from vitreg_hub.passes import Needs, failing_together, gathered, in_order, observed
@@ -40,13 +40,9 @@ def evaluate(
     Args:
         model: A ViT, on `device`.
         scorer: The task's scores. NaN means that an image has no score; it does not count in the mean.
-        held_out: Images that are not trained on.
         train: Images among which k-NN finds neighbours of the held-out ones, if both have labels; None: no k-NN.
         transform: Makes the model's input of an image, without augmentation.
-        device: The device of this process.
-        settings: How many images, and how.
         seed: Chooses images, where there are too many.
-        rank, world_size, batch_size, num_workers: As for `run_pass`.
 
     Returns:
         `eval/knn_accuracy` in [0, 1], `eval/<score>`, under `EVALUATED_IMAGES` the number of images that all processes
@@ -111,11 +107,13 @@ def _knn_accuracy(
     asked, known = held_out["labels"] >= 0, train["labels"] >= 0
     if not (asked.any() and known.any()):
         return {}
-    classes = knn_classes(
+    [votes] = knn_votes(
+        train["features"][known].to(device),
+        train["labels"][known].to(device),
         held_out["features"][asked].to(device),
-        train=train["features"][known].to(device),
-        labels=train["labels"][known].to(device),
-        neighbors=settings.knn_neighbors,
+        num_classes=1 + int(train["labels"].max()),
+        ks=(settings.knn_neighbors,),
         temperature=settings.knn_temperature,
-    )
+    ).values()
+    classes = votes.argmax(dim=1)
     return {"eval/knn_accuracy": (classes.cpu() == held_out["labels"][asked]).double().mean().item()}

@@ -60,10 +60,8 @@ class Logbook:
 
     Args:
         folder: The run's folder, for `metrics.jsonl` and the trackers' files.
-        accelerator: Knows which process this is, its device and its precision.
-        total_steps: Steps of the run.
+        accelerator: Knows which process this is.
         start_step: Steps done before this process: later lines, and evaluations after that step, are dropped.
-        batch_size: Images of one step, over all processes.
         name: Of the trackers' project.
         trackers: accelerate's trackers by name.
         config: Nested settings, which trackers get under dotted names.
@@ -80,20 +78,14 @@ class Logbook:
         accelerator: Accelerator,
         total_steps: int,
         start_step: int = 0,
-        batch_size: int,
+        throughput: Throughput,
         name: str = "run",
         trackers: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
         require_trackers(trackers)
-        self.throughput = Throughput(
-            batch_size=batch_size,
-            total_steps=total_steps,
-            start_step=start_step,
-            device=accelerator.device,
-            precision=accelerator.mixed_precision,
-        )
-        self._main, self._total, self._file = accelerator.is_main_process, total_steps, Path(folder) / METRICS_FILE
+        self.throughput, self._main, self._total = throughput, accelerator.is_main_process, total_steps
+        self._file = Path(folder) / METRICS_FILE
         self._trackers: list[GeneralTracker] = []
         self._bar: tqdm | None = None
         self._closing = ExitStack()
@@ -114,7 +106,6 @@ class Logbook:
 
     def step_done(self) -> None:
         """Must be called after every step."""
-        self.throughput.step_done()
         if self._bar is not None:
             self._bar.update()
 
@@ -126,7 +117,7 @@ class Logbook:
         Raises:
             BundleError: It cannot be written, as on a full disk.
         """
-        metrics = {**metrics, **self.throughput.read()}
+        metrics = {**metrics, **self.throughput.read(left=self._total - step - 1)}
         self._record(step + 1, metrics)
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(_words(metrics)), refresh=False)
@@ -190,10 +181,12 @@ def _writing(file: Path) -> Iterator[None]:
 def _drop_from(file: Path, start_step: int) -> None:
     """Keep only complete lines of the steps that were done; an evaluation after the last of them is made again."""
     if file.exists():
-        with whole_file(file, replace=True) as target, file.open("rb") as old, target.open("wb") as new:
-            new.writelines(
-                line for line in old if (read := read_line(line)) and read[0] - ("loss" in read[1]) < start_step
-            )
+        with file.open("rb") as old:
+            lines = [(line, *read) for line in old if (read := read_line(line))]
+        # a line of training has the number of steps after it; older versions gave those before it, so from 0 on
+        ahead = not any(step == 0 and "loss" in values for _, step, values in lines)
+        with whole_file(file, replace=True) as target, target.open("wb") as new:
+            new.writelines(line for line, step, values in lines if step - (ahead and "loss" in values) < start_step)
 
 
 def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:

@@ -58,8 +58,6 @@ class Throughput:
         self,
         *,
         batch_size: int,
-        total_steps: int,
-        start_step: int = 0,
         device: torch.device,
         precision: str = "no",
         peak: float | None = None,
@@ -67,8 +65,7 @@ class Throughput:
     ) -> None:
         if peak is None and device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(device), precision)
-        self._batch_size, self._left = batch_size, total_steps - start_step
-        self._device, self._peak, self._clock = device, peak, clock
+        self._batch_size, self._device, self._peak, self._clock = batch_size, device, peak, clock
         self._flops = 0
         self._step_seconds: float | None = None
         self._since: float | None = None  # until the first step is done
@@ -105,17 +102,19 @@ class Throughput:
 
     def step_done(self) -> None:
         """Must be called after every step."""
-        self._left -= 1
         if self._since is None:
             self._restart()
         else:
             self._steps += 1
 
-    def read(self) -> dict[str, float]:
+    def read(self, *, left: int = 0) -> dict[str, float]:
         """What was measured since the last reading; after the first step only memory.
 
+        Args:
+            left: Steps that remain.
+
         Returns:
-            `images_per_second`; `data_wait`, share of the time in [0, 1]; `eta_seconds` of the steps that remain,
+            `images_per_second`; `data_wait`, share of the time in [0, 1]; `eta_seconds` of the steps that are left,
             without evaluations; `memory_gib`, the most in use so far (tensors on the GPU, or else the process's
             resident memory); and on a known GPU `mfu`, share of its peak in [0, 1].
         """
@@ -128,7 +127,7 @@ class Throughput:
         self._step_seconds = old + SMOOTHING * (step_seconds - old)
         measures["images_per_second"] = self._batch_size / step_seconds
         measures["data_wait"] = self._waited / seconds
-        measures["eta_seconds"] = self._left * self._step_seconds
+        measures["eta_seconds"] = left * self._step_seconds
         if self._flops and self._peak:
             measures["mfu"] = self._flops / step_seconds / self._peak
         self._restart()

@@ -34,7 +34,6 @@ def analyze_all(
     Args:
         models: Models as in `analyze`; folders of training runs, for all of their checkpoints in the order of their
             steps; and report.json files of earlier analyses.
-        images: Images as in `analyze`.
         **options: See `Options`.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import timm
-from pydantic import Field, FiniteFloat, NonNegativeInt, PlainValidator, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from timm.models import VisionTransformer
 from torch import Tensor
 
@@ -74,7 +74,6 @@ class BundleConfig:
         arch: Name of a row of the table.
         model_args: Complete arguments of the row's upstream entrypoint, without the number of classes.
         num_classes: Width of the classification head, 0 without one.
-        positions: How the position table is resampled for another image size.
         residual_scale: How many times larger the residual stream of the stored network is (`residual_scale.py`).
     """
 
@@ -167,18 +166,12 @@ class BundleConfig:
         return config_text(self.to_json())
 
 
-def _known_arch(name: Any) -> str:
-    if not isinstance(name, str) or name not in ARCHS:
-        raise BundleError(f"no architecture {name!r}; a newer vitreg_hub may have it")
-    return name
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
     """The fields of a `BundleConfig` that timm has no place for: they stand under `vitreg`."""
 
-    arch: Annotated[str, PlainValidator(_known_arch)]
-    provenance: Annotated[Provenance, PlainValidator(provenance_from_json)]
+    arch: Any
+    provenance: Any
     positions: PositionRule = TIMM_RULE
     residual_scale: ResidualScale = 1.0
 
@@ -200,7 +193,13 @@ def read_entry(entry: Any) -> dict[str, Any]:
     Raises:
         BundleError: The entry does not fit; the message names every wrong key and what is wrong with it.
     """
-    return vars(typed.read(_Entry, entry, called="vitreg", error=BundleError))
+    return _fields(typed.read(_Entry, entry, called="vitreg", error=BundleError))
+
+
+def _fields(entry: _Entry) -> dict[str, Any]:
+    if not isinstance(entry.arch, str) or entry.arch not in ARCHS:
+        raise BundleError(f"no architecture {entry.arch!r}; a newer vitreg_hub may have it")
+    return vars(entry) | {"provenance": provenance_from_json(entry.provenance)}
 
 
 def config_from_json(config: Mapping[str, Any]) -> BundleConfig:
@@ -211,6 +210,7 @@ def config_from_json(config: Mapping[str, Any]) -> BundleConfig:
     """
     known = {f.name: config[f.name] for f in dataclasses.fields(_Form) if f.name in config}
     form = typed.read(_Form, known, error=BundleError)
+    entry = _fields(form.vitreg)
     registers: dict[str, Any] = {kind_of(get_arch(form.vitreg.arch)).registers_argument: NonNegativeInt}
     for name, wanted in (ARGUMENTS | registers).items():
         if name in form.model_args:
@@ -220,7 +220,7 @@ def config_from_json(config: Mapping[str, Any]) -> BundleConfig:
         num_classes=form.num_classes,
         preprocess=Preprocess.from_cfg(form.pretrained_cfg),
         label_names=form.label_names or None,
-        **vars(form.vitreg),
+        **entry,
     )
 
 

@@ -157,10 +157,6 @@ class ModelBundle(BundleConfig):
     def save(self, folder: str | Path, *, card: str | None = None) -> Path:
         """Write the bundle to a new folder, which appears complete or not at all.
 
-        Args:
-            folder: Must not exist.
-            card: Text of README.md.
-
         Raises:
             BundleError: The folder exists, or the weights are not those of the architecture.
         """

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasPath, Field
 
 from vitreg_hub.errors import BundleError
+from vitreg_hub.licenses import UNKNOWN
 from vitreg_hub.objectives import Objective
 from vitreg_hub.typed import read
 
@@ -28,7 +29,6 @@ class Conversion:
         num_mapped: Tensors of the source that the bundle holds.
         dropped: Tensors that it does not hold, by reason.
         network: Facts that no tensor shows, as the bundle has them.
-        license: License of the bundle; None if it is unknown.
         untrained_registers: Registers that were drawn at random.
         measured: Largest absolute difference to a reference implementation by output, and its name under "reference";
             empty if it was not measured.
@@ -52,6 +52,24 @@ class Conversion:
         """The numbers of `measured`."""
         return {name: value for name, value in self.measured.items() if not isinstance(value, str)}
 
+    def __str__(self) -> str:
+        """The table that the terminal shows."""
+        rows = [("source", self.source)]
+        rows += [("sha256", f"{digest}  {name}") for name, digest in self.sha256.items()]
+        rows += [("format", self.format), ("architecture", self.arch), ("mapped", f"{self.num_mapped} tensors")]
+        for why, names in self.dropped.items():
+            more = f", ... {len(names) - 3} more" if len(names) > 3 else ""
+            rows.append(("dropped", f"{len(names)} ({', '.join(names[:3])}{more}): {why}"))
+        rows.append(("network", ", ".join(f"{name} {value}" for name, value in self.network.items())))
+        rows.append(("license", self.license or UNKNOWN))
+        rows += [("note", note) for note in self.notes]
+        for name, value in self.differences.items():
+            rows.append(("difference", f"{value:.2g} in {name}, to {self.measured['reference']}"))
+        if not self.differences:
+            why = self.measured.get("reference", "--verify compares with a reference implementation")
+            rows.append(("difference", f"not measured ({why})"))
+        return "\n".join(f"{key.ljust(13)}{value}" for key, value in rows)
+
 
 def _at(part: str, name: str) -> Any:
     return Field(validation_alias=AliasPath(part, name))
@@ -62,9 +80,7 @@ class RecipeFacts:
     """The settings of a recipe that cards and tables show, from `PARTS`; older bundles lack some of them.
 
     Attributes:
-        start: The weights that the run started from.
         task: The objective, by the name of its settings' class.
-        augment: The augmentation of the images, likewise.
         lr: Peak learning rate, for `lr_batch` images.
     """
 
@@ -101,7 +117,6 @@ class SourceOfRun:
 
     Attributes:
         name: Without the machine's folders.
-        license: The license that its files state.
         sha256: Of its weights; None if they are not in one file.
     """
 
@@ -117,8 +132,6 @@ class TrainingRun:
     Attributes:
         recipe: All settings, nested as in `recipe.yaml`: what a second run would need.
         objective: What it trained for; None where an older bundle does not tell.
-        step: Steps that were done.
-        total_steps: Steps of the whole run.
         start_score: The objective's score of the weights that it began with, if it was measured.
         evaluated: On how many images the metrics were measured.
         sources: Start and teacher, by the setting that names each.
@@ -133,12 +146,13 @@ class TrainingRun:
     evaluated: int | None = None
     sources: Mapping[str, SourceOfRun] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        _ = self.facts  # refuses a recipe that cannot be read
-
     @property
     def facts(self) -> RecipeFacts:
-        """The settings that cards and tables show."""
+        """The settings that cards and tables show.
+
+        Raises:
+            BundleError: The recipe cannot be read.
+        """
         called = f"{CALLED}.made.recipe"
         for part in PARTS:
             read(dict[str, Any], self.recipe.get(part, {}), called=f"{called}.{part}", error=BundleError)
@@ -220,7 +234,6 @@ class Provenance:
         metrics: Measured figures by name, shares in [0, 1].
         best: Why they are the best of their run, if they were bundled as such.
         doors: Largest absolute difference of outputs, by door, as `doors.verify` found it.
-        versions: Of the libraries that were used.
         command: Without the machine's folders.
         commit: Of this package's source.
         created: In UTC (ISO 8601).
@@ -266,7 +279,9 @@ def provenance_from_json(data: Any) -> Provenance:
         BundleError: Something in it is unknown or of the wrong type; the message names the keys.
     """
     entry = read(dict[str, Any], data, called=CALLED, error=BundleError)
-    return read(Provenance, migrate(entry), called=CALLED, error=BundleError)
+    provenance = read(Provenance, migrate(entry), called=CALLED, error=BundleError)
+    _ = provenance.run and provenance.run.facts  # refuses a recipe that cannot be read
+    return provenance
 
 
 def migrate(data: Mapping[str, Any]) -> dict[str, Any]:

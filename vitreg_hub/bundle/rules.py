@@ -17,6 +17,7 @@ from vitreg_hub.bundle.config import BundleConfig, config_from_json, empty_model
 from vitreg_hub.errors import BundleError, UnknownArchError
 from vitreg_hub.files import LARGE_HEADER, WEIGHTS_FILE, has_large_header
 from vitreg_hub.network.kinds import KINDS
+from vitreg_hub.network.limits import weights_in
 
 TRAINER_FILES = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 """What transformers' Trainer writes beside a model: not weights; never read here and never published."""
@@ -24,7 +25,6 @@ NETWORK_ARGS = frozenset().union(*(kind.arguments for kind in KINDS.values()))
 """What `model_args` may hold: `timm.create_model` accepts more, such as files and addresses of weights."""
 OTHER_WEIGHTS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 """Fields of timm's `PretrainedCfg` that name other weights than the bundle's own."""
-WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 TOP_KEYS = frozenset(
@@ -111,7 +111,7 @@ def weights_problems(folder: Path, config: BundleConfig | None) -> Iterator[str]
 
     The tensors must fit the config, which is None if it breaks the rules itself.
     """
-    found = {path.name for pattern in WEIGHTS_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    found = {path.name for path in weights_in(folder)}
     for name in sorted(found - {WEIGHTS_FILE} - TRAINER_FILES):
         yield f"R6: {name} is a second weights file; only {WEIGHTS_FILE} may be there, and pickles are never read"
     if WEIGHTS_FILE not in found:

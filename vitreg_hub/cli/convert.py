@@ -41,7 +41,6 @@ def run(
         verify: measure the difference to a reference implementation
     """
     from vitreg_hub.conversion.converter import convert
-    from vitreg_hub.conversion.report import ConversionReport
 
     hide_loading()
     bundle = convert(
@@ -58,7 +57,7 @@ def run(
         text_tower=text_tower,
         verify=verify,
     )
-    print(ConversionReport.of(bundle))
+    print(bundle.provenance.conversion)
     print(f"bundle       {out}")
     if text_tower:
         print(f"both towers  {out.rstrip('/')}{TOWER_SUFFIX}")

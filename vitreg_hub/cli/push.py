@@ -55,11 +55,7 @@ def _print_pushed(pushed: "Pushed") -> None:
 
 
 def _print_plan(plan: "PushPlan") -> None:
-    made = ""
-    if plan.makes_repository:
-        made = " (new)"
-    elif plan.makes_branch:
-        made = " (new branch)"
+    made = " (new)" if plan.makes_repository else " (new branch)" if plan.makes_branch else ""
     print(f"{plan.repo_id}, branch {plan.branch}{made}, license {plan.license or 'unknown'}")
     for file in plan.files:
         print(f"  {file.state.ljust(9)}  {file.size:>13,} bytes  {file.name}")

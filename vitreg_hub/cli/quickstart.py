@@ -1,22 +1,28 @@
 """`vitreg quickstart`."""
 
+from dataclasses import replace
 from typing import Annotated
 
 from vitreg_hub.cli.values import print_doors
 from vitreg_hub.console import hide_loading
 
 
-def run(*, out: str = "quickstart", push: Annotated[str | None, "ORG/NAME"] = None) -> None:
+def run(
+    *, out: str = "quickstart", push: Annotated[str | None, "ORG/NAME"] = None, epochs: float | None = None
+) -> None:
     """Train a small register ViT on real digits, bundle it, verify it and draw its tokens.
 
     Args:
         out: new folder for the results
         push: publish to the Hub that HF_ENDPOINT names, and load back
+        epochs: train for so many instead of 24
     """
     from vitreg_hub.training.quickstart import quickstart
+    from vitreg_hub.training.recipes.named import RECIPES
 
     hide_loading()
-    result = quickstart(out, push_to=push)
+    recipe = RECIPES["supervised_digits"]()
+    result = quickstart(out, push_to=push, recipe=recipe if epochs is None else replace(recipe, epochs=epochs))
     print(f"\nheld-out accuracy {result.accuracy:.3f}")
     print(f"model    {result.model}")
     print_doors(result.doors)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.source import Batch
 from vitreg_hub.network.layout import VitLayout
-from vitreg_hub.passes import Needs, observed
+from vitreg_hub.tokens import observe
 
 Intervention = Literal["zeroed", "mean", "shuffled"]
 INTERVENTIONS: tuple[Intervention, ...] = ("zeroed", "mean", "shuffled")
@@ -43,7 +43,8 @@ class RegisterBank:
         if not layout.num_registers:
             raise DataError("the model has no registers, so nothing can be done to them.")
         depth, kept, number = len(layout.blocks), [], 0
-        for seen, batch in observed(model, batches, Needs(blocks=tuple(range(depth)))):
+        for batch in batches:
+            seen = observe(model, batch.images, blocks=range(depth))
             kept.append(torch.stack([seen.tokens[i].registers for i in range(depth)]) * layout.residual_scale)
             number += len(batch.images)
             if number >= most:

@@ -188,4 +188,3 @@ def best_probe(scores: Mapping[Probe, float]) -> Probe:
     if not scores:
         raise DataError("there are no linear probes to choose from.")
     return max(scores, key=lambda probe: scores[probe])
-

@@ -73,7 +73,9 @@ class Opened:
             VitregError: It cannot be opened, or an option makes no sense.
         """
         if unknown := options.keys() - Options.__annotations__.keys():
-            raise DataError(f"there is no option {sorted(unknown)[0]}: choose from {', '.join(Options.__annotations__)}.")
+            raise DataError(
+                f"there is no option {sorted(unknown)[0]}: choose from {', '.join(Options.__annotations__)}."
+            )
         processes = PartialState(cpu=not torch.accelerator.is_available())
         vit = open_vit(
             model,

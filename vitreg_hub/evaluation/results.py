@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -152,11 +152,12 @@ def load_reports(path: str | os.PathLike[str]) -> tuple[EvalReport, ...]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as an evaluation's report.json: {error}.") from error
     if not isinstance(data, Mapping) or data.get("evaluation") != FORM or not isinstance(data.get("reports"), list):
-        raise DataError(f"{path} is no report.json of an evaluation in form {FORM}: give one that `vitreg evaluate` wrote.")
+        raise DataError(
+            f"{path} is no report.json of an evaluation in form {FORM}: give one that `vitreg evaluate` wrote."
+        )
     known = {entry.name for entry in fields(ProtocolResult)}
     for report in data["reports"]:
         for row in report.get("results", ()) if isinstance(report, dict) else ():
             if isinstance(row, dict):
                 row.pop("digest", None)
-    assert "digest" not in known
     return read(tuple[EvalReport, ...], data["reports"], called=f"{path}", error=DataError)

@@ -33,10 +33,7 @@ def list_models(
     """Find published models, most downloaded first.
 
     Args:
-        author: User or organisation.
         search: Part of the repository's name.
-        arch: Name of an architecture.
-        limit: How many at most.
 
     Raises:
         HubError: The Hub refuses or cannot be reached.

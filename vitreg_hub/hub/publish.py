@@ -28,10 +28,6 @@ class Pushed:
 
     Attributes:
         commit: The commit that holds the bundle: a new one, or the old one if nothing had changed.
-        url: Its address.
-        pull_request: Address of the pull request, if one was asked for.
-        sent: The files that were new or had changed.
-        deleted: The files that described earlier weights.
         text_tower: The same for both towers' repository, if there is one.
     """
 
@@ -59,9 +55,6 @@ class PushPlan:
     """What a push would do.
 
     Attributes:
-        license: The license of the weights; None if it is unknown.
-        files: All files of the bundle.
-        left_out: What the folder also holds, which is not published.
         text_tower: The same for both towers' repository.
     """
 
@@ -114,14 +107,10 @@ def push(
     neighbouring folder that ends in `-open_clip`, follow in a repository of their own.
 
     Args:
-        folder: A bundle's folder.
-        repo_id: ``org/name``.
         private: Whether only its owner will see a new repository.
         branch: Branch of the commit; a new one starts from main.
         create_pr: Whether to open a pull request instead, a new one each time.
-        tag: Tag for the commit.
         license: License of the weights, if the bundle states none, or a non-commercial one.
-        verify: Opens the bundle.
 
     Raises:
         BundleError: The folder fails a door or holds pickles; nothing was sent.

@@ -24,8 +24,9 @@ from vitreg_hub.files import (
     OPENCLIP_WEIGHTS,
     TOWER_SUFFIX,
     WEIGHTS_FILE,
+    find_tower,
 )
-from vitreg_hub.hub.towers import TOWERS_BLOCK, find_tower, tower_files
+from vitreg_hub.hub.towers import TOWERS_BLOCK, tower_files
 from vitreg_hub.model_cards.card import decoded, render, update
 from vitreg_hub.model_cards.marked import blocks_in, replace_blocks, require_whole
 from vitreg_hub.model_cards.merging import merge
@@ -45,9 +46,6 @@ class Shipment:
     """What one repository is to hold.
 
     Attributes:
-        title: Title of the commit.
-        license: The license of the weights; None if it is unknown.
-        given_license: The license that the user gave.
         files: All but the card.
         card: Makes the card out of the one on the Hub, or out of None.
         own_card: The folder's card, if it has one.

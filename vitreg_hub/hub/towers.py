@@ -52,13 +52,6 @@ TOWERS_BLOCK = "towers"
 """Name of the card's block."""
 
 
-def find_tower(folder: Path) -> Path | None:
-    """The folder of both towers beside a bundle's, if there is one."""
-    folder = folder.absolute()
-    both = folder.parent / f"{folder.name}{TOWER_SUFFIX}"
-    return both if (both / OPENCLIP_CONFIG).is_file() else None
-
-
 def tower_files(folder: Path, *, bundle_repo: str, branch: str, license: str | None) -> Files:
     """What the towers' repository is to hold, beside ``org/name`` of the bundle and on a branch of the same name.
 

@@ -1,9 +1,10 @@
 """Data sets of images as `datasets` has them: folders, the Hub, and which column is what."""
 
+import difflib
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from vitreg_hub.errors import DataError
 from vitreg_hub.files import CONFIG_FILE
 from vitreg_hub.images.embedded import EMBEDDED
+from vitreg_hub.names import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +114,14 @@ def _unreadable(error: OSError) -> None:
 
 
 def hub_stream(
-    repo_id: str, split: str | None, usual_splits: Sequence[str]
+    repo_id: str, split: str | None, usual_splits: Sequence[str], **options: str
 ) -> tuple[str, datasets.IterableDataset, str]:
     """Name and rows of a split on the Hub, and the start of the URLs of its own files.
 
-    If no split is given, it is the first usual one that exists.
+    If no split is given, it is the first usual one that exists. Options, such as a revision, are those of `datasets`.
     """
     try:
-        splits = datasets.load_dataset(repo_id, streaming=True)
+        splits = datasets.load_dataset(repo_id, streaming=True, **options)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
@@ -131,6 +133,36 @@ def hub_stream(
             f"{repo_id} has the splits {', '.join(map(str, splits))}: name one, as {repo_id}:{next(iter(splits))}."
         )
     return f"{repo_id}:{split}", splits[split], f"hf://datasets/{repo_id}@"
+
+
+def open_named(
+    name: str | Path,
+    *,
+    sets: Mapping[str, Callable[[], datasets.Dataset]],
+    splits: Sequence[str],
+    wanted: str,
+    forms: str = FORMS,
+    classes: Collection[str] = (),
+) -> tuple[str, Rows, Path | None, str | None]:
+    """Open one of the embedded `sets`, a folder, or ``org/name[:split]`` on the Hub, where `splits` are the usual ones.
+
+    Returns:
+        What the rows are called, the rows, their folder if they are in one, and below which URLs they may name files.
+
+    Raises:
+        DataError: There are no such rows; the message says what was `wanted`, and the `forms` that it may have.
+    """
+    if name in sets:
+        return str(name), sets[str(name)](), None, None
+    if os.path.isdir(name):
+        return str(name), image_folder(Path(name), classes=classes), Path(name), None
+    if isinstance(name, str) and (on_hub := ON_HUB.fullmatch(name.removeprefix(HUB_PREFIX))):
+        repo_id, split = on_hub.groups()
+        called, rows, within = hub_stream(repo_id, split, splits)
+        return called, rows, None, within
+    near = difflib.get_close_matches(str(name), sets, n=1)
+    hint = f", did you mean {near[0]!r}" if near else ""
+    raise DataError(f"there are no {wanted} {str(name)!r}{hint}: give {forms}.")
 
 
 def find_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:
@@ -146,6 +178,25 @@ def is_integer(feature: Any) -> bool:
 def is_words(feature: Any) -> bool:
     """Whether a column holds text, or true and false, that may name classes."""
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "bool")
+
+
+def undecoded(
+    data: Rows, *, image: str, label: str | None, called: str, others: Sequence[str | None] = ()
+) -> tuple[Rows, str | None, tuple[str, ...] | None]:
+    """Leave out other columns and leave decoding to the reader; labels in words become `numbered` ones.
+
+    Returns:
+        The rows, their column of labels, and the names of the classes, where they are known.
+    """
+    features = features_of(data)
+    names = getattr(features[label], "names", None) if label else None
+    if label and isinstance(data, datasets.Dataset) and is_words(features[label]):
+        data, label, names = numbered(data, label)
+    require_names(names, called)
+    if data.features:
+        data = data.select_columns([column for column in (image, label, *others) if column])
+        data = data.cast_column(image, datasets.Image(decode=False))
+    return data, label, tuple(names) if names else None
 
 
 def numbered(data: datasets.Dataset, column: str) -> tuple[datasets.Dataset, str | None, tuple[str, ...] | None]:

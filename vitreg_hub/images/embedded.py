@@ -1,19 +1,19 @@
 """Data sets that need no download, as ordinary `datasets.Dataset`s: of the package's dependencies, or drawn."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Literal
+from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
-Split = Literal["train", "test"]
+from vitreg_hub.images.scenes import Split, scenes
 
 HELD_OUT_EVERY = 5
 """Every fifth image is held out: images of one writer, or tiles of one picture, follow one another, so that both sides
@@ -30,59 +30,6 @@ PICTURES = {
 
 TILE = 128
 """Side of a tile in pixels; the smallest pictures, chelsea and coins, still give six."""
-
-SCENE = 64
-"""Side of a scene in pixels."""
-
-PER_CLASS = {"train": 84, "test": 10}
-"""Scenes of each class."""
-
-COLORS = {
-    "red": (220, 30, 35),
-    "orange": (245, 135, 20),
-    "yellow": (245, 225, 40),
-    "green": (35, 165, 55),
-    "cyan": (40, 205, 215),
-    "blue": (40, 70, 220),
-    "purple": (130, 40, 175),
-    "pink": (250, 125, 185),
-}
-"""RGB of the colours in scenes."""
-
-
-PLACES = (
-    ("at the top left", "at the top", "at the top right"),
-    ("on the left", "in the middle", "on the right"),
-    ("at the bottom left", "at the bottom", "at the bottom right"),
-)
-"""Where the object of a scene is, for captions."""
-
-
-def _around(corners: int, *radii: float) -> np.ndarray:
-    """Corners at equal angles, as complex numbers; the radii take turns."""
-    return np.exp(2j * np.pi * np.arange(corners) / corners) * np.resize(radii, corners)
-
-
-SHAPES = {
-    "circle": _around(48, 1),
-    "square": _around(4, 1),
-    "triangle": _around(3, 1),
-    "star": _around(10, 1, 0.4),
-    "cross": np.concatenate([turn * np.array([1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j]) for turn in (1, 1j, -1, -1j)]),
-    "ring": np.concatenate([_around(48, 1), [1], [0.55], _around(48, 0.55)[::-1]]),
-}
-"""Outlines of the shapes in scenes: corners as complex numbers, at most 1 (cross: 1.04) from the middle."""
-
-CAPTIONS = (
-    "{a} {thing} {place}",
-    "{place}, {a} {thing}",
-    "there is {a} {thing} {place}",
-    "{a} {thing} among small grey shapes",
-    "a picture of {a} {thing}",
-    "a drawing with {a} {thing} {place}",
-    "{a} {thing}",
-)
-"""Sentences about a scene."""
 
 
 def digits(split: Split) -> datasets.Dataset:
@@ -101,10 +48,12 @@ def digits(split: Split) -> datasets.Dataset:
     chosen = _indices(len(stored.target), split)
     pixels = np.round(stored.images[chosen] * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
     names = [str(name) for name in stored.target_names]
-    return datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(p).convert("RGB") for p in pixels], "label": stored.target[chosen]},
-        features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names)),
-    )
+    return _labelled([Image.fromarray(p).convert("RGB") for p in pixels], stored.target[chosen], names)
+
+
+def _labelled(images: Sequence[Any], labels: Sequence[int], names: list[str]) -> datasets.Dataset:
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
 def _indices(number: int, split: Split | None) -> np.ndarray:
@@ -145,70 +94,7 @@ def photos(split: Split | None = None, *, whole: bool = False) -> datasets.Datas
                 labels.append(label)
     chosen = _indices(len(tiles), split)
     names = [file.name.partition(".")[0] for file in pictures]
-    return datasets.Dataset.from_dict(
-        {"image": [tiles[i] for i in chosen], "label": [labels[i] for i in chosen]},
-        features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names)),
-    )
-
-
-def scenes(split: Split) -> datasets.Dataset:
-    """Drawn scenes of 64 x 64 pixels with captions: an object of 8 colours and 6 shapes before small grey shapes.
-
-    Place, size, rotation and background are random, the same in every call.
-
-    Args:
-        split: "train" is 84 scenes of each of the 48 classes (4,032), "test" 10 others of each (480).
-
-    Returns:
-        Columns `image` (RGB), `label` (such as "red circle"; the classes take turns) and `text`, a caption that holds
-        the name of the class, and often size and place.
-    """
-    names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-    rng = np.random.default_rng(list(PER_CLASS).index(split))
-    labels = list(range(len(names))) * PER_CLASS[split]
-    pictures, texts = zip(*(_scene(rng, *names[label].split()) for label in labels), strict=True)
-    return datasets.Dataset.from_dict(
-        {"image": pictures, "label": labels, "text": texts},
-        features=datasets.Features(
-            image=datasets.Image(), label=datasets.ClassLabel(names=names), text=datasets.Value("string")
-        ),
-    )
-
-
-def _scene(rng: np.random.Generator, color: str, shape: str) -> tuple[dict[str, bytes | None], str]:
-    """A picture, as a file, and its caption."""
-    fine = 2  # drawn larger, for smooth edges
-    tints = rng.integers(70, 190, (*rng.integers(2, 7, 2), 1)) + rng.integers(-15, 16, 3)
-    canvas = Image.fromarray(tints.astype(np.uint8)).resize((SCENE * fine, SCENE * fine), Image.Resampling.BILINEAR)
-    draw = ImageDraw.Draw(canvas)
-
-    def paint(outline: np.ndarray, center: complex, radius: float, rgb: np.ndarray) -> None:
-        corners = fine * (center + radius * np.exp(2j * np.pi * rng.random()) * outline)
-        draw.polygon(corners.view(float).tolist(), fill=tuple(rgb.tolist()))
-
-    outlines = list(SHAPES.values())
-    for _ in range(rng.integers(2, 5)):
-        x, y = rng.uniform(0, SCENE, 2)
-        paint(outlines[rng.integers(len(outlines))], x + 1j * y, rng.uniform(3, 5), np.repeat(rng.integers(40, 220), 3))
-    radius = rng.uniform(8, 20)
-    x, y = rng.uniform(radius, SCENE - radius, 2)
-    paint(SHAPES[shape], x + 1j * y, radius, np.clip(COLORS[color] + rng.integers(-12, 13, 3), 0, 255))
-
-    file = io.BytesIO()
-    canvas.reduce(fine).save(file, "BMP")
-    return {"bytes": file.getvalue(), "path": None}, _caption(rng, f"{color} {shape}", radius, x, y)
-
-
-def _caption(rng: np.random.Generator, name: str, radius: float, x: float, y: float) -> str:
-    place = PLACES[int(3 * y / SCENE)][int(3 * x / SCENE)]
-    size = ""
-    if radius < 12:
-        size = "small "
-    elif radius > 16:
-        size = "large "
-    thing = size + name if rng.random() < 0.5 else name
-    sentence = CAPTIONS[rng.integers(len(CAPTIONS))]
-    return sentence.format(a="an" if thing[0] in "aeiou" else "a", thing=thing, place=place)
+    return _labelled([tiles[i] for i in chosen], [labels[i] for i in chosen], names)
 
 
 EMBEDDED: Mapping[str, Callable[[], datasets.Dataset]] = MappingProxyType(

@@ -45,12 +45,12 @@ def read_rgb(value: Any, *, within: str | None = None) -> Image.Image:
         DataError: The row names a file elsewhere.
         BROKEN: It cannot be read, or is no picture.
     """
-    if isinstance(value, str | Path):
-        file, size = value, _size_of(value)
-    elif isinstance(value, dict):
-        file, size = _named(value, within)
-    else:
-        return to_rgb(value)
+    return to_rgb(open_picture(value, within=within) if isinstance(value, str | Path | dict) else value)
+
+
+def open_picture(value: str | Path | dict[str, Any], *, within: str | None = None) -> Image.Image:
+    """The picture of a row or file as it is stored, with its pixels read; all else as `read_rgb` does."""
+    file, size = _named(value, within) if isinstance(value, dict) else (value, _size_of(value))
     with Image.open(file, formats=FORMATS) as picture:
         if picture.width * picture.height > max(SMALL, PIXELS_PER_BYTE * size):
             raise ValueError(
@@ -58,7 +58,7 @@ def read_rgb(value: Any, *, within: str | None = None) -> Image.Image:
                 "drawing that should be saved smaller"
             )
         picture.load()
-        return to_rgb(picture)
+        return picture
 
 
 def _named(row: dict[str, Any], within: str | None) -> tuple[str | io.BytesIO, int]:

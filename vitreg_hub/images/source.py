@@ -1,6 +1,5 @@
 """Images from anywhere, batch by batch, for everything that is measured on images."""
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,20 +17,16 @@ from torch.utils.data import DataLoader
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.data_sets import (
     FORMS,
-    ON_HUB,
     Rows,
     features_of,
     find_column,
-    hub_stream,
-    image_folder,
     is_integer,
     is_words,
-    numbered,
-    require_names,
+    open_named,
+    undecoded,
 )
 from vitreg_hub.images.embedded import EMBEDDED
 from vitreg_hub.images.pictures import BROKEN, file_of, read_rgb
-from vitreg_hub.names import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +61,9 @@ class ImageSource:
     """Images that can be read again and again; `open_images` makes it.
 
     Attributes:
-        name: What the images are called.
         num_images: How many there are; None for a stream.
-        label_names: Names of the classes, where they are known.
         rows: What holds the images: read by index, or by iteration if it is a stream.
         picked: Indices of the rows that are read; None for a stream.
-        image_column: Column of the images, if rows have columns.
-        label_column: Column of the labels.
         within: Folder or URLs below which rows may name files, as in `read_rgb`.
     """
 
@@ -107,9 +98,6 @@ class ImageSource:
         Args:
             transform: Makes a tensor [C, H, W] of an RGB image. It is not applied to images given as tensors.
             batch_size: Images per batch; the last batch may be smaller.
-            rank: Which of the processes this is.
-            world_size: Number of processes.
-            num_workers: Further processes that decode, 0 for none.
             skip_unreadable: Leave out images that cannot be read; batches may then be smaller or missing.
 
         Raises:
@@ -129,7 +117,7 @@ class ImageSource:
             batch_size=batch_size,
             sampler=self._share(rank, world_size),
             num_workers=0 if isinstance(self.rows, Tensor) else num_workers,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             generator=torch.Generator(),  # else every pass would advance the global one
         )
         first = None
@@ -219,7 +207,8 @@ class _Reader(torch.utils.data.Dataset):
         )
 
 
-def _unchanged(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
+    """Replaces torch's collation where batches are ready. Also hands over errors."""
     return batch
 
 
@@ -245,7 +234,9 @@ def open_images(
         raise DataError(f"max_images is {max_images}: give at least 1, or None for all.")
     within = None
     if isinstance(images, str | Path):
-        called, images, within = _by_name(images)
+        if os.path.exists(images) and not (os.path.isdir(images) or images in EMBEDDED):
+            raise DataError(f"{images} is a file: give its folder, or the opened image in a list.")
+        called, images, _, within = open_named(images, sets=EMBEDDED, splits=DEFAULT_SPLITS, wanted="images")
         name = name or called
     if isinstance(images, Sequence | np.ndarray):
         images = _together(images)
@@ -303,35 +294,15 @@ def _of_data_set(data: Rows) -> ImageSource:
     label = find_column([name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)], ["label"])
     if label is None and is_integer(features.get("label")):
         label = "label"
-    label_names = getattr(features[label], "names", None) if label else None
     if label is None and is_words(features.get("label")) and isinstance(data, datasets.Dataset):
-        data, label, label_names = numbered(data, "label")
-    require_names(label_names, data.info.dataset_name or "the data set")
-    if data.features:
-        data = data.select_columns([column for column in (image, label) if column])
-        data = data.cast_column(image, datasets.Image(decode=False))
+        label = "label"
+    name = data.info.dataset_name
+    data, label, label_names = undecoded(data, image=image, label=label, called=name or "the data set")
     return ImageSource(
-        name=data.info.dataset_name or "data set",
+        name=name or "data set",
         num_images=len(data) if isinstance(data, datasets.Dataset) else None,
-        label_names=tuple(label_names) if label_names else None,
+        label_names=label_names,
         rows=data,
         image_column=image,
         label_column=label,
     )
-
-
-def _by_name(name: str | Path) -> tuple[str, Rows, str | None]:
-    """What the images are called, the images, and below which URLs their rows may name files."""
-    if isinstance(name, str) and name in EMBEDDED:
-        return name, EMBEDDED[name](), None
-    if os.path.isdir(name):
-        return str(name), image_folder(Path(name)), None
-    if os.path.exists(name):
-        raise DataError(f"{name} is a file: give its folder, or the opened image in a list.")
-    on_hub = ON_HUB.fullmatch(str(name).removeprefix(HUB_PREFIX))
-    if on_hub and isinstance(name, str):
-        repo_id, split = on_hub.groups()
-        return hub_stream(repo_id, split, DEFAULT_SPLITS)
-    near = difflib.get_close_matches(str(name), EMBEDDED, n=1)
-    hint = f", did you mean {near[0]!r}" if near else ""
-    raise DataError(f"there are no images {str(name)!r}{hint}: give {FORMS}.")

@@ -3,9 +3,10 @@
 import copy
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,8 @@ from vitreg_hub.errors import DataError
 FINAL_NORMS = ("norm", "fc_norm", "layernorm", "post_layernorm")
 """The norm after the last block: timm and DINOv3, timm after pooling, transformers' ViT and Dinov2, CLIP and SigLIP."""
 HF_ATTENTIONS = ("attention", "self_attn")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+"""Linear layers of queries, keys and values where they are not one, `qkv`, in timm and transformers."""
 SUPPORTED = (
     "timm's VisionTransformer, Eva and Beit and transformers' Dinov2, Dinov2WithRegisters, DINOv3ViT, ViT, DeiT, CLIP "
     "and SigLIP can be"
@@ -33,7 +36,6 @@ class VitLayout:
         blocks: Transformer blocks, in order. Each gives tokens [B, N, D]: class, registers, patches.
         norm: The norm after the last block. CLIP and SigLIP apply theirs after pooling; here it is for all tokens.
         embedding: The convolution that makes patches into tokens, before positions are added.
-        num_registers: Registers, which stand between class tokens and patches.
         residual_scale: How many times larger the network's residual stream is than its model's (`residual_scale.py`).
     """
 
@@ -80,23 +82,20 @@ class VitLayout:
             residual_scale=scale,
         )
 
-    def run(self, images: Tensor, *, head: nn.Module | None = None) -> Tensor:
-        """Run the network on images [B, 3, height, width], on its own device and in its own type.
-
-        Compiled parts run uncompiled, because compiled code has no hooks.
+    def forward(self, images: Tensor, *, whole: nn.Module | None = None) -> Callable[[], object]:
+        """What runs the network on images [B, 3, height, width], on its own device and in its own type.
 
         Args:
             images: Preprocessed.
-            head: The model around the network, to run its head as well.
-
-        Returns:
-            Logits [B, classes] of the head; nothing of use without one.
+            whole: The model around the network, to run it with its head.
 
         Raises:
             DataError: It takes only images of another size, or has no head.
         """
         images = images.to(self.embedding.weight.device, self.embedding.weight.dtype)
-        whole: Any = None if head is None else unwrapped(head)
+        model: Any = self.network if whole is None else unwrapped(whole)
+        if whole is not None and not _classifies(model):
+            raise DataError(f"a {type(model).__name__} without classes cannot classify: give a model with a head.")
         if not isinstance(self.network, PreTrainedModel):
             patches = self.network.patch_embed
             if getattr(patches, "strict_img_size", False) and tuple(images.shape[-2:]) != tuple(patches.img_size):
@@ -104,18 +103,12 @@ class VitLayout:
                     f"the images have {images.shape[-2]} x {images.shape[-1]} pixels, but the model was built for "
                     f"{patches.img_size[0]} x {patches.img_size[1]}: give img_size or dynamic_img_size=True."
                 )
-            with _uncompiled():
-                if isinstance(whole, PreTrainedModel):  # ours, around timm's network
-                    return _logits(whole, whole(pixel_values=images))
-                return self.network.forward_features(images) if head is None else _logits(whole, whole(images))
-        network = self.network if head is None else whole
-        resizes = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
+            return partial(self.network.forward_features if whole is None else model, images)
+        resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         size = self.network.config.image_size
         native = (size, size) if isinstance(size, int) else tuple(size)
         options = {"interpolate_pos_encoding": True} if resizes and tuple(images.shape[-2:]) != native else {}
-        with _uncompiled():
-            output = network(pixel_values=images, **options)
-        return output if head is None else _logits(whole, output)
+        return partial(model, pixel_values=images, **options)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images [B, 3, height, width]."""
@@ -139,6 +132,29 @@ class VitLayout:
             if hasattr(layer, "attn_drop") or hasattr(layer, "config"):
                 return layer
         raise DataError(f"the attention of a {type(self.blocks[block]).__name__} cannot be read: {SUPPORTED}.")
+
+    def projecting(self, block: int) -> nn.Module:
+        """The layer of a block that projects tokens to queries, keys and values, as `projected` understands it.
+
+        Raises:
+            DataError: The block has none, or several.
+        """
+        layers = [m for m in self.blocks[block].modules() if hasattr(m, "qkv") or hasattr(m, PROJECTIONS[0])]
+        if len(layers) != 1:
+            raise DataError(f"the keys of a {type(self.blocks[block]).__name__} cannot be read: {SUPPORTED}.")
+        return layers[0]
+
+
+def projected(layer: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, N, D] of the tokens that a layer is called with, before its norms and rotation."""
+    if getattr(layer, "qkv", None) is None:
+        queries, keys, values = (getattr(layer, name)(tokens) for name in PROJECTIONS)
+        return queries, keys, values
+    fused = layer.qkv(tokens)
+    if getattr(layer, "q_bias", None) is not None:  # Eva and Beit, whose keys have none
+        fused = fused + torch.cat([layer.q_bias, layer.k_bias, layer.v_bias])
+    queries, keys, values = fused.chunk(3, dim=-1)
+    return queries, keys, values
 
 
 def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -171,21 +187,23 @@ def attention_weights(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return layer.forward(*args, **kwargs)[1]
 
 
-def _uncompiled() -> AbstractContextManager[None]:
-    """Run compiled code uncompiled. Importing torch._dynamo takes a second; where code was compiled, it is imported."""
+def uncompiled() -> AbstractContextManager[None]:
+    """Run compiled code uncompiled, because it has no hooks.
+
+    Importing torch._dynamo takes a second; where code was compiled, it is imported.
+    """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _logits(model: nn.Module, output: Any) -> Tensor:
-    """What a classifier gives.
+def logits_of(output: Any) -> Tensor:
+    """What a classifier of timm or transformers gives, [B, classes]."""
+    return output if isinstance(output, Tensor) else output.logits
 
-    Raises:
-        DataError: The model is none.
-    """
-    logits = getattr(output, "logits", output if getattr(model, "num_classes", 0) else None)
-    if not isinstance(logits, Tensor):
-        raise DataError(f"a {type(model).__name__} without classes cannot classify: give a model with a head.")
-    return logits
+
+def _classifies(model: Any) -> bool:
+    if isinstance(model, PreTrainedModel):
+        return "ImageClassification" in type(model).__name__
+    return getattr(model, "num_classes", 0) > 0
 
 
 @contextmanager

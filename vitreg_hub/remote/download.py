@@ -76,7 +76,6 @@ def download_checkpoint(
     Args:
         name: ``[hf-hub:]org/name[@revision]``.
         choose: Picks the weights file, or the index of its shards, from the names of the repository's files.
-        weight_map: Reads the shard of every tensor from an index.
 
     Returns:
         The folder, and the names of the chosen file and of its shards.
@@ -148,12 +147,8 @@ def fetch_file(
     """Have one undamaged file of a commit in the cache; a damaged one is fetched again, once.
 
     Args:
-        repo_id: ``org/name``.
-        name: Of the file.
-        commit: The commit.
         expected: Its checksum; by default the one by which the cache names it, if the cache has links.
         listed: Its entry in the cached listing, for a cache without links.
-        cached: Where it is if it is in the cache.
 
     Raises:
         HubError: The Hub cannot be reached, or sends a damaged file as well, which is then deleted.

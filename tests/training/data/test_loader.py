@@ -14,11 +14,11 @@ import pytest
 import torch
 from timm.data import Mixup
 from torchvision.transforms.functional import to_tensor
-from training_files import data_set, png, served, write_folder, write_parquet, write_shards
+from training_files import data_set, png, served, training_data, write_folder, write_parquet, write_shards
 
 from vitreg_hub.errors import DataError, RecipeError
 from vitreg_hub.training.data.loader import TrainLoader
-from vitreg_hub.training.data.opening import TrainingData, open_training_data
+from vitreg_hub.training.data.opening import TrainingData
 from vitreg_hub.training.recipes.settings import DataSettings
 
 
@@ -47,7 +47,7 @@ def rows(count, **columns):
 
 
 def opened(train, **settings):
-    return open_training_data(DataSettings(train=str(train), **settings))
+    return training_data(DataSettings(train=str(train), **settings))
 
 
 def loader(data, batch_size=4, **options):

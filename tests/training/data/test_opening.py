@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
-from training_files import png, served, write_folder, write_parquet, write_shards
+from training_files import held_out_source, png, served, training_data, write_folder, write_parquet, write_shards
 
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.embedded import TRAINING_SETS
 from vitreg_hub.images.pictures import read_rgb
 from vitreg_hub.training.data.classes import open_data
-from vitreg_hub.training.data.opening import as_image_source, open_held_out, open_training_data
+from vitreg_hub.training.data.opening import as_image_source
 from vitreg_hub.training.recipes.settings import DataSettings
 
 
 def opened(train, **settings):
-    return open_training_data(DataSettings(train=str(train), **settings))
+    return training_data(DataSettings(train=str(train), **settings))
 
 
 def numbers(data):
@@ -42,7 +42,7 @@ def refusal(train, **settings):
 
 
 def held_out_of(settings):
-    return open_held_out(settings, open_training_data(settings))
+    return held_out_source(settings, training_data(settings))
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def held_out_of(settings):
 )
 def test_embedded_sets(name, streaming):
     settings = DataSettings(train=name, streaming=streaming)
-    data, own, own_test = open_training_data(settings), TRAINING_SETS[name]("train"), TRAINING_SETS[name]("test")
+    data, own, own_test = training_data(settings), TRAINING_SETS[name]("train"), TRAINING_SETS[name]("test")
     assert (data.name, data.num_images, data.is_stream) == (name, len(own), streaming)
     assert data.label_names == tuple(own.features["label"].names)
     assert (data.has_labels, data.has_texts, data.num_classes) == (True, name == "scenes", len(data.label_names))
     assert labels(data) == own["label"][:]
     first = next(iter(data.rows))
     assert read_rgb(first["image"]).tobytes() == own[0]["image"].tobytes()
-    held_out = open_held_out(settings, data).at_most(5, seed=0)
+    held_out = held_out_source(settings, data).at_most(5, seed=0)
     assert held_out.label_names == data.label_names
     (batch,) = held_out.batches(to_tensor, batch_size=5)
     for index, image, label in zip(batch.indices, batch.images, batch.labels, strict=True):
@@ -137,7 +137,7 @@ def test_hub_is_streamed_from_its_training_split(name, data_set_hub, tmp_path):
     data = opened(name)
     assert (data.name, data.is_stream, data.label_names) == ("lab/set:train", True, ("a", "b", "c"))
     assert numbers(data) == [0, 1, 2]
-    held_out = open_held_out(DataSettings(train=name, test="lab/set"), data)
+    held_out = held_out_source(DataSettings(train=name, test="lab/set"), data)
     assert (held_out.name, held_out.num_images) == ("lab/set:test", None)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".parquet", ".arrow")]
 

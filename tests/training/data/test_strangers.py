@@ -13,18 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from torchvision.transforms.functional import to_tensor
-from training_files import png, served, write_folder, write_parquet, write_shards
+from training_files import held_out_source, png, served, training_data, write_folder, write_parquet, write_shards
 
 from vitreg_hub.errors import DataError
 from vitreg_hub.images.pictures import read_rgb
 from vitreg_hub.images.source import open_images
 from vitreg_hub.training.data.loader import TrainLoader
-from vitreg_hub.training.data.opening import as_image_source, open_held_out, open_training_data
+from vitreg_hub.training.data.opening import as_image_source
 from vitreg_hub.training.recipes.settings import DataSettings
 
 
 def opened(train, **settings):
-    return open_training_data(DataSettings(train=str(train), **settings))
+    return training_data(DataSettings(train=str(train), **settings))
 
 
 def loader(data, needs=("labels",), batch_size=2):
@@ -93,7 +93,7 @@ def test_words_of_both_sides_mean_the_same_classes(tmp_path):
         frame = pandas.DataFrame({"image": [png(i) for i in range(3)], "label": values})
         frame.to_parquet(tmp_path / f"{name}.parquet")
     settings = DataSettings(train=str(tmp_path / "train.parquet"), test=str(tmp_path / "test.parquet"))
-    held_out = open_held_out(settings, open_training_data(settings))
+    held_out = held_out_source(settings, training_data(settings))
     (batch,) = held_out.batches(to_tensor, batch_size=3)
     assert (held_out.label_names, batch.labels.tolist()) == (("a", "b", "c"), [2, 1, 2])
 

@@ -35,6 +35,8 @@ from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.publisher import Publisher
 from vitreg_hub.training.run.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SCRIPT = {0: 0.9, 1: 0.3, 2: 0.5, 3: 0.4, 4: 0.5}
 """Accuracy by step: the first of two equal ones counts, and that of no step does not."""
 RECIPE = replace(

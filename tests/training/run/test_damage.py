@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from training_runs import TINY, train
 
 from vitreg_hub.errors import BundleError, RecipeError, TrainingError, VitregError
 from vitreg_hub.training import loop
+from vitreg_hub.training.run import lock
 from vitreg_hub.training.run.assembly import make_accelerator
 from vitreg_hub.training.run.checkpoints import restore_run
 from vitreg_hub.training.run.folders import checkpoints
@@ -132,6 +134,21 @@ def test_another_file_in_the_place_of_the_optimizer(name, run, end):
     assert "optimizer.safetensors is not as it was written" in (goes_right(run, end) or "")
 
 
+def test_the_lines_up_to_a_checkpoint_are_on_the_disk_before_it(run, end, monkeypatch):
+    seen = []
+    monkeypatch.setattr("vitreg_hub.training.run.checkpoints.synced", seen.append)
+    assert goes_right(run, end) is None
+    assert run / "metrics.jsonl" in seen
+
+
+def test_a_state_that_was_changed(run, end):
+    file = run / STATE / "state.json"
+    state = json.loads(file.read_text())
+    state["extra"]["seconds"] += 1
+    file.write_text(json.dumps(state))
+    assert "state.json is not as it was written" in (goes_right(run, end) or "")
+
+
 def test_the_state_of_another_step(run, end):
     earlier, later = checkpoints(run)
     shutil.rmtree(later)
@@ -204,6 +221,13 @@ def test_a_step_beyond_the_end_and_an_optimizer_of_other_weights(run, trainer):
         restore_run(trainer, checkpoint)
 
 
+def test_an_older_checkpoint_without_its_optimizer(run, end):
+    file = run / STATE / "state.json"
+    file.write_text(json.dumps(older(file.parents[1])))
+    file.with_name("optimizer.safetensors").unlink()
+    assert "the file of the optimizer's state is missing" in (goes_right(run, end) or "")
+
+
 # Two runs, and what a killed one leaves
 
 
@@ -214,6 +238,23 @@ def test_a_second_run_is_refused(run, end):
             train(RECIPE, run)
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     assert goes_right(run, end) is None
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_lock_that_its_run_deletes_while_another_waits(is_new, tmp_path, monkeypatch):
+    """The run that had it ended, and a third may have begun, between opening and locking the file."""
+
+    class Late(FileLock):
+        def __enter__(self):
+            entered = super().__enter__()
+            Path(self.lock_file).unlink()
+            if is_new:
+                Path(self.lock_file).touch()
+            return entered
+
+    monkeypatch.setattr(lock, "FileLock", Late)
+    with pytest.raises(RecipeError, match="another run is using"), lock.locked(tmp_path / "run", main=True):
+        pass
 
 
 def test_the_lock_of_a_killed_process_is_gone_while_its_children_live(tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -35,6 +36,8 @@ from vitreg_hub.training.run.publisher import Publisher
 from vitreg_hub.training.run.push_apart import NotPushed, outcome_of_push, patience, push_apart
 from vitreg_hub.training.run.trainer import Trainer
 from vitreg_hub.training.tasks.distill.settings import Distill
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 REPO = "lab/trained"
 
@@ -380,6 +383,29 @@ def test_a_push_that_never_ends_is_given_up(tmp_path, monkeypatch):
     assert re.fullmatch(r"it was not done after 1 seconds? and was given up: [^\n]*\.", outcome.why)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_ctrl_c_while_waiting_for_an_upload_ends_it(token, tmp_path, monkeypatch, caplog):
+    stalls = tmp_path / "stalls"
+    stalls.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 3600\n")
+    stalls.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(stalls))
+    publisher = Publisher(REPO, waits=(3600,))
+    publisher.submit(checkpoint(tmp_path, "a"))
+    publisher.submit(checkpoint(tmp_path, "b"), branch="best")
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n")):
+        time.sleep(0.01)
+    process = int((tmp_path / "pid").read_text())
+    assert os.getpgid(process) != os.getpgid(0)  # Ctrl-C reaches all of a group: the first one must not end it
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        publisher.close()
+    publisher.close()
+    assert time.monotonic() - started < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    assert not caplog.messages
 
 
 def test_a_script_without_a_guard_is_not_run_again(hub, tmp_path):

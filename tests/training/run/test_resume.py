@@ -260,6 +260,7 @@ def test_weights_can_be_read_one_by_one(uninterrupted):
     }
 
 
+@pytest.mark.usefixtures("warm")
 def test_checkpoints_are_bundles(uninterrupted):
     before, folder = checkpoints(uninterrupted("supervised"))
     assert set(verify(folder).values()) == {0.0}

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from models import randomised
 from optional import usable
 from PIL import Image
+from processes import run_in_two
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -168,7 +169,7 @@ def two_processes(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def found_by_two(tmp_path_factory) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(two_processes, args=(folder,), nprocs=2)
+    run_in_two(two_processes, folder)
     return load_file(folder / "found.safetensors")
 
 
@@ -225,7 +226,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def saved_pairs(tmp_path_factory) -> dict[str, tuple[ContrastiveTask, Path]]:
+def saved_pairs(tmp_path_factory, warm_python) -> dict[str, tuple[ContrastiveTask, Path]]:
     """Towers that were written, and opened by an open_clip that knows nothing of this package."""
     root, pairs = tmp_path_factory.mktemp("pairs"), {}
     for arch, size in SAVED.items():
@@ -236,7 +237,7 @@ def saved_pairs(tmp_path_factory) -> dict[str, tuple[ContrastiveTask, Path]]:
         images = torch.randn(2, 3, *task.network.backbone.patch_embed.img_size)
         save_file({"images": images}, f"{pairs[arch][1]}-images.safetensors")
     folders = [str(folder) for _, folder in pairs.values()]
-    subprocess.run([sys.executable, "-c", PLAIN_OPEN_CLIP, *folders], check=True)
+    subprocess.run([warm_python.executable, "-c", PLAIN_OPEN_CLIP, *folders], check=True)
     return pairs
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import GOLDEN
+from processes import run_in_two
 from safetensors.torch import load_file
 from skimage.measure import label
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
 from vitreg_hub.errors import RecipeError
 from vitreg_hub.training.distributed import collectives
@@ -297,7 +298,7 @@ SHARES = {"even": (3, 3), "uneven": (5, 1), "nothing in one": (0, 6)}
 def processes(tmp_path_factory) -> list[dict[str, Tensor]]:
     """What each of two processes computes from its share of the rows."""
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(_process, (folder,), nprocs=2)
+    run_in_two(_process, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

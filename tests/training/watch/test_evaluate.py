@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from models import TINY, randomised
+from processes import run_in_two
 from sklearn.neighbors import KNeighborsClassifier
 from timm.data import create_transform
 from torch import distributed
@@ -215,7 +216,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             pictures("test")[number]["image"].save(file)
     (tmp_path / "broken" / "a" / "3.png").write_bytes(b"no picture")
-    torch.multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
+    run_in_two(two_processes, str(tmp_path))
     model, transform = made()
     settings = replace(SETTINGS, eval_images=31)  # an odd number: the second process has one image fewer
     alone = run(model, transform, logits_scorer(model), settings=settings, batch_size=16)

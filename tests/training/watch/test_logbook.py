@@ -34,9 +34,8 @@ def accelerator():
 @pytest.fixture
 def book(tmp_path, accelerator):
     def make(**changes):
-        return Logbook(
-            **({"folder": tmp_path, "accelerator": accelerator, "total_steps": 20, "batch_size": 8} | changes)
-        )
+        measured = {"throughput": Throughput(batch_size=8, device=CPU)}
+        return Logbook(**({"folder": tmp_path, "accelerator": accelerator, "total_steps": 20} | measured | changes))
 
     return make
 
@@ -49,6 +48,7 @@ def lines(folder):
 
 def train(logbook, steps, loss=1.0):
     for step in steps:
+        logbook.throughput.step_done()
         logbook.step_done()
         logbook.log(step, {"loss": loss, "lr": 1e-3})
 
@@ -93,6 +93,16 @@ def test_resumed_run_has_each_step_once(book, tmp_path):
     with book():
         assert lines(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resumed_run_of_an_older_version_has_each_step_once(book, tmp_path):
+    """It counted the steps before a line of training, not those that were done."""
+    told = [{"step": step, "loss": 1.0} for step in range(5)] + [{"step": 3, "eval/knn": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    with book(start_step=3) as logbook:
+        assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+        train(logbook, range(3, 5))
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 4, 5]
 
 
 def test_without_a_terminal_there_are_log_lines(book, caplog):
@@ -196,7 +206,8 @@ def test_other_processes_measure_and_write_nothing(tmp_path, caplog):
         is_main_process, device, mixed_precision = False, CPU, "no"
 
     caplog.set_level(logging.INFO)
-    with Logbook(folder=tmp_path / "run", accelerator=Second, total_steps=4, batch_size=2) as logbook:
+    measured = Throughput(batch_size=2, device=CPU)
+    with Logbook(folder=tmp_path / "run", accelerator=Second, total_steps=4, throughput=measured) as logbook:
         train(logbook, range(2))
         logbook.note(2, {"eval/score": 1.0})
     assert not list(tmp_path.iterdir())
@@ -218,7 +229,7 @@ class Clock:
 
 def test_rates_are_of_the_steps_between_two_readings():
     clock = Clock()
-    throughput = Throughput(batch_size=32, total_steps=20, start_step=5, device=CPU, clock=clock)
+    throughput = Throughput(batch_size=32, device=CPU, clock=clock)
 
     def steps(number, *, wait, work):
         for _ in range(number):
@@ -232,13 +243,13 @@ def test_rates_are_of_the_steps_between_two_readings():
     steps(4, wait=0.5, work=1.5)
     with throughput.paused():
         clock.tick(1000)
-    found = throughput.read()
+    found = throughput.read(left=10)
     assert found["images_per_second"] == 16
     assert found["data_wait"] == 0.25
-    assert found["eta_seconds"] == 2 * (20 - 5 - 5)
+    assert found["eta_seconds"] == 2 * 10
     assert 0.01 < found["memory_gib"] < 100
     steps(2, wait=0, work=4)
-    found = throughput.read()
+    found = throughput.read(left=8)
     assert (found["images_per_second"], found["data_wait"]) == (8, 0)
     assert found["eta_seconds"] == pytest.approx((0.7 * 2 + 0.3 * 4) * 8)  # smoothed
     assert "mfu" not in found
@@ -249,7 +260,7 @@ def test_utilisation_is_what_the_matrices_of_all_parts_of_a_step_take(compiled):
     clock, network = Clock(), nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8))
     if compiled:
         network.compile(backend="eager")
-    throughput = Throughput(batch_size=10, total_steps=9, device=CPU, peak=1e6, clock=clock)
+    throughput = Throughput(batch_size=10, device=CPU, peak=1e6, clock=clock)
     for _ in range(3):
         for part in (6, 4):
             with throughput.counting():

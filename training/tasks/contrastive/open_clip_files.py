@@ -28,11 +28,7 @@ def save_open_clip(
     config.json and names itself: if it is moved, change `timm_model_name` in its open_clip_config.json.
 
     Args:
-        towers: The trained `TwoTowers`.
-        folder: Must not exist unless `replace`.
-        bundle: The image tower, with the same weights.
         trunk: Where timm will find the image tower's config.json, such as ``hf-hub:org/name``; None: in the folder.
-        replace: Whether it may take the place of an older one.
 
     Raises:
         BundleError: The folder exists or cannot be written.

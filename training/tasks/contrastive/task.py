@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.errors import DataError, RecipeError
+from vitreg_hub.evaluation.zero_shot import class_embeddings
 from vitreg_hub.files import TOWER_SUFFIX
 from vitreg_hub.training.distributed.collectives import rank, world_size
 from vitreg_hub.training.tasks.base import Batch, RunFacts, Scorer, StepOutput, Task, correct
@@ -109,9 +110,7 @@ class ContrastiveTask(Task[TwoTowers]):
         """Zero-shot accuracy from the classes' names."""
         if not self.label_names:
             return lambda images, labels: {}
-        classifier = open_clip().build_zero_shot_classifier(
-            model, self.tokenize, self.label_names, self.settings.templates, device=model.logit_scale.device
-        )
+        classifier = class_embeddings(model, self.tokenize, self.label_names, self.settings.templates)
 
         @torch.no_grad()
         def score(images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreg_hub.errors import RecipeError
+from vitreg_hub import typed
+from vitreg_hub.errors import RecipeError, VitregError
 from vitreg_hub.training.distributed.parallel import average_into
 from vitreg_hub.training.run.folders import state_file
+from vitreg_hub.training.run.state import FILES, read_state, read_tensors
 from vitreg_hub.training.schedules import CosineSchedule, linear_then_constant
 from vitreg_hub.training.tasks.base import Batch, RunFacts, StepOutput, Task
 from vitreg_hub.training.tasks.dinov2.head import DinoHead
@@ -98,12 +99,15 @@ def load_heads(network: DinoNetwork, checkpoint: Path) -> None:
         RecipeError: They are missing or do not fit.
     """
     try:
-        heads = load_file(state_file(checkpoint, "heads"))
-        left = network.load_state_dict(heads, strict=False)
+        state = read_state(checkpoint)
+        told = state.get(FILES) if isinstance(state, dict) else None
+        sums = None if told is None else typed.read(dict[str, str], told, called=FILES)
+        file = state_file(checkpoint, "heads")
+        left = network.load_state_dict(read_tensors([file], sums)[file.stem], strict=False)
         missing = [name for name in left.missing_keys if not name.startswith("backbone.")]
         wrong = [*missing, *left.unexpected_keys]
         problem = f"{len(wrong)} tensors differ, first {wrong[0]}" if wrong else None
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, VitregError) as error:
         problem = str(error).strip().rpartition("\n")[2].strip()
     if problem:
         raise RecipeError(
@@ -158,7 +162,6 @@ class DinoV2Task(Task[DinoNetwork]):
         """The losses of given crops and masks, by the teacher's temperature.
 
         Args:
-            network: The student.
             crops: Two global and L local ones, each [B, 3, H, W].
             masks: Hidden patches of the global crops, all first ones before all second ones [2B, N], on the CPU.
         """
@@ -202,23 +205,16 @@ class DinoV2Task(Task[DinoNetwork]):
             for name, values in logits.items():
                 self.centers[name].update(values)
         else:
-            targets = {
-                name: sinkhorn_knopp(values, temperature, iterations=self.settings.sinkhorn_iterations)
-                for name, values in logits.items()
-            }
+            passes = self.settings.sinkhorn_iterations
+            targets = {name: sinkhorn_knopp(x, temperature, iterations=passes) for name, x in logits.items()}
         return targets["dino"].unflatten(0, (GLOBAL_CROPS, -1)), targets["ibot"]
 
     def _masks(self, batch: Batch) -> Tensor:
         """Hidden patches of this process's global crops [2b, N], planned for the whole global batch."""
-        plan = self.masks.plan(GLOBAL_CROPS * self.batch_size, seed=self.seed, step=batch.step)
+        size, random = self.batch_size, {"seed": self.seed, "step": batch.step}
+        plan = self.masks.plan(GLOBAL_CROPS * size, **random)
         drawn = [
-            self.masks.mask(
-                int(plan[crop * self.batch_size + position]),
-                seed=self.seed,
-                step=batch.step,
-                position=position,
-                crop=crop,
-            )
+            self.masks.mask(int(plan[crop * size + position]), position=position, crop=crop, **random)
             for crop in range(GLOBAL_CROPS)
             for position in batch.positions.tolist()
         ]

@@ -29,7 +29,6 @@ class Map:
     """One small picture.
 
     Attributes:
-        title: Text above it.
         values: [rows, columns] numbers, whose range is given below it, or [height, width, 3] colours in [0, 1].
         outlined: [rows, columns] bool, places with a line around them.
         limits: Values of the darkest and the brightest colour; by default the smallest and the largest of `values`.
@@ -107,7 +106,6 @@ def attention_figure(examples: Sequence[Example], *, heads: bool = False) -> Fig
     Every map has its own colour scale, from the smallest to the largest share of attention, given below it.
 
     Args:
-        examples: One per image.
         heads: Also draw the attention of the class token head by head, or that of the first register if there is no
             class token. Heads are counted from 1.
 
@@ -152,9 +150,7 @@ def token_figure(vit: nn.Module, images: Tensor, *, file: str | Path) -> Path:
     Every map has its own colour scale, from its smallest to its largest value, given below it.
 
     Args:
-        vit: A ViT of timm or transformers.
         images: [B, C, H, W], normalised as the model expects.
-        file: PNG to write.
     """
     opened = open_vit(vit)
     seen = observe(vit, images, norms=True, attention=(-1,))

@@ -29,9 +29,6 @@ class ReportFigure:
     Attributes:
         section: Key of the section that it belongs to (`tables.py`).
         name: Of its file, without the ending; lower case letters, digits and underscores.
-        alt: What it shows, for readers who cannot see it.
-        caption: How to read it.
-        png: The file.
     """
 
     section: str

@@ -15,9 +15,6 @@ class AttentionMeter:
 
     Darcet et al. show that class attention goes to outliers where there are no registers (section 1, figures 1 and 2)
     and to registers where there are (section 3.4); these are the numbers behind such maps.
-
-    Args:
-        block: Index under which the attention was observed.
     """
 
     def __init__(self, block: int) -> None:

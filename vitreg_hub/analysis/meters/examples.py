@@ -21,14 +21,7 @@ SMALLEST_VARIANCE = 1e-12
 
 
 class ExampleMeter:
-    """Keeps the maps of chosen images.
-
-    Args:
-        block: Block whose norms and attention are shown.
-        chosen: Indices of the images in the data set.
-        mean: Normalisation of the images, as in `displayable`.
-        std: The same.
-    """
+    """Keeps the maps of chosen images."""
 
     def __init__(
         self,

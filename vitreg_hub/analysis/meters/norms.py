@@ -40,8 +40,8 @@ class NormMeter:
         inputs = seen.input_norms[:, first:].flatten().cpu().numpy()
         bins = bins_of(patches)
         added = NormMeter(cutoff=self.cutoff)
-        added.num_images = len(seen.images)
-        added.order, added.image_size = seen.order, (seen.images.shape[-2], seen.images.shape[-1])
+        added.num_images, added.order = len(seen.images), seen.order
+        added.image_size = (seen.images.shape[-2], seen.images.shape[-1])
         added._counts = bin_sums(bins)
         added._image_peaks = bin_sums(bins_of(by_image.max(-1)))
         added._input_logs = bin_sums(bins, np.log2(np.maximum(inputs, EDGES[0])))

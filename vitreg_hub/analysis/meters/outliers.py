@@ -43,7 +43,6 @@ def find_cutoff(
         counts: [NUM_BINS] histogram of patch norms (`histogram.py`).
         image_peaks: [NUM_BINS] histogram of the largest patch norm of each image.
         input_logs: [NUM_BINS] of the tokens in each bin, the sum of log2 of their norms before the first block.
-        patches_per_image: Patches of an image.
     """
     total = int(counts.sum())
     if total < MIN_PATCHES:

@@ -13,9 +13,6 @@ class Table:
     """Text in rows and columns.
 
     Attributes:
-        title: What the numbers are.
-        head: One entry per column.
-        rows: The first entry of each names it.
         folded: Whether it is long and shown only on demand.
     """
 
@@ -30,10 +27,7 @@ class Section:
     """One thing that was measured.
 
     Attributes:
-        key: What its figures refer to it by.
-        title: Heading.
         meaning: In one sentence, for readers who do not know the paper.
-        definition: How it is measured.
         tables: The numbers; tables without rows are not shown.
         remarks: Why something is missing.
     """
