@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -21,7 +21,7 @@ from vitreg_hub.evaluation.interventions import Intervention, RegisterBank, inte
 from vitreg_hub.evaluation.results import DataFacts, EvaluatedModel
 from vitreg_hub.images.embedded import TRAINING_SETS, Split
 from vitreg_hub.images.source import Batch, Images, ImageSource, open_images
-from vitreg_hub.network.layout import VitLayout
+from vitreg_hub.network.layout import VitLayout, has_classes, unwrapped
 
 FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train", "training"), "test": ("test", "val", "validation")}
 """What folders of a data set are called that hold its parts."""
@@ -94,6 +94,11 @@ class Opened:
     def layout(self) -> VitLayout:
         """Its parts."""
         return VitLayout.of(self.model)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model has a head that tells classes."""
+        return has_classes(unwrapped(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -204,14 +209,13 @@ def class_list(source: ImageSource, features: Features) -> tuple[str, ...]:
     return tuple(map(str, range(int(labels.max()) + 1))) if len(labels) and int(labels.max()) >= 0 else ()
 
 
-def same_classes(train: ImageSource, test: ImageSource) -> ImageSource:
-    """The test images with the labels of the training images, by name.
+def require_same_classes(train: ImageSource, test: ImageSource) -> None:
+    """Refuse to score with other classes than those that were learned.
 
     Raises:
-        DataError: The names differ.
+        DataError: The names differ, or their order.
     """
     if train.label_names and test.label_names and train.label_names != test.label_names:
         missing = [name for name in test.label_names if name not in train.label_names]
-        hint = f"{test.name} has the class {missing[0]!r}" if missing else "they are in another order"
+        hint = f"{test.name} has the class {missing[0]!r}" if missing else "they are not the same, or in another order"
         raise DataError(f"{train.name} and {test.name} must have the same classes, but {hint}.")
-    return replace(test)

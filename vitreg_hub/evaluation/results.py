@@ -155,7 +155,6 @@ def load_reports(path: str | os.PathLike[str]) -> tuple[EvalReport, ...]:
         raise DataError(
             f"{path} is no report.json of an evaluation in form {FORM}: give one that `vitreg evaluate` wrote."
         )
-    known = {entry.name for entry in fields(ProtocolResult)}
     for report in data["reports"]:
         for row in report.get("results", ()) if isinstance(report, dict) else ():
             if isinstance(row, dict):

@@ -94,7 +94,7 @@ class VitLayout:
         """
         images = images.to(self.embedding.weight.device, self.embedding.weight.dtype)
         model: Any = self.network if whole is None else unwrapped(whole)
-        if whole is not None and not _classifies(model):
+        if whole is not None and not has_classes(model):
             raise DataError(f"a {type(model).__name__} without classes cannot classify: give a model with a head.")
         if not isinstance(self.network, PreTrainedModel):
             patches = self.network.patch_embed

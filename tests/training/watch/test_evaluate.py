@@ -16,7 +16,7 @@ from torch import distributed
 from torch.nn.functional import normalize
 
 from vitreg_hub.analysis.telemetry import telemetry
-from vitreg_hub.evaluation.knn import knn_classes
+from vitreg_hub.evaluation.knn import knn_votes
 from vitreg_hub.images.embedded import digits
 from vitreg_hub.images.source import open_images
 from vitreg_hub.training.recipes.settings import WatchSettings
@@ -54,6 +54,11 @@ def sklearn_knn(neighbors, temperature):
         return np.exp((1 - distances) / temperature)
 
     return KNeighborsClassifier(neighbors, weights=votes, metric="cosine", algorithm="brute")
+
+
+def knn_classes(queries, *, train, labels, neighbors, temperature):
+    [votes] = knn_votes(train, labels, queries, num_classes=7, ks=(neighbors,), temperature=temperature).values()
+    return votes.argmax(dim=1)
 
 
 @pytest.mark.parametrize(("neighbors", "temperature"), [(20, 0.07), (5, 0.5), (1, 0.07), (300, 0.02)])
