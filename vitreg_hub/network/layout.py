@@ -200,7 +200,8 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def _classifies(model: Any) -> bool:
+def has_classes(model: Any) -> bool:
+    """Whether a model of timm or transformers has a head that tells classes."""
     if isinstance(model, PreTrainedModel):
         return "ImageClassification" in type(model).__name__
     return getattr(model, "num_classes", 0) > 0
