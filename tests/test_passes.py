@@ -26,8 +26,8 @@ def rows(model, source, *, rank=0, world_size=1, batch_size=8, transform=None):
     parts = []
     batches = source.batches(transform, batch_size=batch_size, rank=rank, world_size=world_size)
     with failing_together(world_size=world_size):
-        for seen, batch in observed(model, batches, Needs(blocks=(0,), attention=(1,))):
-            registers, itself = seen.tokens[0].registers[:, :, 0], seen.attention[1].weights[:, :, 0, 0]
+        for seen, batch in observed(model, batches, Needs(normed_blocks=(0,), attention=(1,))):
+            registers, itself = seen.normed_blocks[0].registers[:, :, 0], seen.attention[1].weights[:, :, 0, 0]
             parts.append({"indices": batch.indices, "registers": registers, "itself": itself})
     return in_order(part for share in gathered(parts, world_size=world_size) for part in share)
 

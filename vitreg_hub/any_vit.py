@@ -15,7 +15,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
 
 from vitreg_hub.arch import require_divisible
 from vitreg_hub.bounded import read_json, read_small
@@ -79,6 +86,7 @@ def open_vit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     img_size: int | tuple[int, int] | None = None,
+    any_size: bool = False,
 ) -> AnyVit:
     """Open a ViT.
 
@@ -91,6 +99,7 @@ def open_vit(
         dtype: Number type of a model by name, float32 by default.
         img_size: Side, or height and width, of the images in pixels, if not the native one. Positions are resampled;
             models of transformers do so when they are called.
+        any_size: Let a model by name take images of other sizes, too, where its network can.
 
     Raises:
         UnknownArchError: No such architecture or tag.
@@ -99,6 +108,9 @@ def open_vit(
         DataError: The model cannot take images of this size.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    args: dict[str, Any] = {"img_size": size} if size else {}
+    if any_size:
+        args["dynamic_img_size"] = True
     untrained = False
     if isinstance(model, nn.Module):
         name, network, processor = type(unwrapped(model)).__name__, model, _processor_of(unwrapped(model))
@@ -107,9 +119,9 @@ def open_vit(
         name = named.full
         if named.arch:
             untrained = not named.has_weights()
-            network = _named(named, size, untrained=untrained)
+            network = _named(named, args, untrained=untrained)
         else:
-            network, processor = _stored(named, size)
+            network, processor = _stored(named, args)
         network = network.to(device=device, dtype=dtype or torch.float32).eval()
     return AnyVit(
         name=f"{name} (untrained)" if untrained else name,
@@ -119,29 +131,27 @@ def open_vit(
     )
 
 
-def _named(name: ModelName, size: tuple[int, int] | None, *, untrained: bool) -> nn.Module:
+def _named(name: ModelName, args: dict[str, Any], *, untrained: bool) -> nn.Module:
     if name.is_ours and not untrained:
-        return _bundled(name, size)
+        return ModelBundle.load(name.full).build(**args)
     with torch.random.fork_rng(devices=[]), hub_errors(name.given):
         torch.default_generator.manual_seed(0)  # timm draws all weights, also those that it replaces
-        return _create(name.full, size, pretrained=not untrained)
+        return _create(name.full, args, pretrained=not untrained)
 
 
-def _bundled(name: ModelName, size: tuple[int, int] | None) -> nn.Module:
-    return ModelBundle.load(name.full).build(**({"img_size": size} if size else {}))
-
-
-def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
-    args: dict[str, Any] = {"img_size": size} if size else {}
+def _create(name: str, args: dict[str, Any], *, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
     except TypeError as error:
+        if "dynamic_img_size" in str(error):
+            rest = {key: value for key, value in args.items() if key != "dynamic_img_size"}
+            return _create(name, rest, pretrained=pretrained)
         if "img_size" not in str(error):
             raise
         raise DataError(f"{name} takes no other image size than its own: leave img_size out.") from error
 
 
-def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, BaseImageProcessor | None]:
+def _stored(name: ModelName, args: dict[str, Any]) -> tuple[nn.Module, BaseImageProcessor | None]:
     """Load a folder or a repository: the network and, if it is transformers', its image processor."""
     where, revision = name.repo_id or name.given, name.revision
     with _load_errors(name.given), hub_errors(where):
@@ -151,14 +161,16 @@ def _stored(name: ModelName, size: tuple[int, int] | None) -> tuple[nn.Module, B
             config_file = Path(where, CONFIG_FILE)
         config = read_json(read_small(config_file))
         if "vitreg" in config:
-            return _bundled(name, size), None
+            return ModelBundle.load(name.full).build(**args), None
         if "model_type" not in config and "architecture" in config:
             with AtMost(_stored_bytes(name, config_file.parent), called=name.given):
-                return _create(name.given if name.repo_id else f"local-dir:{where}", size, pretrained=True), None
+                return _create(name.given if name.repo_id else f"local-dir:{where}", args, pretrained=True), None
         config = AutoConfig.from_pretrained(where, revision=revision)
         config = getattr(config, "vision_config", config)  # of CLIP and the like, only the image side
+        heads = [name for name in config.architectures or () if name.endswith("ForImageClassification")]
+        kind = AutoModelForImageClassification if heads else AutoModel
         with AtMost(_stored_bytes(name, config_file.parent), called=name.given):
-            model, found = AutoModel.from_pretrained(where, revision=revision, config=config, output_loading_info=True)
+            model, found = kind.from_pretrained(where, revision=revision, config=config, output_loading_info=True)
         if missing := sorted(filter(OF_BLOCK.search, found["missing_keys"])):
             raise BundleError(
                 f"the weights of {name.given} lack {len(missing)} tensors of blocks that its {CONFIG_FILE} has, "

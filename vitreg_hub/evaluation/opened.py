@@ -82,6 +82,7 @@ class Opened:
             device=options.get("device") or processes.device,
             dtype=options.get("dtype"),
             img_size=options.get("img_size"),
+            any_size=True,
         )
         return cls(vit=vit, options=options, processes=processes)
 

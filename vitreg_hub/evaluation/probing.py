@@ -160,7 +160,7 @@ def linear(
     @torch.no_grad()
     def score(test: Features) -> ClassScores:
         logits = all_logits({best: heads[best]}, test, device=device)[best].cpu()
-        return classification_scores(logits.softmax(dim=1), test.labels, probabilities=True)
+        return classification_scores(logits, test.labels)
 
     def more(test: Features) -> tuple[Score, ...]:
         found = accuracies(heads, test, device=device)
@@ -210,7 +210,7 @@ def logreg(
 
     def score(test: Features) -> ClassScores:
         probabilities = fit.probabilities(test.pooled(pool), num_classes=num_classes)
-        return classification_scores(probabilities, test.labels, probabilities=True)
+        return classification_scores(probabilities, test.labels)
 
     settings: dict[str, Setting] = {"feature": pool, "strengths": tuple(strengths), "chosen on": "10 % of training"}
     table = {f"C = {strength:.3g}": share for strength, share in fit.held_out_accuracy.items()}
