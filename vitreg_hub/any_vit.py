@@ -87,6 +87,7 @@ def open_vit(
     dtype: torch.dtype | None = None,
     img_size: int | tuple[int, int] | None = None,
     any_size: bool = False,
+    head: bool = False,
 ) -> AnyVit:
     """Open a ViT.
 
@@ -100,6 +101,7 @@ def open_vit(
         img_size: Side, or height and width, of the images in pixels, if not the native one. Positions are resampled;
             models of transformers do so when they are called.
         any_size: Let a model by name take images of other sizes, too, where its network can.
+        head: Keep the head of a classifier that transformers saved; those of timm and ours always have theirs.
 
     Raises:
         UnknownArchError: No such architecture or tag.
@@ -121,7 +123,7 @@ def open_vit(
             untrained = not named.has_weights()
             network = _named(named, args, untrained=untrained)
         else:
-            network, processor = _stored(named, args)
+            network, processor = _stored(named, args, head=head)
         network = network.to(device=device, dtype=dtype or torch.float32).eval()
     return AnyVit(
         name=f"{name} (untrained)" if untrained else name,
@@ -151,7 +153,7 @@ def _create(name: str, args: dict[str, Any], *, pretrained: bool) -> nn.Module:
         raise DataError(f"{name} takes no other image size than its own: leave img_size out.") from error
 
 
-def _stored(name: ModelName, args: dict[str, Any]) -> tuple[nn.Module, BaseImageProcessor | None]:
+def _stored(name: ModelName, args: dict[str, Any], *, head: bool) -> tuple[nn.Module, BaseImageProcessor | None]:
     """Load a folder or a repository: the network and, if it is transformers', its image processor."""
     where, revision = name.repo_id or name.given, name.revision
     with _load_errors(name.given), hub_errors(where):
@@ -168,7 +170,7 @@ def _stored(name: ModelName, args: dict[str, Any]) -> tuple[nn.Module, BaseImage
         config = AutoConfig.from_pretrained(where, revision=revision)
         config = getattr(config, "vision_config", config)  # of CLIP and the like, only the image side
         heads = [name for name in config.architectures or () if name.endswith("ForImageClassification")]
-        kind = AutoModelForImageClassification if heads else AutoModel
+        kind = AutoModelForImageClassification if head and heads else AutoModel
         with AtMost(_stored_bytes(name, config_file.parent), called=name.given):
             model, found = kind.from_pretrained(where, revision=revision, config=config, output_loading_info=True)
         if missing := sorted(filter(OF_BLOCK.search, found["missing_keys"])):

@@ -12,7 +12,10 @@ from vitreg_hub.console import USAGE, HelpFormatter, console
 from vitreg_hub.tested import version_text
 
 TRAIN = "train"
-COMMANDS = [TRAIN, "quickstart", "list", "info", "verify", "convert", "export", "analyze", "attention", "push", "pull"]
+COMMANDS = [
+    *(TRAIN, "quickstart", "list", "info", "verify", "convert", "export"),
+    *("analyze", "attention", "evaluate", "push", "pull"),
+]
 """Every command has a module of its name, imported when it is called, with a function `run`.
 
 That function imports what takes long, so that help, lists and mistakes come at once.
@@ -31,6 +34,7 @@ EXAMPLES = """examples:
   vitreg export folder dinov2.pth --format dinov2    and back
   vitreg analyze quickstart/model --images digits    are there high-norm artifacts? report.html, figures, numbers
   vitreg analyze vit_small_reg4.dinov2_lvd142m runs/vitl --out report   side by side, and over a run's checkpoints
+  vitreg evaluate knn quickstart/model               scores: k-NN, linear, segmentation, depth, discovery ... or all
   vitreg attention quickstart/model cat.png  what the class token and each register attend to
   vitreg push quickstart/model org/name      publish it in one commit; --dry-run lists what would be sent
   vitreg list --hub 'org/*'                  published models

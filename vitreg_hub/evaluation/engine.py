@@ -20,6 +20,7 @@ from vitreg_hub.evaluation.probing import Learned, class_score_rows, knn, linear
 from vitreg_hub.evaluation.results import PROTOCOLS, EvalReport, Protocol, ProtocolResult
 from vitreg_hub.evaluation.scores import classification_scores
 from vitreg_hub.images.source import Images, ImageSource
+from vitreg_hub.names import ModelName
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,25 @@ def evaluate_with_examples(
     return Evaluation(report=report, examples=examples)
 
 
+def evaluate_all(
+    models: Sequence[nn.Module | str | Path],
+    protocols: Sequence[Protocol] | Protocol | None = None,
+    *,
+    train: Images | None = None,
+    test: Images | None = None,
+    settings: Settings | None = None,
+    **options: Unpack[Options],
+) -> tuple[Evaluation, ...]:
+    """Score several models on the same images; arguments and errors as of `evaluate_with_examples`."""
+    for model in models:  # complete before any work, to show mistakes at once
+        if isinstance(model, str | Path):
+            ModelName.parse(model).require_known()
+    return tuple(
+        evaluate_with_examples(model, protocols, train=train, test=test, settings=settings, **options)
+        for model in models
+    )
+
+
 class _Pooled:
     """Protocols on one feature of every image: the features of each source are taken once."""
 
@@ -263,9 +283,7 @@ class _Pooled:
             facts = replace(facts, classes=told)
         return ProtocolResult(
             protocol=name,
-            train=None
-            if name == "classify" or self.train is None
-            else data_facts(self.train, self._taken["training", None]),
+            train=learned_from,
             test=facts,
             settings=dict(learned.settings) | {"image size": self.opened.vit.size, "seed": self.opened.seed},
             scores=rows[None],

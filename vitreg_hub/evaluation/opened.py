@@ -83,6 +83,7 @@ class Opened:
             dtype=options.get("dtype"),
             img_size=options.get("img_size"),
             any_size=True,
+            head=True,
         )
         return cls(vit=vit, options=options, processes=processes)
 
