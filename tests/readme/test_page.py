@@ -16,6 +16,7 @@ RUN = {
     "test_convert": ("Convert",),
     "test_train": ("Train",),
     "test_analyze": ("Analyze",),
+    "test_pictures": ("Predictions and features",),
 }
 """Which test beside this one runs which sections."""
 
