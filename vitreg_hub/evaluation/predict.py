@@ -86,14 +86,15 @@ def _opened(images: Images | Sequence[str | Path], options: Options) -> ImageSou
     limits = {"max_images": options.get("max_images"), "seed": options.get("seed", 0)}
     if isinstance(images, str | Path) and os.path.exists(images):
         return open_images(image_files([images]), name=str(images), **limits)
-    if isinstance(images, list | tuple) and images and all(isinstance(image, str | Path) for image in images):
-        return open_images(image_files(images), name="the list", **limits)
-    return open_images(images, **limits)
+    paths = [image for image in images if isinstance(image, str | Path)] if isinstance(images, list | tuple) else []
+    if paths and len(paths) == len(images):
+        return open_images(image_files(paths), name="the list", **limits)
+    return open_images(images, **limits)  # pyright: ignore[reportArgumentType]  # a list of paths is done
 
 
 def _guesses(logits: Tensor, names: Sequence[str], top: int) -> tuple[Guess, ...]:
     best = logits.float().softmax(dim=0).topk(min(top, len(logits)))
     return tuple(
-        Guess(number=number, name=in_words(names[number]) if names else str(number), probability=probability)
+        Guess(number=number, name=in_words(names[int(number)]) if names else str(number), probability=probability)
         for number, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
