@@ -29,6 +29,7 @@ GROUPS = {
         [command, "--help"]
         for command in (
             *("quickstart", "list", "info", "verify", "convert", "export", "analyze", "attention", "push", "pull"),
+            *("predict", "features"),
         )
     ],
     "train": [

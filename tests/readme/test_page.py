@@ -17,6 +17,7 @@ RUN = {
     "test_train": ("Train",),
     "test_analyze": ("Analyze",),
     "test_evaluate": ("Evaluate",),
+    "test_pictures": ("Predictions and features",),
 }
 """Which test beside this one runs which sections."""
 

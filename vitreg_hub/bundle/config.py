@@ -260,10 +260,10 @@ def empty_model(config: BundleConfig, **timm_kwargs: Any) -> VisionTransformer:
     """
     args = {"num_classes": config.num_classes, **config.model_args, **timm_kwargs}
     require_whole_patches(args)
-    names = config.label_names if args["num_classes"] == config.num_classes else None
+    named = {"label_names": config.label_names} if args["num_classes"] == config.num_classes else {}
     network = timm.create_model(
         config.spec.base,
-        pretrained_cfg=config.to_json()["pretrained_cfg"] | ({"label_names": list(names)} if names else {}),
+        pretrained_cfg=config.to_json()["pretrained_cfg"] | named,
         pretrained_model_args=dict(config.model_args),
         device="meta",
         **args,

@@ -14,7 +14,7 @@ from vitreg_hub.tested import version_text
 TRAIN = "train"
 COMMANDS = [
     *(TRAIN, "quickstart", "list", "info", "verify", "convert", "export"),
-    *("analyze", "attention", "evaluate", "push", "pull"),
+    *("analyze", "attention", "evaluate", "predict", "features", "push", "pull"),
 ]
 """Every command has a module of its name, imported when it is called, with a function `run`.
 
@@ -36,6 +36,8 @@ EXAMPLES = """examples:
   vitreg analyze vit_small_reg4.dinov2_lvd142m runs/vitl --out report   side by side, and over a run's checkpoints
   vitreg evaluate knn quickstart/model               scores: k-NN, linear, segmentation, depth, discovery ... or all
   vitreg attention quickstart/model cat.png  what the class token and each register attend to
+  vitreg predict vit_nano_reg4.digits cat.png pictures --top 3   which classes, as a table, CSV or JSON
+  vitreg features vit_small_reg4.dinov2_lvd142m --images pictures --out features   run it again and it goes on
   vitreg push quickstart/model org/name      publish it in one commit; --dry-run lists what would be sent
   vitreg list --hub 'org/*'                  published models
   vitreg pull org/name folder                fetch a published bundle

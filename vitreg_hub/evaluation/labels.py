@@ -29,11 +29,19 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
         known = tuple(str(names[index]) for index in sorted(names))
         return () if all(UNNAMED.fullmatch(name) for name in known) else known
     cfg = getattr(network, "pretrained_cfg", None) or {}
-    if names := cfg.get("label_names"):
+    names = cfg.get("label_names") or ()
+    if names and len(names) == network.num_classes:  # not those of a head that was replaced
         return tuple(map(str, names))
     if getattr(network, "num_classes", 0) == 1000:
         return tuple(_imagenet().label_names())
     return ()
+
+
+def in_words(name: str) -> str:
+    """A class as people call it: WordNet's id of an ImageNet class comes after its words."""
+    if SYNSET.fullmatch(name) and name in _imagenet().label_names():
+        return f"{_imagenet().label_name_to_description(name)} ({name})"
+    return name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -129,7 +129,7 @@ class Opened:
             preprocessing=self.vit.preprocessing,
         )
 
-    def batches(self, source: ImageSource, what: str) -> Iterator[Batch]:
+    def batches(self, source: ImageSource, what: str, *, skip_unreadable: bool = False) -> Iterator[Batch]:
         """Yield this process's share of the images, under a bar that says what they are for."""
         total = source.num_images and math.ceil(source.num_images / self.processes.num_processes)
         with tqdm(total=total, desc=f"{self.vit.name}: {what}", unit="image", disable=not self.shows_progress) as bar:
@@ -139,6 +139,7 @@ class Opened:
                 num_workers=self.options.get("num_workers", 0),
                 rank=self.processes.process_index,
                 world_size=self.processes.num_processes,
+                skip_unreadable=skip_unreadable,
             ):
                 yield batch
                 bar.update(len(batch.images))

@@ -50,14 +50,7 @@ def image_folder(root: Path, *, classes: Collection[str] = ()) -> datasets.Datas
     Folders in it are classes if they hold most of the images and are several, or one of these `classes`; images beside
     them then have no label.
     """
-    paths = [file for file in files_below(root) if file.lower().endswith(IMG_EXTENSIONS)]
-    if not paths:
-        model = " (it holds a model, which is no data)" if Path(root, CONFIG_FILE).is_file() else ""
-        raise DataError(
-            f"there are no images below {root}{model}: their names must end in {', '.join(IMG_EXTENSIONS)}."
-        )
-    if odd := next(filter(UNPRINTABLE.search, paths), None):
-        raise DataError(f"the name {odd!a} is not UTF-8 or holds control characters: rename the file or folder.")
+    paths = images_below(root)
     inside = [Path(path).relative_to(root).parts for path in paths]
     folders = [parts[0] if len(parts) > 1 else None for parts in inside]
     found = sorted({folder for folder in folders if folder is not None})
@@ -72,6 +65,40 @@ def image_folder(root: Path, *, classes: Collection[str] = ()) -> datasets.Datas
     number = {name: i for i, name in enumerate(found)}
     labels = [None if folder is None else number[folder] for folder in folders]
     return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=datasets.Features(features))
+
+
+def image_files(given: Sequence[str | Path]) -> datasets.Dataset:
+    """Image files, and all that are below folders, as they were given; none is looked at.
+
+    Raises:
+        DataError: There are no images below a folder, or a name cannot be shown.
+    """
+    paths: list[str] = []
+    for path in given:
+        paths += images_below(Path(path)) if os.path.isdir(path) else [str(path)]
+    _require_printable(paths)
+    return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def images_below(root: Path) -> list[str]:
+    """The files of all images below a folder, in the order of their names.
+
+    Raises:
+        DataError: There are none, or a name cannot be shown.
+    """
+    paths = [file for file in files_below(root) if file.lower().endswith(IMG_EXTENSIONS)]
+    if not paths:
+        model = " (it holds a model, which is no data)" if Path(root, CONFIG_FILE).is_file() else ""
+        raise DataError(
+            f"there are no images below {root}{model}: their names must end in {', '.join(IMG_EXTENSIONS)}."
+        )
+    _require_printable(paths)
+    return paths
+
+
+def _require_printable(paths: Sequence[str]) -> None:
+    if odd := next(filter(UNPRINTABLE.search, paths), None):
+        raise DataError(f"the name {odd!a} is not UTF-8 or holds control characters: rename the file or folder.")
 
 
 def files_below(root: Path) -> Iterator[str]:

@@ -48,12 +48,14 @@ class Batch:
         images: [B, C, H, W]; C is 3, or what the model takes.
         labels: [B] int64, -1 where one is missing; None without labels.
         skipped: Why images were left out, one sentence for each.
+        files: [B] where the images come from, empty for one that is in no file.
     """
 
     indices: Tensor
     images: Tensor
     labels: Tensor | None
     skipped: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +178,7 @@ class _Reader(torch.utils.data.Dataset):
 
     def _batch(self, items: list[tuple[int, Any]]) -> Batch:
         source = self.source
-        indices, images, labels, skipped = [], [], [], []
+        indices, images, labels, skipped, files = [], [], [], [], []
         for index, row in items:
             row = source.rows[index] if row is None else row
             picture = row[source.image_column] if source.image_column else row
@@ -192,6 +194,7 @@ class _Reader(torch.utils.data.Dataset):
                 skipped.append(sentence)
                 continue
             indices.append(index)
+            files.append(file_of(picture) or "")
             images.append(image if isinstance(image, Tensor) else self.transform(image))  # pyright: ignore[reportOptionalCall]  # only tensors need none
             source._require_equal(indices[0], images[0], index, images[-1])
             if source.label_column:
@@ -204,6 +207,7 @@ class _Reader(torch.utils.data.Dataset):
             images=torch.stack(images) if images else torch.empty(0),
             labels=torch.tensor(labels, dtype=torch.int64) if source.has_labels else None,
             skipped=tuple(skipped),
+            files=tuple(files),
         )
 
 
