@@ -17,7 +17,8 @@ from reports import examples, report, with_cutoff
 from vitreg_hub.analysis.figures.report import report_figures
 from vitreg_hub.analysis.report.page import render
 from vitreg_hub.analysis.results import Cutoff
-from vitreg_hub.analysis.wording import names, percent, verdict
+from vitreg_hub.analysis.wording import names, verdict
+from vitreg_hub.pages.wording import percent
 from vitreg_hub.plotting import number
 
 VOID = {"meta", "link", "img", "br", "hr"}

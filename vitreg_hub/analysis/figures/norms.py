@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from vitreg_hub.analysis.figures.base import colour_map, legend, line, panels, patch
 from vitreg_hub.analysis.meters.histogram import EDGES, edges
 from vitreg_hub.analysis.results import ArtifactReport, NormHistogram
-from vitreg_hub.analysis.wording import percent
+from vitreg_hub.pages.wording import percent
 from vitreg_hub.plotting import (
     CLASS,
     NORMAL,

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from vitreg_hub.analysis.figures.base import legend, line, panels, patch
 from vitreg_hub.analysis.results import ArtifactReport, LocalInformation, Redundancy
-from vitreg_hub.analysis.wording import names, percent
+from vitreg_hub.analysis.wording import names
+from vitreg_hub.pages.wording import percent
 from vitreg_hub.plotting import CHANCE, CLASS, NORMAL, OUTLIER, REGISTER, number, percent_axis, plain
 
 CURVE_POINTS = 40
