@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from playwright.sync_api import Browser
 
 from vitreg_hub.errors import BundleError, DataError
 from vitreg_hub.evaluation.dense.scoring import Example
+from vitreg_hub.evaluation.discovery import DiscoveryScore, Setting
 from vitreg_hub.evaluation.interventions import INTERVENTIONS
 from vitreg_hub.evaluation.report.figures import eval_figures
-from vitreg_hub.evaluation.report.pictures import class_colours
+from vitreg_hub.evaluation.report.pictures import box_examples, class_colours
 from vitreg_hub.evaluation.report.tables import score_cells, sections, summary
 from vitreg_hub.evaluation.report.write import render, write_report
 from vitreg_hub.evaluation.results import (
@@ -28,6 +30,7 @@ from vitreg_hub.evaluation.results import (
     load_reports,
     to_json,
 )
+from vitreg_hub.evaluation.scores import Share
 from vitreg_hub.evaluation.wording import told, verdict
 
 CLASSES = tuple(["cat", "dog", "horse", "sheep", "cow", "bird", "boat", "car"])
@@ -38,6 +41,11 @@ CLASSIFYING = ("classify", "knn", "linear", "logreg", "zero-shot")
 
 def share(name: str, value: float, spread: float = 0.02) -> Score:
     return Score(name=name, value=value, low=max(0.0, value - spread), high=min(1.0, value + spread))
+
+
+def changed(score: Score, factor: float) -> Score:
+    ends = {"low": score.low and score.low * factor, "high": score.high and score.high * factor}
+    return replace(score, value=score.value * factor, **ends)
 
 
 def result(
@@ -73,8 +81,7 @@ def result(
         made["table"] = {f"class token, lr {rate:g}": 0.8 + rate for rate in (0.001, 0.01, 0.1)}
     if registers:
         made["interventions"] = {
-            kind: tuple(replace(s, value=s.value * (0.5 + 0.15 * i)) for s in scores)
-            for i, kind in enumerate(INTERVENTIONS)
+            kind: tuple(changed(score, 0.5 + 0.15 * i) for score in scores) for i, kind in enumerate(INTERVENTIONS)
         }
     return ProtocolResult(
         protocol=protocol,
@@ -184,7 +191,6 @@ def test_every_number_is_on_the_page(page, reports):
     text = walk(page).text
     for said in ("numbers are random", "knn was made up.", "torch 2.14.0", "CPU with 2 cores", "x:test, 320 images"):
         assert said in text
-    assert all(verdict(report) in text for report in reports)
 
 
 def test_scores_in_words(reports):
@@ -192,8 +198,8 @@ def test_scores_in_words(reports):
     assert told(plain.results[1].scores[0]) == "82.0 % (80.0 to 84.0)"
     assert "; knn: top-1 82.0 % (80.0 to 84.0); " in verdict(plain)
     assert (
-        "knn: top-1 94.0 % (92.0 to 96.0), registers zeroed 47.0 %, registers replaced by their mean 61.1 %, "
-        "registers taken from other images 75.2 %;" in verdict(registers)
+        "knn: top-1 94.0 % (92.0 to 96.0), registers zeroed 47.0 %, their mean 61.1 %, of other images 75.2 %;"
+        in verdict(registers)
     )
     assert "depth: rmse 0.48 m; " in verdict(plain)
     assert verdict(replace(plain, results=())) == "no protocol was run."
@@ -236,6 +242,23 @@ def test_many_classes_are_listed_where_they_cannot_be_drawn():
     np.fill_diagonal(counts, 0)
     true, called = np.unravel_index(counts.argmax(), counts.shape)
     assert table.rows[0][1:4] == (f"class {true}", f"class {called}", str(counts.max()))
+
+
+def test_found_boxes_are_shown_beside_the_true_ones():
+    picture = SimpleNamespace(name="a", image=Image.new("RGB", (8, 6)), boxes=np.array([[0, 0, 4, 4]]))
+    found = DiscoveryScore(
+        setting=Setting(),
+        chosen_on="given",
+        corloc=Share.of(1, 2),
+        names=("none", "a", "b"),
+        boxes=np.arange(12.0).reshape(3, 4),
+        hits=np.array([np.nan, 1, 0]),
+        tried={},
+    )
+    (example,) = box_examples(found, [None, picture, picture], most=1)
+    assert example.name == "a"
+    assert example.predicted.tolist() == [[4, 5, 6, 7]]
+    assert example.truth.tolist() == [[0, 0, 4, 4]]
 
 
 def test_one_model_without_anything_makes_a_page():

@@ -7,12 +7,8 @@ from vitreg_hub.evaluation.results import EvalReport, ProtocolResult, Score
 from vitreg_hub.pages.wording import short_names
 from vitreg_hub.plotting import number
 
-REGISTERS: dict[Intervention, str] = {
-    "zeroed": "zeroed",
-    "mean": "replaced by their mean",
-    "shuffled": "taken from other images",
-}
-"""What was done to registers."""
+REGISTERS: dict[Intervention, str] = {"zeroed": "zeroed", "mean": "their mean", "shuffled": "of other images"}
+"""What took the place of registers."""
 
 
 def names(reports: Sequence[EvalReport]) -> tuple[str, ...]:
@@ -37,15 +33,20 @@ def _digits(score: Score, found: float) -> str:
 
 
 def outcome(result: ProtocolResult) -> str:
-    """The score to quote of a protocol, also with the registers changed, on one line."""
+    """The score to quote of a protocol, also with the registers changed, in one line."""
     if not result.scores:
         return f"{result.protocol}: nothing was scored"
-    changed = [
-        f"registers {REGISTERS[kind]} {value(found[0])}"
-        for kind in INTERVENTIONS
-        if (found := result.interventions.get(kind))
-    ]
-    return f"{result.protocol}: {', '.join([f'{result.scores[0].name} {told(result.scores[0])}', *changed])}"
+    changed = [(kind, found[0]) for kind in INTERVENTIONS if (found := result.interventions.get(kind))]
+    also = ", ".join(f"{REGISTERS[kind]} {value(score)}" for kind, score in changed)
+    quoted = f"{result.protocol}: {result.scores[0].name} {told(result.scores[0])}"
+    return f"{quoted}, registers {also}" if also else quoted
+
+
+def quoted_name(results: Sequence[ProtocolResult]) -> str:
+    """What the score to quote is called; without details, such as "CorLoc", where they differ."""
+    found = dict.fromkeys(result.scores[0].name for result in results if result.scores)
+    name = next(iter(found), "")
+    return name if len(found) == 1 else name.partition(",")[0]
 
 
 def verdict(report: EvalReport) -> str:

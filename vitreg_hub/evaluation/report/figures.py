@@ -13,7 +13,7 @@ from vitreg_hub.evaluation.report.pictures import examples_figure
 from vitreg_hub.evaluation.report.tables import MOST_CLASSES, Named, by_protocol, class_names, confusion
 from vitreg_hub.evaluation.report.words import WORDS
 from vitreg_hub.evaluation.results import EvalReport, Protocol, Score
-from vitreg_hub.evaluation.wording import REGISTERS, names, told
+from vitreg_hub.evaluation.wording import REGISTERS, names, quoted_name, told
 from vitreg_hub.pages.content import ReportFigure
 from vitreg_hub.pages.figures import colour_map, legend, panels, patch
 from vitreg_hub.plotting import CLASS, NORMAL, OUTLIER, REGISTER, percent_axis, plain, png
@@ -27,13 +27,14 @@ WRITTEN = 12
 SIDE_BY_SIDE = 20
 """Most classes whose confusions stand side by side."""
 
-SCORES = (
-    "Bars: {name}. Lines: the 95 % interval, in which the score of all images of this kind lies; where two of them "
-    "overlap, the images do not tell which model is better."
+SCORES = "Bars: {name}."
+INTERVALS = (
+    " Lines: the 95 % interval for more images of the same kind; where two of them overlap, these images do not tell "
+    "which score is higher."
 )
 CHANGED = (
-    " Other bars are the same model with its registers changed after every block. No image gives zeros, so zeroed "
-    "registers lose more than what registers knew; registers of other images show what they know of this one."
+    " Registers were changed after every block. No image gives zeros, so zeroed registers cost more than what they "
+    "knew; what registers of other images cost is what registers know of this image."
 )
 CONFUSED = "Rows are the true classes, columns what they were called; the darker, the larger the share of the row."
 PICTURES: dict[Protocol, str] = {
@@ -61,7 +62,8 @@ def eval_figures(reports: Sequence[EvalReport], examples: Sequence[Examples] = (
         scored = [(name, result) for name, result in named if result.scores]
         changed = any(result.interventions for _, result in scored)
         if len(scored) > 1 or changed:
-            caption = SCORES.format(name=scored[0][1].scores[0].name) + changed * CHANGED
+            known = any(result.scores[0].low is not None for _, result in scored)
+            caption = SCORES.format(name=quoted_name([r for _, r in scored])) + known * INTERVALS + changed * CHANGED
             add(protocol, "scores", caption, scores_figure(scored), [name for name, _ in scored])
         confused = [(name, r) for name, r in named if 0 < len(confusion(r)[0]) <= MOST_CLASSES]
         if confused:
@@ -75,7 +77,7 @@ def eval_figures(reports: Sequence[EvalReport], examples: Sequence[Examples] = (
 
 def scores_figure(named: Named) -> Figure:
     """Bars of the score to quote with its interval, for each model as it is and with its registers changed."""
-    first = named[0][1].scores[0]
+    first, called = named[0][1].scores[0], plain(quoted_name([result for _, result in named]))
     rows: list[tuple[float, Intervention | None, Score]] = []
     middles, place = [], 0.0
     for _, result in named:
@@ -85,7 +87,7 @@ def scores_figure(named: Named) -> Figure:
         middles.append(place + (len(own) - 1) / 2)
         place += len(own) + 0.6
     figure = Figure(figsize=(7.0, 1.6 + 0.28 * place), layout="constrained")
-    figure.suptitle(f"{WORDS[named[0][1].protocol][0]}: {plain(first.name)}", fontsize=12)
+    figure.suptitle(f"{WORDS[named[0][1].protocol][0]}: {called}", fontsize=12)
     axis = figure.subplots()
     for at, kind, score in rows:
         axis.barh(at, score.value, height=0.8, color=COLOURS[kind])
@@ -104,14 +106,14 @@ def scores_figure(named: Named) -> Figure:
         axis.set_xticks([tick for tick in MaxNLocator(5).tick_values(0, most) if tick <= 1])
         percent_axis(axis.xaxis)
     axis.set_xlabel(
-        f"{plain(first.name)}{f' [{first.unit}]' if first.unit == 'm' else ''} "
+        f"{called}{f' [{first.unit}]' if first.unit == 'm' else ''} "
         f"({'higher' if first.higher_is_better else 'lower'} is better)",
         fontsize=8,
     )
     axis.spines[["top", "right"]].set_visible(False)
     used = {kind for _, kind, _ in rows}
     if len(used) > 1:
-        labels = {None: "as it is", **{kind: f"registers {REGISTERS[kind]}" for kind in INTERVENTIONS}}
+        labels = {None: "registers as they are", **{kind: f"registers: {REGISTERS[kind]}" for kind in INTERVENTIONS}}
         legend(figure, [patch(COLOURS[kind], label) for kind, label in labels.items() if kind in used])
     return figure
 

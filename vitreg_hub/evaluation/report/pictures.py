@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from vitreg_hub.evaluation.dense.scoring import Example
+from vitreg_hub.evaluation.discovery import DiscoveryScore
 from vitreg_hub.evaluation.report.words import WORDS
 from vitreg_hub.evaluation.results import Protocol
 from vitreg_hub.pages.figures import legend, line, patch
@@ -32,12 +36,13 @@ def examples_figure(protocol: Protocol, by_model: Mapping[str, Sequence[Example]
     pictures = {example.name: example for examples in by_model.values() for example in examples}
     heads = ("picture", "truth", *by_model)
     tallest = max(example.image.height / example.image.width for example in pictures.values())
-    height = WIDTH * min(2.0, max(0.5, tallest)) + 0.3
-    figure = Figure(figsize=(WIDTH * len(heads), height * len(pictures) + 0.9), layout="constrained")
+    height = WIDTH * min(2.0, max(0.5, tallest)) + 0.2
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, hspace=0.01, wspace=0.01)
+    figure = Figure(figsize=(WIDTH * len(heads), height * len(pictures) + 0.9), layout=layout)
     figure.suptitle(f"{WORDS[protocol][0]}: single pictures", fontsize=12)
     axes = figure.subplots(len(pictures), len(heads), squeeze=False)
     painters: dict[Protocol, Callable[[Axes, Example, np.ndarray], None]] = {
-        "segmentation": partial(_draw_classes, colours=class_colours(len(classes))),
+        "segmentation": partial(_draw_classes, num_classes=len(classes)),
         "depth": _draw_depth,
         "discovery": _draw_boxes,
     }
@@ -58,12 +63,26 @@ def examples_figure(protocol: Protocol, by_model: Mapping[str, Sequence[Example]
     if protocol == "discovery":
         handles = [line(CLASS, "true", "--"), line(OUTLIER, "predicted")]
     elif protocol == "segmentation":
-        occur = np.unique([i for e in pictures.values() for i in np.unique(e.truth) if 0 <= i < len(classes)])
+        maps = [e.truth for e in pictures.values()] + [e.predicted for one in by_model.values() for e in one]
+        occur = sorted({int(i) for found in maps for i in np.unique(found) if 0 <= i < len(classes)})
         colours = class_colours(len(classes)) / 255
-        handles = [patch(tuple(colours[i]), plain(classes[i])) for i in occur[:MOST_NAMES]]
+        handles = [patch(to_hex(colours[i]), plain(classes[i])) for i in occur[:MOST_NAMES]]
     if handles:
         legend(figure, handles)
     return figure
+
+
+def box_examples(found: DiscoveryScore, source: Any, *, most: int = 4) -> tuple[Example, ...]:
+    """The first pictures that have true boxes, with the box that was found in each.
+
+    Args:
+        found: Of all pictures of the source.
+        source: As of `discovery`.
+        most: Pictures at most.
+    """
+    scored = np.flatnonzero(~np.isnan(found.hits))[:most]
+    pictures = [(source[int(i)], found.boxes[i : i + 1]) for i in scored]
+    return tuple(Example(name=p.name, image=p.image, predicted=box, truth=np.asarray(p.boxes)) for p, box in pictures)
 
 
 def class_colours(number: int) -> np.ndarray:
@@ -79,10 +98,10 @@ def class_colours(number: int) -> np.ndarray:
     return colours
 
 
-def _draw_classes(axis: Axes, shown: Example, found: np.ndarray, *, colours: np.ndarray) -> None:
-    counted = (shown.truth >= 0) & (shown.truth < len(colours))
+def _draw_classes(axis: Axes, shown: Example, found: np.ndarray, *, num_classes: int) -> None:
+    counted = (shown.truth >= 0) & (shown.truth < num_classes)
     pixels = np.full((*found.shape, 3), 255, dtype=np.uint8)
-    pixels[counted] = colours[found[counted]]
+    pixels[counted] = class_colours(max(num_classes, int(found.max()) + 1))[found[counted]]
     axis.imshow(pixels, interpolation="nearest")
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from vitreg_hub.evaluation.interventions import INTERVENTIONS
 from vitreg_hub.evaluation.report.words import WORDS
 from vitreg_hub.evaluation.results import PROTOCOLS, DataFacts, EvalReport, Protocol, ProtocolResult, Score, Setting
-from vitreg_hub.evaluation.wording import REGISTERS, names, told, value
+from vitreg_hub.evaluation.wording import REGISTERS, names, quoted_name, told, value
 from vitreg_hub.pages.content import Section, Table
 from vitreg_hub.pages.wording import amount, each_once, percent
 from vitreg_hub.plotting import number
@@ -43,17 +43,11 @@ def summary(reports: Sequence[EvalReport]) -> Table:
     for protocol in by_protocol(reports):
         results = [report.result(protocol) for report in reports]
         quoted = [result.scores[0] if result and result.scores else None for result in results]
-        called = dict.fromkeys(score.name for score in quoted if score)
-        label = f"{protocol}: {next(iter(called))}" if len(called) == 1 else protocol
         cells = score_cells(quoted, comparable=comparable(result for result in results if result))
-        if len(called) > 1:
-            cells = [
-                Markup("{}: {}").format(s.name, cell) if s else cell for s, cell in zip(quoted, cells, strict=True)
-            ]
-        rows.append((label, *cells))
+        rows.append((f"{protocol}: {quoted_name([result for result in results if result])}", *cells))
     title = "Models side by side, with 95 % intervals in brackets"
     if len(reports) > 1:
-        title += "; in bold what is better than all others by more than these, where the numbers can be compared"
+        title += "; bold: comparable with all others and better, with an interval apart from theirs"
     return Table(title=title, head=("", *names(reports)), rows=rows)
 
 

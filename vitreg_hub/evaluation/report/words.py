@@ -9,25 +9,25 @@ _ACCURACY = (
 
 WORDS: dict[Protocol, tuple[str, str, str]] = {
     "classify": (
-        "The model's own head",
+        "The model's own head (classify)",
         "How often the model itself names the class of an image.",
         f"{_ACCURACY} The calibration error is the mean distance between how sure the model is and how often it is "
         "right, over 15 bins.",
     ),
     "knn": (
-        "Nearest neighbours",
+        "Nearest neighbours (knn)",
         "Whether images of one class lie close together, without training anything.",
         f"{_ACCURACY} The most similar training images vote with their cosine similarity over a temperature, as in "
         "DINO.",
     ),
     "linear": (
-        "Linear probes",
+        "Linear probes (linear)",
         "How much a linear classifier reads from the frozen features.",
         f"{_ACCURACY} The probe is the best of a grid of learning rates and features, as in DINOv2, but chosen on "
         "training images that were kept back.",
     ),
     "logreg": (
-        "Logistic regression",
+        "Logistic regression (logreg)",
         "How much a linear classifier that is fitted to the end reads from the frozen class token.",
         f"{_ACCURACY} The strength of the regularisation is chosen on training images that were kept back.",
     ),

@@ -11,7 +11,7 @@ from vitreg_hub.errors import DataError
 from vitreg_hub.evaluation.report.figures import Examples, eval_figures
 from vitreg_hub.evaluation.report.tables import models, sections, summary
 from vitreg_hub.evaluation.results import EvalReport, to_json
-from vitreg_hub.evaluation.wording import names, verdict
+from vitreg_hub.evaluation.wording import names
 from vitreg_hub.files import new_folder, whole_file
 from vitreg_hub.pages.content import REPORT_JSON, REPORT_PAGE, ReportFigure
 from vitreg_hub.pages.render import html_page
@@ -67,7 +67,7 @@ def render(
     return html_page(
         title=TITLE,
         introduction=INTRODUCTION,
-        verdicts=[(report.model.name, verdict(report)) for report in reports],
+        verdicts=(),
         summary=summary(reports),
         sections=sections(reports),
         figures=figures,
