@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from vitreg_hub.evaluation.dense.scoring import Example
 from vitreg_hub.evaluation.discovery import DiscoveryScore
@@ -21,6 +22,8 @@ from vitreg_hub.plotting import CLASS, OUTLIER, number, plain
 
 WIDTH = 2.1
 """Of a picture, in inches."""
+EDGE = withStroke(linewidth=3.5, foreground="white")
+"""Makes boxes visible on any picture."""
 MOST_NAMES = 40
 """Most classes in a legend."""
 
@@ -117,9 +120,7 @@ def _draw_depth(axis: Axes, shown: Example, found: np.ndarray) -> None:
 def _draw_boxes(axis: Axes, shown: Example, found: np.ndarray) -> None:
     axis.imshow(shown.image)
     kinds = [(shown.truth, CLASS, "--")] + ([] if found is shown.truth else [(found, OUTLIER, "-")])
-    for boxes, colour, style in kinds:
+    for boxes, colour, line_style in kinds:
+        style = {"edgecolor": colour, "linestyle": line_style, "linewidth": 2, "path_effects": [EDGE]}
         for left, top, right, bottom in np.reshape(boxes, (-1, 4)):
-            size = (right - left, bottom - top)
-            axis.add_patch(
-                Rectangle((left - 0.5, top - 0.5), *size, fill=False, edgecolor=colour, linestyle=style, linewidth=2)
-            )
+            axis.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, **style))

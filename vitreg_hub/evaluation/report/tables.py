@@ -47,7 +47,7 @@ def summary(reports: Sequence[EvalReport]) -> Table:
         rows.append((f"{protocol}: {quoted_name([result for result in results if result])}", *cells))
     title = "Models side by side, with 95 % intervals in brackets"
     if len(reports) > 1:
-        title += "; bold: comparable with all others and better, with an interval apart from theirs"
+        title += "; bold: better than all others, with an interval that overlaps with none of theirs"
     return Table(title=title, head=("", *names(reports)), rows=rows)
 
 
