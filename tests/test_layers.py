@@ -22,7 +22,7 @@ LAYERS = [
     {"errors", "import_hook", "objectives"},
     {"bounded"},
     {"arch", "compat", "console", "environment", "licenses", "plotting", "tags", "tested", "typed"},
-    {"network"},
+    {"network", "pages"},
     {"timm_models", "files", "names"},
     {"remote", "tokens"},
     {"bundle"},

@@ -14,7 +14,7 @@ from skimage import data
 
 from vitreg_hub.analysis.many import analyze_all, expand
 from vitreg_hub.analysis.measures import patch_norms
-from vitreg_hub.analysis.report.write import REPORT_JSON, REPORT_PAGE, draw_attention
+from vitreg_hub.analysis.report.write import draw_attention
 from vitreg_hub.analysis.results import load_reports
 from vitreg_hub.bundle.model_bundle import ModelBundle
 from vitreg_hub.bundle.provenance import Foreign
@@ -23,6 +23,7 @@ from vitreg_hub.errors import DataError, VitregError
 from vitreg_hub.images.embedded import digits
 from vitreg_hub.model_cards.artifacts import record
 from vitreg_hub.model_cards.card import render
+from vitreg_hub.pages.content import REPORT_JSON, REPORT_PAGE
 
 
 @pytest.fixture

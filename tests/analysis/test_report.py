@@ -3,67 +3,24 @@
 import base64
 import io
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from page_checks import assert_self_contained, assert_shown, offline_tab, opened_browser, walk
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 from reports import examples, report, with_cutoff
 
 from vitreg_hub.analysis.figures.report import report_figures
 from vitreg_hub.analysis.report.page import render
 from vitreg_hub.analysis.results import Cutoff
-from vitreg_hub.analysis.wording import names, percent, verdict
+from vitreg_hub.analysis.wording import names, verdict
+from vitreg_hub.pages.wording import percent
 from vitreg_hub.plotting import number
 
-VOID = {"meta", "link", "img", "br", "hr"}
 HOSTILE = """</title><script>alert('x')</script><img src="http://evil.example/x.png" onerror="a(1)" & $x$"""
-BROWSER_ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-class Walk(HTMLParser):
-    """Looks that every element is closed where it must be, and keeps what it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def walk(page: str) -> Walk:
-    seen = Walk()
-    seen.feed(page)
-    seen.close()
-    assert not seen.open
-    return seen
 
 
 @pytest.fixture(scope="module")
@@ -82,20 +39,7 @@ def page(models) -> str:
 
 
 def test_page_is_well_formed_and_self_contained(page):
-    seen = walk(page)
-    assert page.startswith("<!DOCTYPE html>")
-    assert seen.all("html")[0]["lang"] == "en"
-    assert len(seen.all("title")) == len(seen.all("h1")) == 1
-    assert not seen.all("script")
-    for tag, attributes in seen.elements:
-        assert not [name for name in attributes if name.startswith("on")], tag
-        for name in ("src", "href", "srcset", "action", "data"):
-            assert (attributes.get(name) or "data:").startswith(("data:", "#")), tag
-    assert "url(" not in page
-    assert "@import" not in page
-    ids = [attributes["id"] for _, attributes in seen.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert {link["href"][1:] for link in seen.all("a")} <= set(ids)
+    assert_self_contained(page)
 
 
 def test_images_open_and_are_described(page, models):
@@ -189,13 +133,8 @@ def test_verdicts_in_words():
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    executable = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not executable:
-        pytest.skip("no chromium on this machine")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGS)
+    with opened_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("width", [400, 1280])
@@ -203,28 +142,9 @@ def browser() -> Iterator[Browser]:
 def test_browser_shows_everything_without_a_network(browser, page, tmp_path, width, scheme):
     file = Path(tmp_path, "report.html")
     file.write_text(page, encoding="utf-8")
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    context.set_offline(True)
-    tab, problems, requests = context.new_page(), [], []
-    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: problems.append(str(error)))
-    tab.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-    tab.on("requestfailed", lambda request: problems.append(request.url[:80]))
-    tab.on("request", lambda request: requests.append(request.url))
-    tab.goto(file.as_uri(), wait_until="load")
-    pictures = tab.locator("img").all()
-    assert len(pictures) == 13
-    for picture in pictures:
-        assert picture.evaluate("image => image.complete && image.naturalWidth") > 0
-        box = picture.bounding_box()
-        assert box["width"] > 200
-        assert box["height"] > 50
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    for folded in tab.locator("details").all():
-        folded.evaluate("details => details.open = true")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 22, 22)"}[scheme]
-    context.close()
-    assert not problems
-    assert {url.partition(":")[0] for url in requests} <= {"file", "data"}
+    with offline_tab(browser, file, width=width, scheme=scheme) as tab:
+        pictures = tab.locator("img").all()
+        assert len(pictures) == 13
+        assert_shown(tab, width)
+        background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 22, 22)"}[scheme]

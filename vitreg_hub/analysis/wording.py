@@ -1,47 +1,15 @@
-"""Names, numbers and verdicts in words: the same in figures, tables and on the command line."""
+"""Names and verdicts in words: the same in figures, tables and on the command line."""
 
-import math
 from collections.abc import Sequence
 
 from vitreg_hub.analysis.results import ArtifactReport
+from vitreg_hub.pages.wording import interval, percent, short_names
 from vitreg_hub.plotting import number
-
-LONGEST_NAME = 34
-
-
-def percent(share: float | None) -> str:
-    """A share in [0, 1] with three digits; only zero reads as zero."""
-    if share is None or not math.isfinite(share):
-        return "-"
-    return "under 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.3g} %"
-
-
-def interval(shares: tuple[float, float] | None) -> str:
-    """From the lower to the upper share."""
-    return "-" if shares is None else " to ".join(map(percent, shares))
-
-
-def amount(count: int) -> str:
-    """Millions and billions with three digits."""
-    for unit, name in ((10**9, "B"), (10**6, "M")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:,}"
 
 
 def names(reports: Sequence[ArtifactReport]) -> tuple[str, ...]:
-    """Short, distinct names of the models, each in one line; long ones lose their middle."""
-    found: list[str] = []
-    for report in reports:
-        name = "".join(c if c.isprintable() else " " for c in report.model.name).strip() or "unnamed"
-        if len(name) > LONGEST_NAME:
-            name = f"{name[:11]}…{name[12 - LONGEST_NAME :]}"
-        unique, copies = name, 1
-        while unique in found:
-            copies += 1
-            unique = f"{name} ({copies})"
-        found.append(unique)
-    return tuple(found)
+    """Short, distinct names of the models."""
+    return short_names([report.model.name for report in reports])
 
 
 def verdict(report: ArtifactReport) -> str:

@@ -48,10 +48,11 @@ def run(
     from accelerate import PartialState
 
     from vitreg_hub.analysis.many import analyze_all
-    from vitreg_hub.analysis.report.write import REPORT_PAGE, write_report
+    from vitreg_hub.analysis.report.write import write_report
     from vitreg_hub.analysis.wording import names, verdict
     from vitreg_hub.bundle.config import read_config
     from vitreg_hub.model_cards.artifacts import record
+    from vitreg_hub.pages.content import REPORT_PAGE
 
     hide_loading()
     for model in models if card else ():

@@ -120,12 +120,18 @@ class EvalReport:
         results: In the order of `PROTOCOLS`.
         notes: Why a protocol is missing, and the like.
         versions: Of the libraries.
+        command: That was run, if it was one.
+        date: When, as ISO 8601 writes it.
+        device: On what hardware, in words.
     """
 
     model: EvaluatedModel
     results: tuple[ProtocolResult, ...]
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
+    date: str | None = None
+    device: str | None = None
 
     def result(self, protocol: Protocol) -> ProtocolResult | None:
         """What one protocol found, if it ran."""

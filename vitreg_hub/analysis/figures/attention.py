@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from vitreg_hub.analysis.figures.base import legend, panels, patch
 from vitreg_hub.analysis.results import ArtifactReport, AttentionMass
+from vitreg_hub.analysis.wording import names
+from vitreg_hub.pages.figures import legend, panels, patch
 from vitreg_hub.plotting import CLASS, NORMAL, OUTLIER, REGISTER, percent_axis
 
 TARGETS = (
@@ -23,7 +24,7 @@ def attention_mass_figure(reports: Sequence[ArtifactReport]) -> Figure:
     tokens are of each kind: where a bar differs from that one, attention prefers some tokens."""
     most = max(len(report.attention) for report in reports)
     figure, axes = panels(
-        reports, title="What class token and registers attend to", height=1.5 + 0.28 * most, share="x"
+        names(reports), title="What class token and registers attend to", height=1.5 + 0.28 * most, share="x"
     )
     for axis, report in zip(axes, reports, strict=True):
         rows = [token_shares(report), *report.attention]

@@ -7,9 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from vitreg_hub.analysis.figures.base import legend, line
 from vitreg_hub.analysis.results import ArtifactReport
-from vitreg_hub.analysis.wording import amount, names
+from vitreg_hub.analysis.wording import names
+from vitreg_hub.pages.figures import legend, line
+from vitreg_hub.pages.wording import amount
 from vitreg_hub.plotting import NORMAL, OUTLIER, log_axis, percent_axis, plain, positive_limits, whole_numbers
 
 NORM_LINES = ((0.5, NORMAL, "o", "median"), (0.99, "#888888", "s", "99 % quantile"), (1.0, "#000000", "^", "largest"))

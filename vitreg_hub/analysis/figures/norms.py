@@ -9,10 +9,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from vitreg_hub.analysis.figures.base import colour_map, legend, line, panels, patch
 from vitreg_hub.analysis.meters.histogram import EDGES, edges
 from vitreg_hub.analysis.results import ArtifactReport, NormHistogram
-from vitreg_hub.analysis.wording import percent
+from vitreg_hub.analysis.wording import names
+from vitreg_hub.pages.figures import colour_map, legend, line, panels, patch
+from vitreg_hub.pages.wording import percent
 from vitreg_hub.plotting import (
     CLASS,
     NORMAL,
@@ -36,7 +37,7 @@ def norms_by_block_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 4a.
     """
-    figure, axes = panels(reports, title="Norms of the tokens after every block", height=3.6, share="y")
+    figure, axes = panels(names(reports), title="Norms of the tokens after every block", height=3.6, share="y")
     wide = _width([block.histogram for report in reports for block in report.blocks])
     merged = [[_merged(block.histogram, wide) for block in report.blocks] for report in reports]
     first = min(start for blocks in merged for start, counts in blocks if len(counts))
@@ -85,7 +86,7 @@ def norm_distribution_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 3.
     """
-    figure, axes = panels(reports, title="Distribution of the norms of the patch tokens")
+    figure, axes = panels(names(reports), title="Distribution of the norms of the patch tokens")
     spans, wide, most = [], _width([report.chosen.histogram for report in reports]), 1
     for axis, report in zip(axes, reports, strict=True):
         block, cutoff = report.chosen, report.chosen.cutoff.value
@@ -117,7 +118,7 @@ def norm_distribution_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 def outlier_share_figure(reports: Sequence[ArtifactReport]) -> Figure:
     """Share of the patch tokens that are outliers, block by block, of models that have any."""
-    figure, axes = panels(reports, title="Share of outliers after every block", height=2.6, share="y")
+    figure, axes = panels(names(reports), title="Share of outliers after every block", height=2.6, share="y")
     for axis, report in zip(axes, reports, strict=True):
         axis.bar(range(len(report.blocks)), report.outlier_fraction, color=OUTLIER)
         axis.set(xlabel=BLOCK, ylabel="share of patch tokens", xlim=(-0.6, len(report.blocks) - 0.4))
@@ -129,7 +130,7 @@ def outlier_share_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 def location_figure(reports: Sequence[ArtifactReport]) -> Figure:
     """In which share of the images the patch at each place is an outlier; one scale for all models, which have any."""
-    figure, axes = panels(reports, title="Where outliers are", share="none")
+    figure, axes = panels(names(reports), title="Where outliers are", share="none")
     most = max(share for report in reports for row in report.places.per_position for share in row) or 1
     pictures = []
     for axis, report in zip(axes, reports, strict=True):
@@ -147,7 +148,7 @@ def location_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
 def outliers_per_image_figure(reports: Sequence[ArtifactReport]) -> Figure:
     """How many images have 0, 1, 2, ... outliers, of models that have any."""
-    figure, axes = panels(reports, title="Outliers per image", height=2.6)
+    figure, axes = panels(names(reports), title="Outliers per image", height=2.6)
     for axis, report in zip(axes, reports, strict=True):
         images = report.places.per_image
         axis.bar(range(len(images)), images, width=0.8 if len(images) < 30 else 1.0, color=OUTLIER)

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vitreg_hub.analysis.figures.base import legend, line, panels, patch
 from vitreg_hub.analysis.results import ArtifactReport, LocalInformation, Redundancy
-from vitreg_hub.analysis.wording import names, percent
+from vitreg_hub.analysis.wording import names
+from vitreg_hub.pages.figures import legend, line, panels, patch
+from vitreg_hub.pages.wording import percent
 from vitreg_hub.plotting import CHANCE, CLASS, NORMAL, OUTLIER, REGISTER, number, percent_axis, plain
 
 CURVE_POINTS = 40
@@ -26,7 +27,7 @@ def redundancy_figure(reports: Sequence[ArtifactReport]) -> Figure:
 
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024, figure 5a.
     """
-    figure, axes = panels(reports, title="How similar patches are to their neighbours")
+    figure, axes = panels(names(reports), title="How similar patches are to their neighbours")
     measured = [_measured(report.redundancy) for report in reports]
     lowest = min(2 * np.flatnonzero(g.counts)[0] / len(g.counts) - 1 for groups in measured for g in groups.values())
     for axis, groups in zip(axes, measured, strict=True):
@@ -77,7 +78,7 @@ def global_information_figure(reports: Sequence[ArtifactReport]) -> Figure:
     """Accuracy of image classification from one token alone, by kind of token."""
     most = max(len(report.global_information.tokens) for report in reports)
     figure, axes = panels(
-        reports, title="What a single token says about the whole image", height=1.2 + 0.24 * most, share="x"
+        names(reports), title="What a single token says about the whole image", height=1.2 + 0.24 * most, share="x"
     )
     for axis, report in zip(axes, reports, strict=True):
         found = report.global_information

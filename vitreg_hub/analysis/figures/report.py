@@ -1,7 +1,7 @@
 """All figures of an analysis."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -19,23 +19,8 @@ from vitreg_hub.analysis.figures.norms import (
 from vitreg_hub.analysis.figures.probes import global_information_figure, local_information_figure, redundancy_figure
 from vitreg_hub.analysis.results import ArtifactReport
 from vitreg_hub.analysis.wording import names
+from vitreg_hub.pages.content import ReportFigure
 from vitreg_hub.plotting import png
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportFigure:
-    """A figure of a report.
-
-    Attributes:
-        section: Key of the section that it belongs to (`tables.py`).
-        name: Of its file, without the ending; lower case letters, digits and underscores.
-    """
-
-    section: str
-    name: str
-    alt: str
-    caption: str
-    png: bytes
 
 
 def report_figures(reports: Sequence[ArtifactReport]) -> tuple[ReportFigure, ...]:

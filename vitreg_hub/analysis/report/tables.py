@@ -1,43 +1,12 @@
 """The numbers of an analysis as tables of text, section by section, with what they mean."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from vitreg_hub.analysis.results import QUANTILES, ArtifactReport, Similarities
-from vitreg_hub.analysis.wording import amount, interval, names, percent
+from vitreg_hub.analysis.wording import names
+from vitreg_hub.pages.content import Section, Table
+from vitreg_hub.pages.wording import amount, interval, percent
 from vitreg_hub.plotting import number
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """Text in rows and columns.
-
-    Attributes:
-        folded: Whether it is long and shown only on demand.
-    """
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    folded: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
-    """One thing that was measured.
-
-    Attributes:
-        meaning: In one sentence, for readers who do not know the paper.
-        tables: The numbers; tables without rows are not shown.
-        remarks: Why something is missing.
-    """
-
-    key: str
-    title: str
-    meaning: str
-    definition: str
-    tables: tuple[Table, ...] = ()
-    remarks: Sequence[str] = ()
 
 
 def summary(reports: Sequence[ArtifactReport]) -> Table:

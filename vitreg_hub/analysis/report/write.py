@@ -16,10 +16,8 @@ from vitreg_hub.analysis.results import ArtifactReport, to_json
 from vitreg_hub.errors import DataError
 from vitreg_hub.files import new_folder, require_absent, whole_file
 from vitreg_hub.images.pictures import BROKEN, read_rgb
+from vitreg_hub.pages.content import REPORT_JSON, REPORT_PAGE
 from vitreg_hub.plotting import png
-
-REPORT_JSON = "report.json"
-REPORT_PAGE = "report.html"
 
 
 def write_report(reports: Sequence[ArtifactReport], out: str | Path) -> Path:

@@ -31,12 +31,12 @@ ROUND_UP_TO = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """What a head tells of a picture, kept for a report.
+    """What a model tells of a picture, kept for a report.
 
     Attributes:
         name: Of the picture.
         image: RGB.
-        predicted: [H, W] classes (int64), or metres (float32).
+        predicted: [H, W] classes (int64), or metres (float32), or boxes [K, 4] (left, top, right, bottom in pixels).
         truth: [H, W] likewise.
     """
 

@@ -1,4 +1,4 @@
-"""What the figures of an analysis share: panels side by side, legends, and colour maps."""
+"""What the figures of reports share: panels side by side, legends, and colour maps."""
 
 import math
 from collections.abc import Sequence
@@ -11,32 +11,28 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from vitreg_hub.analysis.results import ArtifactReport
-from vitreg_hub.analysis.wording import names
 from vitreg_hub.plotting import COLUMNS, plain
 
 
-def panels(
-    reports: Sequence[ArtifactReport], *, title: str, height: float = 3.2, share: str = "both"
-) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel per model, under the model's name.
+def panels(names: Sequence[str], *, title: str, height: float = 3.2, share: str = "both") -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per model, under its name.
 
     Panels have this height in inches, and share the limits of these axes: "x", "y", "both" or "none".
     """
-    columns = min(len(reports), COLUMNS)
-    rows = math.ceil(len(reports) / columns)
+    columns = min(len(names), COLUMNS)
+    rows = math.ceil(len(names) / columns)
     size = ({1: 7.0, 2: 4.9, 3: 3.6}[columns] * columns, height * rows + 1.0)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=12)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=share in ("x", "both"), sharey=share in ("y", "both"))
     axes = list(grid.flat)
-    for axis in axes[len(reports) :]:
+    for axis in axes[len(names) :]:
         axis.remove()
-    for axis, name in zip(axes, names(reports), strict=False):
+    for axis, name in zip(axes, names, strict=False):
         axis.set_title(plain(name), fontsize=10)
         axis.tick_params(labelsize=8, labelbottom=True, labelleft=True)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[: len(reports)]
+    return figure, axes[: len(names)]
 
 
 def legend(figure: Figure, handles: Sequence[Artist]) -> None:

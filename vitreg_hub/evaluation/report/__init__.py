@@ -1,0 +1,1 @@
+"""A report of scores as files: JSON, tables, figures, the page."""

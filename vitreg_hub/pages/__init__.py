@@ -1,0 +1,1 @@
+"""Reports as pages for the browser: what those of an analysis and of an evaluation share."""
