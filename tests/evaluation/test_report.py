@@ -13,10 +13,11 @@ from playwright.sync_api import Browser
 
 from vitreg_hub.errors import BundleError, DataError
 from vitreg_hub.evaluation.dense.scoring import Example
+from vitreg_hub.evaluation.dense_protocols import box_examples
 from vitreg_hub.evaluation.discovery import DiscoveryScore, Setting
 from vitreg_hub.evaluation.interventions import INTERVENTIONS
 from vitreg_hub.evaluation.report.figures import eval_figures
-from vitreg_hub.evaluation.report.pictures import box_examples, class_colours
+from vitreg_hub.evaluation.report.pictures import class_colours
 from vitreg_hub.evaluation.report.tables import score_cells, sections, summary
 from vitreg_hub.evaluation.report.write import render, write_report
 from vitreg_hub.evaluation.results import (

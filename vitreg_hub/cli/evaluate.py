@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from vitreg_hub.cli.arguments import ImageSize, N, NumberType, OptionalN
 from vitreg_hub.cli.values import image_size
 from vitreg_hub.console import hide_loading
-from vitreg_hub.files import new_folder, require_absent
+from vitreg_hub.files import require_absent
 
 Wanted = Literal["all", "classify", "knn", "linear", "logreg", "zero-shot", "segmentation", "depth", "discovery"]
 
@@ -18,6 +18,7 @@ def run(
     train: Annotated[str | None, "T"] = None,
     test: Annotated[str | None, "T"] = None,
     out: str = "evaluation",
+    artifacts: Annotated[str | None, "FOLDER"] = None,
     no_interventions: bool = False,
     sweep: bool = False,
     steps: OptionalN = None,
@@ -38,7 +39,8 @@ def run(
         train: folder, embedded set, or org/name[:split] on the Hub to learn from; by default the other part of the
             test images
         test: the same to score; by default digits for classes, and scenes for masks, depths and boxes
-        out: new folder for report.json
+        out: new folder for report.html, report.json and the figures
+        artifacts: report of `vitreg analyze` on the same models, which the new one and it link to each other
         no_interventions: do not score again with the registers zeroed, replaced by their mean, and shuffled
         sweep: discovery on queries, keys and values of the last four blocks with every bias
         steps: training steps of linear probes and dense heads
@@ -57,7 +59,8 @@ def run(
     from vitreg_hub.evaluation.dense_protocols import DenseSettings
     from vitreg_hub.evaluation.engine import Settings, evaluate_all
     from vitreg_hub.evaluation.linear import LinearSettings
-    from vitreg_hub.evaluation.results import to_json
+    from vitreg_hub.evaluation.report.write import REPORT_PAGE, write_report
+    from vitreg_hub.evaluation.wording import names, verdict
 
     hide_loading()
     found = evaluate_all(
@@ -82,6 +85,9 @@ def run(
     if not PartialState().is_main_process:
         return
     reports = [one.report for one in found]
-    with new_folder(Path(out)) as folder:
-        (folder / "report.json").write_text(to_json(reports), encoding="utf-8")
-    print(f"report   {Path(out, 'report.json')}")
+    write_report(reports, out, examples=[one.examples for one in found], artifacts=artifacts)
+    for name, report in zip(names(reports), reports, strict=True):
+        print(f"{name}: {verdict(report)}")
+        for note in report.notes:
+            print(f"  {note}")
+    print(f"report   {Path(out, REPORT_PAGE)}")

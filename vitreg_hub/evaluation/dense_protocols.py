@@ -62,7 +62,7 @@ def dense_result(
     test: Images,
     settings: DenseSettings,
     interventions: bool = True,
-) -> tuple[ProtocolResult, tuple[Example | DiscoveryScore, ...]]:
+) -> tuple[ProtocolResult, tuple[Example, ...]]:
     """Run one protocol on pictures with annotations.
 
     Args:
@@ -231,11 +231,24 @@ def _discovery(opened: Opened, train: Any, test: AnnotatedSource, settings: Dens
         )
         taken = f"CorLoc, {found.setting}"
         rows = (Score(name=taken, value=found.corloc.value, low=found.corloc.low, high=found.corloc.high),)
-        return rows, (), (found,), {str(setting): share for setting, share in found.tried.items()}
+        return rows, (), box_examples(found, test), {str(setting): share for setting, share in found.tried.items()}
 
     told: dict[str, Setting] = {"features": "sweep" if settings.sweep else f"{settings.which} of {settings.block}"}
     told |= {"bias": None if settings.sweep else settings.bias, "chosen on": "training pictures" if train else "given"}
     return score, told
+
+
+def box_examples(found: DiscoveryScore, source: Any, *, most: int = 4) -> tuple[Example, ...]:
+    """The first pictures that have true boxes, with the box that was found in each.
+
+    Args:
+        found: Of all pictures of the source.
+        source: As of `discovery`.
+        most: Pictures at most.
+    """
+    scored = np.flatnonzero(~np.isnan(found.hits))[:most]
+    pictures = [(source[int(i)], found.boxes[i : i + 1]) for i in scored]
+    return tuple(Example(name=p.name, image=p.image, predicted=box, truth=np.asarray(p.boxes)) for p, box in pictures)
 
 
 def zero_shot_result(opened: Opened, model: Any, *, test: Images) -> ProtocolResult:

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import nn
 
 from vitreg_hub.environment import versions
 from vitreg_hub.errors import DataError
+from vitreg_hub.evaluation.dense.scoring import Example
 from vitreg_hub.evaluation.dense_protocols import TARGETS, DenseSettings, dense_result, zero_shot_result
 from vitreg_hub.evaluation.features import Features
 from vitreg_hub.evaluation.interventions import INTERVENTIONS, Intervention
@@ -63,11 +64,11 @@ class Evaluation:
 
     Attributes:
         report: All numbers.
-        examples: By protocol: `Example`s of masks and depths, or the `DiscoveryScore` with all boxes.
+        examples: By protocol, some pictures with the masks, depths or boxes that were told of them.
     """
 
     report: EvalReport
-    examples: dict[Protocol, Any]
+    examples: dict[Protocol, tuple[Example, ...]]
 
 
 def evaluate(
@@ -111,7 +112,7 @@ def evaluate_with_examples(
     opened, settings = Opened.of(model, **options), settings or Settings()
     results: dict[Protocol, ProtocolResult] = {}
     notes: list[str] = []
-    examples: dict[Protocol, Any] = {}
+    examples: dict[Protocol, tuple[Example, ...]] = {}
 
     def attempt(
         names: Sequence[Protocol], work: Callable[[Sequence[Protocol]], dict[Protocol, ProtocolResult]]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -14,7 +13,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from vitreg_hub.evaluation.dense.scoring import Example
-from vitreg_hub.evaluation.discovery import DiscoveryScore
 from vitreg_hub.evaluation.report.words import WORDS
 from vitreg_hub.evaluation.results import Protocol
 from vitreg_hub.pages.figures import legend, line, patch
@@ -73,19 +71,6 @@ def examples_figure(protocol: Protocol, by_model: Mapping[str, Sequence[Example]
     if handles:
         legend(figure, handles)
     return figure
-
-
-def box_examples(found: DiscoveryScore, source: Any, *, most: int = 4) -> tuple[Example, ...]:
-    """The first pictures that have true boxes, with the box that was found in each.
-
-    Args:
-        found: Of all pictures of the source.
-        source: As of `discovery`.
-        most: Pictures at most.
-    """
-    scored = np.flatnonzero(~np.isnan(found.hits))[:most]
-    pictures = [(source[int(i)], found.boxes[i : i + 1]) for i in scored]
-    return tuple(Example(name=p.name, image=p.image, predicted=box, truth=np.asarray(p.boxes)) for p, box in pictures)
 
 
 def class_colours(number: int) -> np.ndarray:
