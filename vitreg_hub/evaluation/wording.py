@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vitreg_hub.evaluation.interventions import INTERVENTIONS, Intervention
+from vitreg_hub.evaluation.interventions import Intervention
 from vitreg_hub.evaluation.results import EvalReport, ProtocolResult, Score
 from vitreg_hub.pages.wording import short_names
 from vitreg_hub.plotting import number
@@ -36,8 +36,9 @@ def outcome(result: ProtocolResult) -> str:
     """The score to quote of a protocol, also with the registers changed, in one line."""
     if not result.scores:
         return f"{result.protocol}: nothing was scored"
-    changed = [(kind, found[0]) for kind in INTERVENTIONS if (found := result.interventions.get(kind))]
-    also = ", ".join(f"{REGISTERS[kind]} {value(score)}" for kind, score in changed)
+    also = ", ".join(
+        f"{what} {value(found[0])}" for kind, what in REGISTERS.items() if (found := result.interventions.get(kind))
+    )
     quoted = f"{result.protocol}: {result.scores[0].name} {told(result.scores[0])}"
     return f"{quoted}, registers {also}" if also else quoted
 

@@ -30,8 +30,11 @@ Named = Sequence[tuple[str, ProtocolResult]]
 def by_protocol(reports: Sequence[EvalReport]) -> dict[Protocol, Named]:
     """Results of every protocol that was run."""
     named = tuple(zip(names(reports), reports, strict=True))
-    found = {p: tuple((name, result) for name, r in named if (result := r.result(p))) for p in PROTOCOLS}
-    return {protocol: results for protocol, results in found.items() if results}
+    found: dict[Protocol, Named] = {}
+    for protocol in PROTOCOLS:
+        if results := tuple((name, result) for name, report in named if (result := report.result(protocol))):
+            found[protocol] = results
+    return found
 
 
 def summary(reports: Sequence[EvalReport]) -> Table:
