@@ -1,7 +1,6 @@
 """Protocols on pictures with masks, depths or boxes, and on CLIP models with their text tower."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,26 +82,22 @@ def dense_result(
     pictures = _open(opened, test, target, "test")
     learns = protocol != "discovery" or settings.sweep
     lessons = _open(opened, test if train is None else train, target, "train") if learns else None
-    kinds: tuple[Intervention | None, ...] = (None,)
-    if interventions and opened.layout.num_registers:
-        kinds += INTERVENTIONS
-    bank = _bank(opened, lessons or pictures) if len(kinds) > 1 else None
     work = {"segmentation": _segmentation, "depth": _depth, "discovery": _discovery}[protocol]
     score, told = work(opened, lessons, pictures, settings)
-    rows: dict[Intervention | None, tuple[Score, ...]] = {}
-    for kind in kinds:
-        with _changed(opened, kind, bank):
-            rows[kind], per_class, examples, table = score()
-            if kind is None:
-                kept = per_class, examples, table
-    per_class, examples, table = kept
+    scores, per_class, examples, table = score()
+    changed: dict[Intervention, tuple[Score, ...]] = {}
+    if interventions and opened.layout.num_registers:
+        bank = _bank(opened, pictures if lessons is None else lessons)
+        for kind in INTERVENTIONS:
+            with intervened(opened.model, kind, bank):
+                changed[kind] = score()[0]
     result = ProtocolResult(
         protocol=protocol,
-        train=lessons and _facts(lessons),
+        train=None if lessons is None else _facts(lessons),
         test=_facts(pictures),
         settings=told | {"image size": opened.vit.size, "seed": opened.seed},
-        scores=rows[None],
-        interventions={kind: rows[kind] for kind in kinds if kind},
+        scores=scores,
+        interventions=changed,
         per_class=per_class,
         table=table,
     )
@@ -120,15 +115,6 @@ def _open(opened: Opened, images: Images, target: Target, split: str) -> Annotat
 def _facts(source: AnnotatedSource) -> DataFacts:
     classes = (source.class_names or ()) if source.target == "mask" else ()
     return DataFacts(name=source.name, num_images=len(source), classes=classes)
-
-
-@contextmanager
-def _changed(opened: Opened, kind: Intervention | None, bank: RegisterBank | None) -> Iterator[None]:
-    if kind is None or bank is None:
-        yield
-        return
-    with intervened(opened.model, kind, bank):
-        yield
 
 
 def _bank(opened: Opened, pictures: AnnotatedSource) -> RegisterBank:

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, cast
 
 from torch import nn
 
-from vitreg_hub.environment import versions
+from vitreg_hub.environment import command, hardware, now, versions
 from vitreg_hub.errors import DataError
 from vitreg_hub.evaluation.dense.scoring import Example
 from vitreg_hub.evaluation.dense_protocols import TARGETS, DenseSettings, dense_result, zero_shot_result
@@ -125,19 +125,20 @@ def evaluate_with_examples(
                 raise
             notes.append(f"{', '.join(names)}: {error}")
 
-    chosen = [name for name in PROTOCOLS if wanted is None or name in wanted]
-    pooled = [name for name in chosen if name in POOLED]
+    chosen: list[Protocol] = [name for name in PROTOCOLS if wanted is None or name in wanted]
+    pooled: list[Protocol] = [name for name in chosen if name in POOLED]
     if pooled:
         study = _Pooled(opened, settings, train=train, test=DEFAULT_IMAGES if test is None else test)
         if wanted is None:  # each may be impossible for a reason of its own
-            for group in (("classify",), PROBING):
-                attempt(group, study.results)
+            attempt(POOLED[:1], study.results)
+            attempt(PROBING, study.results)
         else:
             attempt(pooled, study.results)
     pictures = DEFAULT_PICTURES if test is None else test
     if "zero-shot" in chosen:
         attempt(("zero-shot",), lambda names: {names[0]: zero_shot_result(opened, model, test=pictures)})
-    for name in [name for name in chosen if name in TARGETS]:
+    dense: list[Protocol] = [name for name in chosen if name in TARGETS]
+    for name in dense:
 
         def score(names: Sequence[Protocol]) -> dict[Protocol, ProtocolResult]:
             result, examples[names[0]] = dense_result(
@@ -160,6 +161,9 @@ def evaluate_with_examples(
         results=tuple(results[name] for name in PROTOCOLS if name in results),
         notes=tuple(notes),
         versions=versions("torch", "timm", "transformers", "vitreg_hub"),
+        command=command(),
+        date=now(),
+        device=hardware(opened.device, num_processes=opened.processes.num_processes),
     )
     return Evaluation(report=report, examples=examples)
 
@@ -189,8 +193,7 @@ class _Pooled:
     def __init__(self, opened: Opened, settings: Settings, *, train: Images | None, test: Images) -> None:
         self.opened, self.settings = opened, settings
         most, seed = opened.options.get("max_images"), opened.seed
-        self.test = open_split(test, "test", max_images=most, seed=seed)
-        assert self.test is not None
+        self.test = cast(ImageSource, open_split(test, "test", max_images=most, seed=seed))  # None is not for tests
         self.train = open_split(
             test if train is None else train, "train", max_images=most, seed=seed, shared=train is None
         )
@@ -200,7 +203,9 @@ class _Pooled:
         """Run some of the protocols."""
         if not self.test.has_labels:
             raise DataError(f"{self.test.name} has no labels: give images in folders by class, or with a label column.")
-        learned = {name: self._classifier() if name == "classify" else self._learned(name) for name in names}
+        learned: dict[Protocol, Learned] = {
+            name: self._classifier() if name == "classify" else self._learned(name) for name in names
+        }
         kinds: tuple[Intervention | None, ...] = (None,)
         if self.settings.interventions and self.opened.layout.num_registers:
             kinds += INTERVENTIONS
@@ -231,11 +236,11 @@ class _Pooled:
 
     def _learned(self, name: Protocol) -> Learned:
         _, train = self._training(name)
-        settings, shared = self.settings, {"num_classes": self._num_classes()}
+        settings, number = self.settings, self._num_classes()
         if name == "knn":
             return knn(
                 train,
-                **shared,
+                num_classes=number,
                 ks=settings.ks,
                 temperature=settings.temperature,
                 shots=settings.shots,
@@ -244,12 +249,12 @@ class _Pooled:
         if name == "linear":
             return linear(
                 train,
-                **shared,
+                num_classes=number,
                 settings=settings.linear,
                 device=self.opened.device,
                 progress=self.opened.shows_progress,
             )
-        return logreg(train, **shared, seed=self.opened.seed, progress=self.opened.shows_progress)
+        return logreg(train, num_classes=number, seed=self.opened.seed, progress=self.opened.shows_progress)
 
     def _classifier(self) -> Learned:
         """The model's own head, whose classes are matched with those of the data."""

@@ -71,8 +71,8 @@ class LinearSettings:
 
     def grid(self, features: Features) -> tuple[Probe, ...]:
         """All probes that can be trained on these features."""
-        wanted = self.pools or ("class", "class+patches", "class+registers")
-        pools = [pool for pool in wanted if pool in features.pools] or [features.default_pool]
+        wanted: tuple[Pool, ...] = self.pools or ("class", "class+patches", "class+registers")
+        pools: list[Pool] = [pool for pool in wanted if pool in features.pools] or [features.default_pool]
         depths = sorted({min(number, max(1, features.cls.shape[1])) for number in self.blocks})
         return tuple(
             Probe(pool=pool, blocks=number, rate=rate) for number in depths for pool in pools for rate in self.rates
@@ -129,8 +129,10 @@ def train_heads(
     settings = settings or LinearSettings()
     scale = settings.batch_size / 256
     groups = [{"params": list(head.to(device).parameters()), "lr": probe.rate * scale} for probe, head in heads.items()]
-    kind, extra = (torch.optim.AdamW, {}) if settings.optimizer == "adamw" else (torch.optim.SGD, {"momentum": 0.9})
-    optimizer = kind(groups, weight_decay=0, **extra)
+    if settings.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, weight_decay=0)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
     if settings.schedule == "one_cycle":
         schedule = OneCycleLR(optimizer, max_lr=[group["lr"] for group in groups], total_steps=steps)
     else:

@@ -67,8 +67,7 @@ def fit_logistic(
     accuracies = {}
     for strength in tqdm(strengths, desc="logistic regression", unit="fit", disable=not progress, leave=False):
         fitted = _fit(train, train_labels, strength)
-        hits = fitted.predict(held_out.double().numpy()) == held_out_labels.numpy()
-        accuracies[strength] = float(hits.mean())
+        accuracies[strength] = float(fitted.score(held_out.double().numpy(), held_out_labels.numpy()))
     best = max(accuracies, key=lambda strength: accuracies[strength])
     final = _fit(torch.cat([train, held_out]), torch.cat([train_labels, held_out_labels]), best)
     return LogisticFit(model=final, strength=best, held_out_accuracy=accuracies)

@@ -87,7 +87,7 @@ def _opened(images: Images | Sequence[str | Path], options: Options) -> ImageSou
     if isinstance(images, str | Path) and os.path.exists(images):
         return open_images(image_files([images]), name=str(images), **limits)
     paths = [image for image in images if isinstance(image, str | Path)] if isinstance(images, list | tuple) else []
-    if paths and len(paths) == len(images):
+    if isinstance(images, list | tuple) and paths and len(paths) == len(images):
         return open_images(image_files(paths), name="the list", **limits)
     return open_images(images, **limits)  # pyright: ignore[reportArgumentType]  # a list of paths is done
 

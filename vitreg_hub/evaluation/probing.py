@@ -100,7 +100,9 @@ def knn(
 
     def more(test: Features) -> tuple[Score, ...]:
         rows = []
-        for pool in [pool for pool in train.pools if pool in (train.default_pool, "registers", "class+registers")]:
+        wanted: tuple[Pool, ...] = (train.default_pool, "registers", "class+registers")
+        pools: list[Pool] = [pool for pool in wanted if pool in train.pools]
+        for pool in pools:
             for number, found in votes(test, pool, largest).items():
                 if (pool, number) != (train.default_pool, quoted):
                     rows.append(_top1(f"{pool}, {number} neighbours", found, test))

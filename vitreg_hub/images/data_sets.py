@@ -141,7 +141,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def hub_stream(
-    repo_id: str, split: str | None, usual_splits: Sequence[str], **options: str
+    repo_id: str, split: str | None, usual_splits: Sequence[str], **options: Any
 ) -> tuple[str, datasets.IterableDataset, str]:
     """Name and rows of a split on the Hub, and the start of the URLs of its own files.
 

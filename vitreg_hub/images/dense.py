@@ -160,9 +160,8 @@ class AnnotatedSource:
         yield from ((index, row) for index, row in enumerate(self.rows) if index % world_size == rank)
 
     def _read(self, index: int, row: Mapping[str, Any] | None) -> Annotated:
-        row = self.rows[index] if row is None else row
-        columns = self.columns
-        values = {kind: part(row, column) for kind, column in columns.items()}
+        known: Mapping[str, Any] = self.rows[index] if row is None else row
+        values = {kind: part(known, column) for kind, column in self.columns.items()}
         for kind in ("image", "mask", "depth"):
             if isinstance(values.get(kind), str):  # a file that a row names, which may be a stranger's
                 values[kind] = {"bytes": None, "path": values[kind]}
@@ -170,7 +169,7 @@ class AnnotatedSource:
             values["boxes"] = values["boxes"].boxes()
         file = values["image"] if isinstance(values["image"], Path) else file_of(values["image"])
         name = str(file or f"image {index} of {self.name}")
-        for kind in ("image", "bbox" if self.target == "boxes" and "bbox" in columns else self.target):
+        for kind in ("image", "bbox" if self.target == "boxes" and "bbox" in self.columns else self.target):
             if values[kind] is None:
                 raise DataError(f"{name} has no {kind}: leave it out, or add what is missing.")
 
@@ -202,7 +201,7 @@ class AnnotatedSource:
             image=image,
             mask=mask,
             depth=depth,
-            boxes=read("boxes", read_boxes) if "boxes" in columns else read("bbox", read_boxes, sizes=True),
+            boxes=read("boxes", read_boxes) if "boxes" in self.columns else read("bbox", read_boxes, sizes=True),
             caption=values.get("caption"),
             label=read("label", int),
         )
