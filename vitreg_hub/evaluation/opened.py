@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from accelerate import PartialState
@@ -19,6 +19,7 @@ from vitreg_hub.errors import DataError
 from vitreg_hub.evaluation.features import Features, extract
 from vitreg_hub.evaluation.interventions import Intervention, RegisterBank, intervened
 from vitreg_hub.evaluation.results import DataFacts, EvaluatedModel
+from vitreg_hub.images.data_sets import ON_HUB
 from vitreg_hub.images.embedded import TRAINING_SETS, Split
 from vitreg_hub.images.source import Batch, Images, ImageSource, open_images
 from vitreg_hub.network.layout import VitLayout, has_classes, unwrapped
@@ -177,26 +178,21 @@ def open_split(
         split: The part.
         max_images: Use at most this many.
         seed: Decides which.
-        shared: Whether `images` were given for both parts: None then says that they have no such part.
+        shared: Whether `images` were given for another part: None then says that they have no such one.
 
     Raises:
         DataError: There are no such images.
     """
+    limits: dict[str, Any] = {"max_images": max_images, "seed": seed}
     if isinstance(images, str) and images in TRAINING_SETS:
-        source = open_images(TRAINING_SETS[images](split), name=f"{images}:{split}", max_images=max_images, seed=seed)
-        return source
+        return open_images(TRAINING_SETS[images](split), name=f"{images}:{split}", **limits)
     if isinstance(images, str | Path) and os.path.isdir(images):
         part = next((Path(images, name) for name in FOLDERS[split] if Path(images, name).is_dir()), None)
         if part is not None:
-            return open_images(part, max_images=max_images, seed=seed)
-    elif isinstance(images, str) and "/" in images and ":" not in images.removeprefix("hf-hub:"):
-        if split == "train":
-            return open_images(f"{images}:train", max_images=max_images, seed=seed)
-    elif shared:
-        return None
-    if shared and split == "train":
-        return None
-    return open_images(images, max_images=max_images, seed=seed)
+            return open_images(part, **limits)
+    elif isinstance(images, str) and split == "train" and ON_HUB.fullmatch(images) and ":" not in images:
+        return open_images(f"{images}:train", **limits)
+    return None if shared else open_images(images, **limits)
 
 
 def data_facts(source: ImageSource, features: Features) -> DataFacts:
