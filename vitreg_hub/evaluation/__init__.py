@@ -7,7 +7,6 @@ from vitreg_hub.evaluation.dense.scoring import evaluate_depth, evaluate_segment
 from vitreg_hub.evaluation.dense.segmentation_metrics import SegmentationScores, segmentation_scores
 from vitreg_hub.evaluation.dense.training import train_depth, train_segmentation
 from vitreg_hub.evaluation.dense_protocols import DenseSettings
-from vitreg_hub.evaluation.discovery import discovery
 from vitreg_hub.evaluation.engine import Settings, evaluate
 from vitreg_hub.evaluation.features import Features, extract
 from vitreg_hub.evaluation.interventions import RegisterBank, intervened
@@ -16,7 +15,7 @@ from vitreg_hub.evaluation.linear import LinearSettings
 from vitreg_hub.evaluation.lost import LostBox, corloc, lost_box
 from vitreg_hub.evaluation.results import EvalReport, load_reports
 from vitreg_hub.evaluation.scores import ClassScores, classification_scores
-from vitreg_hub.evaluation.zero_shot import open_towers, zero_shot, zero_shot_masks
+from vitreg_hub.evaluation.zero_shot import open_towers, zero_shot_masks
 
 __all__ = [
     "ClassScores",
@@ -34,7 +33,6 @@ __all__ = [
     "classification_scores",
     "corloc",
     "depth_scores",
-    "discovery",
     "evaluate",
     "evaluate_depth",
     "evaluate_segmentation",
@@ -47,6 +45,5 @@ __all__ = [
     "segmentation_scores",
     "train_depth",
     "train_segmentation",
-    "zero_shot",
     "zero_shot_masks",
 ]

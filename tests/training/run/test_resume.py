@@ -27,6 +27,7 @@ from vitreg_hub.training import loop
 from vitreg_hub.training.data import opening as data
 from vitreg_hub.training.recipes.files import recipe_to_yaml
 from vitreg_hub.training.run import checkpoints as run_state
+from vitreg_hub.training.run import state
 from vitreg_hub.training.run.folders import checkpoints
 from vitreg_hub.training.run.model_folder import ModelWriter
 from vitreg_hub.training.run.trainer import Trainer
@@ -134,7 +135,7 @@ def test_killed_elsewhere(moment, uninterrupted, tmp_path, monkeypatch):
                     raise Killed
                 safetensors.torch.save_file(*args, **kwargs)
 
-            patched.setattr(run_state, "save_file", killed)
+            patched.setattr(state, "save_file", killed)
             patched.setattr(run_state, "new_folder", left_behind)
         with pytest.raises(Killed):
             train(saving(name), tmp_path / "run")
