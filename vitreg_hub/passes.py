@@ -1,6 +1,6 @@
 """One pass of a ViT over images: every image once, batch by batch, shared by all processes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from vitreg_hub.any_vit import AnyVit
 from vitreg_hub.errors import DataError
-from vitreg_hub.images.source import Batch
+from vitreg_hub.images.source import Batch, ImageSource
 from vitreg_hub.network.layout import VitLayout
 from vitreg_hub.tokens import Observation, observe
 
@@ -37,6 +38,40 @@ class Needs:
             attention=tuple({*self.attention, *other.attention}),
             logits=self.logits or other.logits,
             projections=tuple({*self.projections, *other.projections}),
+        )
+
+
+def require_sensible(options: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse options that would be ignored, or fail after hours.
+
+    Raises:
+        DataError: One is not known, the seed is negative, or the device is not there.
+    """
+    if unknown := sorted(options.keys() - set(known)):
+        raise DataError(f"there is no option {', '.join(unknown)}: choose from {', '.join(known)}.")
+    seed = options.get("seed", 0)
+    if not 0 <= seed < 2**63:
+        raise DataError(f"seed is {seed}: give a whole number of at least 0.")
+    try:
+        torch.empty(0, device=options.get("device"))
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(
+            f"device {options.get('device')!r} cannot be used here: give cpu, or cuda with a GPU."
+        ) from error
+
+
+def require_channels(vit: AnyVit, source: ImageSource) -> None:
+    """Refuse images of other channels than the model takes.
+
+    Raises:
+        DataError: They are, and cannot be made into them.
+    """
+    channels, tensors = vit.in_chans, isinstance(source.rows, Tensor)
+    if channels != (source.rows.shape[1] if tensors else 3) and (tensors or channels != 1):
+        given = f"tensors of {source.rows.shape[1]}" if tensors else "pictures of 3"
+        raise DataError(
+            f"{vit.name} takes images of {channels} channels, but these are {given}: give a tensor "
+            f"[N, {channels}, H, W] of numbers that the model takes as they are."
         )
 
 

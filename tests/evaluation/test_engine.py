@@ -107,6 +107,29 @@ def test_what_cannot_be_scored_is_told(tmp_path):
         evaluate(headless, "knn", test=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"device": "nothing"}, "device 'nothing'"), ({"seed": -1}, "seed is -1"), ({"sed": 1}, "there is no option sed")],
+)
+def test_options_without_sense_are_refused(options, sentence):
+    with pytest.raises(DataError, match=sentence):
+        evaluate(TRAINED, "knn", max_images=5, **options)
+
+
+def test_images_of_other_channels_are_refused():
+    with pytest.raises(DataError, match="takes images of 5 channels"):
+        evaluate(random_bundle().build(in_chans=5), "classify", max_images=5)
+
+
+def test_changed_registers_are_scored_with_the_features_that_the_sweep_chose():
+    swept = replace(QUICK, dense=DenseSettings(sweep=True))
+    found = evaluate(TRAINED, "discovery", settings=swept, max_images=4).result("discovery")
+    assert len(found.table) == 3 * 4 * 10
+    best = max(found.table, key=found.table.get)
+    for scores in (found.scores, *found.interventions.values()):
+        assert scores[0].name == f"CorLoc, {best}"
+
+
 def test_report_is_the_same_as_json(report, tmp_path):
     (tmp_path / "report.json").write_text(to_json([report]))
     assert load_reports(tmp_path / "report.json") == (report,)

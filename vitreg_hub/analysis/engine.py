@@ -19,7 +19,7 @@ from vitreg_hub.errors import DataError
 from vitreg_hub.images.embedded import TILE, photos
 from vitreg_hub.images.source import Batch, Images, open_images
 from vitreg_hub.network.layout import VitLayout
-from vitreg_hub.passes import Needs, failing_together, gathered, observed
+from vitreg_hub.passes import Needs, failing_together, gathered, observed, require_channels, require_sensible
 from vitreg_hub.tokens import Observation
 
 PHOTOS = "photos"
@@ -83,7 +83,10 @@ class Study:
     """
 
     def __init__(self, model: nn.Module | str | Path, images: Images, **options: Unpack[Options]) -> None:
-        _require_sensible(options)
+        require_sensible(options, Options.__annotations__)
+        cutoff = options.get("cutoff")
+        if cutoff is not None and not 0 < cutoff < math.inf:
+            raise DataError(f"cutoff is {cutoff}: give a norm above 0, or leave it out to have it found.")
         self.options = options
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
         self._world_size = self.processes.num_processes
@@ -109,13 +112,7 @@ class Study:
             max_images=options.get("max_images"),
             seed=self.seed,
         )
-        channels, tensors = self.opened.in_chans, isinstance(self.source.rows, Tensor)
-        if channels != (self.source.rows.shape[1] if tensors else 3) and (tensors or channels != 1):
-            given = f"tensors of {self.source.rows.shape[1]}" if tensors else "pictures of 3"
-            raise DataError(
-                f"{self.opened.name} takes images of {channels} channels, but these are {given}: give a tensor "
-                f"[N, {channels}, H, W] of numbers that the model takes as they are."
-            )
+        require_channels(self.opened, self.source)
 
     @cached_property
     def norms(self) -> NormMeter:
@@ -209,22 +206,3 @@ class Study:
             for seen, batch in observed(self.opened.model, batches, needs):
                 yield seen, batch
                 bar.update(len(batch.images))
-
-
-def _require_sensible(options: Options) -> None:
-    """Refuse what would be ignored, or fail after hours."""
-    if unknown := options.keys() - Options.__annotations__.keys():
-        raise DataError(
-            f"there is no option {', '.join(sorted(unknown))}: choose from {', '.join(Options.__annotations__)}."
-        )
-    cutoff, seed = options.get("cutoff"), options.get("seed", 0)
-    if cutoff is not None and not 0 < cutoff < math.inf:
-        raise DataError(f"cutoff is {cutoff}: give a norm above 0, or leave it out to have it found.")
-    if not 0 <= seed < 2**63:
-        raise DataError(f"seed is {seed}: give a whole number of at least 0.")
-    try:
-        torch.empty(0, device=options.get("device"))
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(
-            f"device {options.get('device')!r} cannot be used here: give cpu, or cuda with a GPU."
-        ) from error

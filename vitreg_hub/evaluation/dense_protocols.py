@@ -11,8 +11,17 @@ from vitreg_hub.errors import DataError
 from vitreg_hub.evaluation.dense.loading import Workers
 from vitreg_hub.evaluation.dense.scoring import Example, evaluate_depth, evaluate_segmentation
 from vitreg_hub.evaluation.dense.training import train_depth, train_segmentation
-from vitreg_hub.evaluation.discovery import BIASES, IMAGENET_MEAN, IMAGENET_STD, DiscoveryScore, discovery
-from vitreg_hub.evaluation.interventions import INTERVENTIONS, Intervention, RegisterBank, intervened
+from vitreg_hub.evaluation.discovery import (
+    BIASES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DiscoveryScore,
+    Which,
+    discovery,
+    find_boxes,
+    sweep_settings,
+)
+from vitreg_hub.evaluation.interventions import DONORS, INTERVENTIONS, Intervention, RegisterBank, intervened
 from vitreg_hub.evaluation.opened import Opened, open_split
 from vitreg_hub.evaluation.probing import class_score_rows
 from vitreg_hub.evaluation.results import DataFacts, Protocol, ProtocolResult, Score, Setting
@@ -48,7 +57,7 @@ class DenseSettings:
     steps: int | None = None
     max_depth: float | None = None
     sweep: bool = False
-    which: str = "keys"
+    which: Which = "keys"
     block: int = -1
     bias: float = 0.0
 
@@ -118,7 +127,7 @@ def _facts(source: AnnotatedSource) -> DataFacts:
 
 
 def _bank(opened: Opened, pictures: AnnotatedSource) -> RegisterBank:
-    number = min(64, len(pictures))
+    number = min(DONORS, len(pictures))
     return opened.bank(open_images([pictures[index].image for index in range(number)]))
 
 
@@ -202,22 +211,23 @@ def _depth(opened: Opened, train: Any, test: AnnotatedSource, settings: DenseSet
 
 
 def _discovery(opened: Opened, train: Any, test: AnnotatedSource, settings: DenseSettings):
-    how: dict[str, Any] = {"which": settings.which, "block": settings.block, "biases": (settings.bias,)}
-    if settings.sweep:
-        how = {"sweep": True, "biases": BIASES, "normalize": True, "held_out": train}
+    shared = _pixels(opened) | {
+        "normalize": settings.sweep,
+        "rank": opened.processes.process_index,
+        "world_size": opened.processes.num_processes,
+    }
+    table: dict[str, float] = {}
+    which, block, bias = settings.which, settings.block, settings.bias
+    if settings.sweep:  # once, so that changed registers are scored with the same features
+        tried = find_boxes(opened.model, train, sweep_settings(BIASES), **shared)
+        which, block, bias = tried.best.which, tried.best.block, tried.best.bias
+        table = {str(setting): share for setting, share in tried.scores.items()}
 
     def score():
-        found = discovery(
-            opened.model,
-            test,
-            **_pixels(opened),
-            **how,
-            rank=opened.processes.process_index,
-            world_size=opened.processes.num_processes,
-        )
+        found = discovery(opened.model, test, which=which, block=block, biases=(bias,), **shared)
         taken = f"CorLoc, {found.setting}"
         rows = (Score(name=taken, value=found.corloc.value, low=found.corloc.low, high=found.corloc.high),)
-        return rows, (), box_examples(found, test), {str(setting): share for setting, share in found.tried.items()}
+        return rows, (), box_examples(found, test), table
 
     told: dict[str, Setting] = {"features": "sweep" if settings.sweep else f"{settings.which} of {settings.block}"}
     told |= {"bias": None if settings.sweep else settings.bias, "chosen on": "training pictures" if train else "given"}

@@ -1,8 +1,8 @@
 """Protocols on models: what the data allow, each image once for all protocols that read the same of it."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Unpack, cast
 
@@ -13,7 +13,8 @@ from vitreg_hub.errors import DataError
 from vitreg_hub.evaluation.dense.scoring import Example
 from vitreg_hub.evaluation.dense_protocols import TARGETS, DenseSettings, dense_result, zero_shot_result
 from vitreg_hub.evaluation.features import Features
-from vitreg_hub.evaluation.interventions import INTERVENTIONS, Intervention
+from vitreg_hub.evaluation.interventions import INTERVENTIONS, Intervention, RegisterBank
+from vitreg_hub.evaluation.knn import KS, TEMPERATURE
 from vitreg_hub.evaluation.labels import class_names, match
 from vitreg_hub.evaluation.linear import LinearSettings
 from vitreg_hub.evaluation.opened import Opened, Options, class_list, data_facts, open_split, require_same_classes
@@ -22,8 +23,6 @@ from vitreg_hub.evaluation.results import PROTOCOLS, EvalReport, Protocol, Proto
 from vitreg_hub.evaluation.scores import classification_scores
 from vitreg_hub.images.source import Images, ImageSource
 from vitreg_hub.names import ModelName
-
-logger = logging.getLogger(__name__)
 
 PROBING: tuple[Protocol, ...] = ("knn", "linear", "logreg")
 """Protocols that learn from one feature of every image."""
@@ -51,8 +50,8 @@ class Settings:
     """
 
     interventions: bool = True
-    ks: tuple[int, ...] = (10, 20, 100, 200)
-    temperature: float = 0.07
+    ks: tuple[int, ...] = KS
+    temperature: float = TEMPERATURE
     shots: tuple[float, ...] = ()
     linear: LinearSettings = field(default_factory=LinearSettings)
     dense: DenseSettings = field(default_factory=DenseSettings)
@@ -213,13 +212,17 @@ class _Pooled:
 
     def _features(self, source: ImageSource, what: str, kind: Intervention | None = None) -> Features:
         if (what, kind) not in self._taken:
-            bank = self.opened.bank(self.train or source) if kind else None
+            bank = self._bank if kind else None
             title = f"{what} images" + (f", registers {kind}" if kind else "")
             taken = self.opened.features(
                 source, title, logits=what == "test" and self.opened.classifies, intervention=kind, bank=bank
             )
             self._taken[what, kind] = taken.labelled
         return self._taken[what, kind]
+
+    @cached_property
+    def _bank(self) -> RegisterBank:
+        return self.opened.bank(self.train or self.test)
 
     def _training(self, name: Protocol) -> tuple[ImageSource, Features]:
         if self.train is None:
@@ -269,7 +272,7 @@ class _Pooled:
         def score(test: Features):
             labels = matched.labels(test.labels)
             known = labels >= 0
-            return classification_scores(test.logits[known].softmax(dim=1), labels[known], probabilities=True)
+            return classification_scores(test.logits[known].softmax(dim=1), labels[known], probabilities=True), ()
 
         return Learned(score=score, settings={"classes": matched.how})
 
@@ -277,8 +280,8 @@ class _Pooled:
         rows, first = {}, None
         for kind in kinds:
             test = self._features(self.test, "test", kind)
-            scored = learned.score(test)
-            rows[kind] = (*class_score_rows(scored), *learned.more(test))
+            scored, more = learned.score(test)
+            rows[kind] = (*class_score_rows(scored), *more)
             first = first or scored
         assert first is not None
         facts, learned_from = data_facts(self.test, self._features(self.test, "test")), None
@@ -297,5 +300,4 @@ class _Pooled:
             per_class=first.per_class,
             confusion=first.confusion,
             table=dict(learned.table),
-            notes=learned.notes,
         )

@@ -23,6 +23,7 @@ from vitreg_hub.images.data_sets import ON_HUB
 from vitreg_hub.images.embedded import TRAINING_SETS, Split
 from vitreg_hub.images.source import Batch, Images, ImageSource, open_images
 from vitreg_hub.network.layout import VitLayout, has_classes, unwrapped
+from vitreg_hub.passes import require_channels, require_sensible
 
 FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train", "training"), "test": ("test", "val", "validation")}
 """What folders of a data set are called that hold its parts."""
@@ -73,10 +74,7 @@ class Opened:
         Raises:
             VitregError: It cannot be opened, or an option makes no sense.
         """
-        if unknown := options.keys() - Options.__annotations__.keys():
-            raise DataError(
-                f"there is no option {sorted(unknown)[0]}: choose from {', '.join(Options.__annotations__)}."
-            )
+        require_sensible(options, Options.__annotations__)
         processes = PartialState(cpu=not torch.accelerator.is_available())
         vit = open_vit(
             model,
@@ -132,6 +130,7 @@ class Opened:
 
     def batches(self, source: ImageSource, what: str, *, skip_unreadable: bool = False) -> Iterator[Batch]:
         """Yield this process's share of the images, under a bar that says what they are for."""
+        require_channels(self.vit, source)
         total = source.num_images and math.ceil(source.num_images / self.processes.num_processes)
         with tqdm(total=total, desc=f"{self.vit.name}: {what}", unit="image", disable=not self.shows_progress) as bar:
             for batch in source.batches(

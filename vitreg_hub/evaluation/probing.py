@@ -21,8 +21,8 @@ from vitreg_hub.evaluation.logreg import STRENGTHS, fit_logistic, held_back
 from vitreg_hub.evaluation.results import Score, Setting
 from vitreg_hub.evaluation.scores import ClassScores, classification_scores
 
-Scorer = Callable[[Features], ClassScores]
-"""Scores test images with what was learned."""
+Scorer = Callable[[Features], tuple[ClassScores, tuple[Score, ...]]]
+"""Scores test images with what was learned: the classification to quote, and further scores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,18 +30,14 @@ class Learned:
     """A classifier that was made of training images.
 
     Attributes:
-        score: Its scores of test images; called once as they are, and once for each intervention.
+        score: Called on test images as they are, and once for each intervention.
         settings: On what they depend.
-        more: Further scores than top-1 and top-5.
         table: Of the grid from which it was chosen.
-        notes: In sentences.
     """
 
     score: Scorer
     settings: Mapping[str, Setting]
-    more: Callable[[Features], tuple[Score, ...]] = lambda _: ()
     table: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def class_score_rows(found: ClassScores) -> tuple[Score, ...]:
@@ -95,15 +91,13 @@ def knn(
     quoted = min(k, len(train))
     largest = sorted({*ks, k})
 
-    def score(test: Features) -> ClassScores:
-        return classification_scores(votes(test, train.default_pool, largest)[quoted].cpu(), test.labels)
-
-    def more(test: Features) -> tuple[Score, ...]:
+    def score(test: Features) -> tuple[ClassScores, tuple[Score, ...]]:
         rows = []
         wanted: tuple[Pool, ...] = (train.default_pool, "registers", "class+registers")
         pools: list[Pool] = [pool for pool in wanted if pool in train.pools]
-        for pool in pools:
-            for number, found in votes(test, pool, largest).items():
+        by_pool = {pool: votes(test, pool, largest) for pool in pools}
+        for pool, by_number in by_pool.items():
+            for number, found in by_number.items():
                 if (pool, number) != (train.default_pool, quoted):
                     rows.append(_top1(f"{pool}, {number} neighbours", found, test))
         for shot in shots:
@@ -112,7 +106,7 @@ def knn(
             shares = [_top1("", next(iter(one.values())), test).value for one in found]
             amount = f"{shot:g}" if shot >= 1 else f"{100 * shot:g} %"
             rows.append(Score(name=f"{amount} images of each class, {k} neighbours", value=sum(shares) / tries))
-        return tuple(rows)
+        return classification_scores(by_pool[train.default_pool][quoted].cpu(), test.labels), tuple(rows)
 
     settings: dict[str, Setting] = {
         "feature": train.default_pool,
@@ -120,7 +114,7 @@ def knn(
         "largest neighbours": min(largest[-1], len(train)),
         "temperature": temperature,
     }
-    return Learned(score=score, more=more, settings=settings)
+    return Learned(score=score, settings=settings)
 
 
 def _top1(name: str, scores: Tensor, test: Features) -> Score:
@@ -138,7 +132,7 @@ def linear(
 ) -> Learned:
     """The best of a grid of linear probes, chosen on training images that were kept back.
 
-    DINOv2 and DINOv3 choose it on the images that they score; the note tells what that would give.
+    DINOv2 and DINOv3 choose it on the images that they score; the last score tells what that would give.
 
     Source: dinov2/eval/linear.py, dinov3/eval/linear.py.
 
@@ -160,11 +154,8 @@ def linear(
     best = best_probe(table)
 
     @torch.no_grad()
-    def score(test: Features) -> ClassScores:
+    def score(test: Features) -> tuple[ClassScores, tuple[Score, ...]]:
         logits = all_logits({best: heads[best]}, test, device=device)[best].cpu()
-        return classification_scores(logits, test.labels)
-
-    def more(test: Features) -> tuple[Score, ...]:
         found = accuracies(heads, test, device=device)
         pools = dict.fromkeys((probe.pool, probe.blocks) for probe in heads)
         rows = []
@@ -173,10 +164,10 @@ def linear(
             probe = best_probe(of_pool)
             rows.append(Score(name=f"{pool}, {blocks} block{'s' * (blocks > 1)}", value=found[probe]))
         rows.append(Score(name="best of the grid on the test images", value=max(found.values())))
-        return tuple(rows)
+        return classification_scores(logits, test.labels), tuple(rows)
 
     told = asdict(settings) | {"steps": steps, "chosen on": "10 % of the training images"}
-    return Learned(score=score, more=more, settings=told, table={str(probe): share for probe, share in table.items()})
+    return Learned(score=score, settings=told, table={str(probe): share for probe, share in table.items()})
 
 
 def logreg(
@@ -210,9 +201,9 @@ def logreg(
         progress=progress,
     )
 
-    def score(test: Features) -> ClassScores:
+    def score(test: Features) -> tuple[ClassScores, tuple[Score, ...]]:
         probabilities = fit.probabilities(test.pooled(pool), num_classes=num_classes)
-        return classification_scores(probabilities, test.labels)
+        return classification_scores(probabilities, test.labels), ()
 
     settings: dict[str, Setting] = {"feature": pool, "strengths": tuple(strengths), "chosen on": "10 % of training"}
     table = {f"C = {strength:.3g}": share for strength, share in fit.held_out_accuracy.items()}

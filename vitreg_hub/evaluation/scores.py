@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vitreg_hub.errors import DataError
@@ -111,8 +110,3 @@ def classification_scores(scores: Tensor, labels: Tensor, *, probabilities: bool
         if probabilities
         else None,
     )
-
-
-def class_probabilities(logits: Tensor) -> Tensor:
-    """Softmax in float32 over the classes [N, C]."""
-    return torch.softmax(logits.float(), dim=1)
