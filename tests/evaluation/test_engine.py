@@ -123,7 +123,7 @@ def test_images_of_other_channels_are_refused():
 
 def test_changed_registers_are_scored_with_the_features_that_the_sweep_chose():
     swept = replace(QUICK, dense=DenseSettings(sweep=True))
-    found = evaluate(TRAINED, "discovery", settings=swept, max_images=4).result("discovery")
+    found = evaluate(TRAINED, "discovery", settings=swept, max_images=20).result("discovery")
     assert len(found.table) == 3 * 4 * 10
     best = max(found.table, key=found.table.get)
     for scores in (found.scores, *found.interventions.values()):
